@@ -1,0 +1,15 @@
+"""Memory Sparse Attention (arXiv 2603.23516) in JAX."""
+
+from msa_jax.config import AttentionConfig, ConfigError, MSAConfig
+from msa_jax.layers import MemorySparseAttention
+from msa_jax.memory import MemoryBank
+from msa_jax.model import MSATransformer
+
+__all__ = [
+    "AttentionConfig",
+    "ConfigError",
+    "MSAConfig",
+    "MSATransformer",
+    "MemoryBank",
+    "MemorySparseAttention",
+]

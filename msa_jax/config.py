@@ -1,0 +1,275 @@
+"""Configuration of an MSA model: frozen dataclasses that refuse a bad value where it enters."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+ROUTING_SCORES = ("cosine", "dot")
+REMAT_POLICIES = ("none", "dots", "full")
+DTYPES = ("float32", "bfloat16")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot work; the message names the field and the remedy."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """What one attention layer needs to know; enough to embed `MemorySparseAttention` in another model.
+
+    Dims: E `hidden_size`, H `num_heads`, K `num_kv_heads`, D `head_dim`, P `chunk_size`, k `top_k`.
+
+    Attributes:
+      hidden_size: width E of the residual stream.
+      num_heads: query heads H, a multiple of `num_kv_heads`.
+      num_kv_heads: key/value heads K.
+      head_dim: D, even (RoPE rotates pairs).
+      rope_theta: base of the rotary position embedding.
+      norm_eps: epsilon inside the square root of every RMSNorm.
+      chunk_size: P, tokens pooled into one chunk of the memory bank.
+      top_k: k, documents that a router layer selects.
+      position_offset: position of the first token of the active context. A constant of the model (the
+        published code uses template length + k in training), so that k may change at inference.
+      routing_score: "cosine" (the paper, and training), or "dot" (scaled dot products), which serves
+        checkpoints whose published inference code left routing vectors unnormalised.
+      router_bias: add `beta * (s_d - max s)` to the logits of document d's chunks, beta learned per head.
+        Not in the paper; off for parity.
+      router_bias_init: initial beta.
+      dtype: compute dtype. Softmax, pooling, norms and scores are float32 whatever it is.
+      param_dtype: dtype in which parameters are stored.
+    """
+
+    hidden_size: int = 128
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    rope_theta: float = 1e4
+    norm_eps: float = 1e-6
+    chunk_size: int = 64
+    top_k: int = 16
+    position_offset: int = 19
+    routing_score: Literal["cosine", "dot"] = "cosine"
+    router_bias: bool = False
+    router_bias_init: float = 20.0
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    def __post_init__(self):
+        for name in ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "chunk_size", "top_k"):
+            value = getattr(self, name)
+            _require(
+                isinstance(value, int) and not isinstance(value, bool) and value >= 1,
+                f"{name} must be an integer of at least 1, got {value!r}.",
+            )
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads}).",
+        )
+        _require(self.head_dim % 2 == 0, f"head_dim must be even for RoPE, got {self.head_dim}.")
+        _require(self.rope_theta > 0, f"rope_theta must be positive, got {self.rope_theta}.")
+        _require(self.norm_eps > 0, f"norm_eps must be positive, got {self.norm_eps}.")
+        _require(self.position_offset >= 0, f"position_offset must not be negative, got {self.position_offset}.")
+        _require(
+            self.routing_score in ROUTING_SCORES,
+            f"routing_score must be one of {ROUTING_SCORES}, got {self.routing_score!r}.",
+        )
+        for name in ("dtype", "param_dtype"):
+            _require(
+                getattr(self, name) in DTYPES, f"{name} must be one of {DTYPES}, got {getattr(self, name)!r}."
+            )
+
+    @property
+    def group_size(self) -> int:
+        """G = H / K, query heads that share one key/value head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def router_width(self) -> int:
+        """M = K * D, width of a routing vector."""
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.dtype)
+
+    @property
+    def storage_dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.param_dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MSAConfig(AttentionConfig):
+    """Configuration of an `MSATransformer` (paper section 3; the backbone is Qwen3).
+
+    Attributes:
+      vocab_size: V, rows of the embedding.
+      num_layers: L.
+      mlp_size: F, inner width of SwiGLU.
+      router_layers: sorted indices of the layers that read the bank; `None` means the latter half.
+      tie_embeddings: use the embedding as the output projection.
+      remat: what the backward pass recomputes. "none": nothing; "dots": all but matrix products; "full":
+        whole layers.
+    """
+
+    vocab_size: int = 4096
+    num_layers: int = 4
+    mlp_size: int = 256
+    router_layers: tuple[int, ...] | None = None
+    tie_embeddings: bool = True
+    remat: Literal["none", "dots", "full"] = "none"
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("vocab_size", "num_layers", "mlp_size"):
+            value = getattr(self, name)
+            _require(isinstance(value, int) and value >= 1, f"{name} must be an integer of at least 1, got {value!r}.")
+        layers = self.router_layers
+        if layers is None:
+            layers = tuple(range(self.num_layers // 2, self.num_layers))
+        layers = tuple(int(i) for i in layers)
+        _require(
+            layers == tuple(sorted(set(layers))) and len(layers) > 0,
+            f"router_layers must be sorted, distinct and not empty, got {layers}.",
+        )
+        _require(
+            0 <= layers[0] and layers[-1] < self.num_layers,
+            f"router_layers must lie in 0..{self.num_layers - 1} (num_layers {self.num_layers}), got {layers}.",
+        )
+        object.__setattr__(self, "router_layers", layers)
+        _require(self.remat in REMAT_POLICIES, f"remat must be one of {REMAT_POLICIES}, got {self.remat!r}.")
+
+    @property
+    def layer_groups(self) -> tuple[tuple[bool, int, int], ...]:
+        """Runs of consecutive layers of one kind: `(is_router, first layer, number of layers)`."""
+        groups: list[list] = []
+        for i in range(self.num_layers):
+            is_router = i in self.router_layers
+            if groups and groups[-1][0] == is_router:
+                groups[-1][2] += 1
+            else:
+                groups.append([is_router, i, 1])
+        return tuple(tuple(g) for g in groups)
+
+    def replace(self, **changes: Any) -> MSAConfig:
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"router_layers": list(self.router_layers)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> MSAConfig:
+        """Build from `to_dict` output or a flat mapping; unknown names raise `ConfigError`."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        _require(not unknown, f"Unknown model settings {unknown}; known ones are {sorted(known)}.")
+        values = dict(values)
+        if values.get("router_layers") is not None:
+            values["router_layers"] = tuple(values["router_layers"])
+        return cls(**values)
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> MSAConfig:
+        """A named size: "tiny", "small", "qwen3_0_6b" or "qwen3_4b", with `changes` on top."""
+        _require(name in PRESETS, f"Unknown preset {name!r}; choose one of {sorted(PRESETS)}.")
+        return cls(**(PRESETS[name] | changes))
+
+    @classmethod
+    def from_checkpoint(cls, path: str | pathlib.Path, **changes: Any) -> MSAConfig:
+        """Read a published `config.json` (Qwen3 or MSA), given the file or its folder.
+
+        Raises:
+          ConfigError: the file is missing, is not JSON, lacks a field, or asks for something that this
+            project does not compute.
+        """
+        path = pathlib.Path(path)
+        path = path / "config.json" if path.is_dir() else path
+        try:
+            raw = json.loads(path.read_text())
+        except FileNotFoundError as e:
+            raise ConfigError(f"{path}: no such file; give a checkpoint folder with a config.json.") from e
+        except (json.JSONDecodeError, UnicodeDecodeError) as e:
+            raise ConfigError(f"{path}: not valid JSON ({e}).") from e
+        return cls._from_published(raw, str(path), **changes)
+
+    @classmethod
+    def _from_published(cls, raw: dict[str, Any], where: str, **changes: Any) -> MSAConfig:
+        required = (
+            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+            "num_attention_heads", "num_key_value_heads",
+        )  # fmt: skip
+        missing = [name for name in required if name not in raw]
+        _require(not missing, f"{where}: missing {missing}; a Qwen3 or MSA config.json has them.")
+        _require(not raw.get("attention_bias"), f"{where}: attention_bias is true; MSA and Qwen3 have no biases.")
+        _require(
+            raw.get("hidden_act", "silu") == "silu", f"{where}: hidden_act {raw.get('hidden_act')!r}, need 'silu'."
+        )
+        _require(
+            not raw.get("rope_scaling"), f"{where}: rope_scaling is set; only plain RoPE is computed here."
+        )
+        msa = raw.get("msa_config") or {}
+        for name, only in (
+            ("chunk_reduce_method", "max"), ("decouple_pooling_mode", "mean"), ("head_reduce_method", "mean"),
+            ("query_reduce_method", "max"), ("decouple_router", True), ("rewrite_position", True),
+        ):  # fmt: skip
+            _require(
+                msa.get(name, only) == only, f"{where}: msa_config.{name} is {msa.get(name)!r}, need {only!r}."
+            )
+        top_k = int(msa.get("top_k_docs", 16))
+        layers = msa.get("router_layer_idx")
+        if isinstance(layers, str) and layers != "all":
+            layers = [int(i) for i in layers.split(",") if i.strip()]
+        elif layers == "all":
+            layers = list(range(raw["num_hidden_layers"]))
+        # Newer files keep theta inside rope_parameters.
+        theta = raw.get("rope_theta") or (raw.get("rope_parameters") or {}).get("rope_theta") or 1e4
+        values = dict(
+            vocab_size=raw["vocab_size"],
+            hidden_size=raw["hidden_size"],
+            mlp_size=raw["intermediate_size"],
+            num_layers=raw["num_hidden_layers"],
+            num_heads=raw["num_attention_heads"],
+            num_kv_heads=raw["num_key_value_heads"],
+            head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
+            rope_theta=float(theta),
+            norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            chunk_size=int(msa.get("pooling_kernel_size", 64)),
+            top_k=top_k,
+            position_offset=TEMPLATE_LEN + top_k,
+            router_layers=tuple(layers) if layers else None,
+        )
+        return cls(**(values | changes))
+
+
+# Tokens of the template prefix `<|im_start|>user\n` under the published tokenizer.
+TEMPLATE_LEN = 3
+
+_QWEN3 = dict(
+    vocab_size=151_936, num_kv_heads=8, head_dim=128, chunk_size=64, top_k=16,
+    position_offset=TEMPLATE_LEN + 16, tie_embeddings=True, dtype="bfloat16", param_dtype="bfloat16",
+)  # fmt: skip
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Trains on two CPU cores in minutes.
+    "tiny": dict(
+        hidden_size=128, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=64, mlp_size=256,
+        vocab_size=4096, chunk_size=16,
+    ),
+    # An experiment on one accelerator.
+    "small": dict(
+        hidden_size=512, num_layers=8, num_heads=8, num_kv_heads=4, head_dim=64, mlp_size=1536,
+        vocab_size=16_384, chunk_size=32,
+    ),
+    "qwen3_0_6b": _QWEN3 | dict(hidden_size=1024, num_layers=28, num_heads=16, mlp_size=3072, rope_theta=1e6),
+    "qwen3_4b": _QWEN3 | dict(hidden_size=2560, num_layers=36, num_heads=32, mlp_size=9728, rope_theta=5e6),
+}  # fmt: skip

@@ -1,0 +1,278 @@
+"""Attention layers: local self-attention, and Memory Sparse Attention on top of it.
+
+Sizes: B questions, T active tokens, S own tokens (a prefix or cache, then the T), E hidden, H query heads,
+K key/value heads, D head dim, M = K * D, R rows of packed documents, W row length, P tokens a chunk,
+C = R * W / P chunks, N documents, k documents selected.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, struct
+
+from msa_jax import routing
+from msa_jax.config import AttentionConfig
+from msa_jax.layers.norm import RMSNorm
+from msa_jax.layers.rope import rope
+from msa_jax.memory import ChunkStates, DocumentLayout, LayerMemory
+from pallas_kernels import gather_attention
+
+
+@struct.dataclass
+class AttentionOutput:
+    """What a layer gives for the active context.
+
+    Attributes:
+      out: [B, T, E].
+      k, v: [B, S, K, D], own keys and values after this call: the cache of the next one.
+      document_scores: [B, N] float32; None in a layer without router, or when a selection was reused.
+      selection: the documents read; None in a layer without router or without memory.
+    """
+
+    out: jax.Array
+    k: jax.Array
+    v: jax.Array
+    document_scores: jax.Array | None = None
+    selection: routing.Selection | None = None
+
+
+def pool_chunks(x: jax.Array, segment_ids: jax.Array, chunk_size: int) -> jax.Array:
+    """Mean over the tokens that exist of each chunk: [R, W, ...] to [C, ...] float32.
+
+    A document starts at a multiple of P, so a chunk holds tokens of one document and padding (segment 0);
+    a ragged last chunk is the mean of what it has, and a chunk without tokens is 0.
+    """
+    rows, width = segment_ids.shape
+    if width % chunk_size:
+        raise ValueError(f"pool_chunks: row length {width} is not a multiple of the chunk size {chunk_size}.")
+    exists = (segment_ids > 0).reshape(rows * width // chunk_size, chunk_size)
+    chunks = x.astype(jnp.float32).reshape(*exists.shape, *x.shape[2:])
+    weights = exists.reshape(*exists.shape, *[1] * (x.ndim - 2)).astype(jnp.float32)
+    return jnp.sum(chunks * weights, axis=1) / jnp.maximum(jnp.sum(weights, axis=1), 1.0)
+
+
+class SelfAttention(nnx.Module):
+    """Grouped-query self-attention with per-head RMSNorm on queries and keys before RoPE (Qwen3).
+
+    In an MSA model the lower layers are of this kind: they see a document alone, or a template prefix and
+    the active context alone.
+    """
+
+    def __init__(self, config: AttentionConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        c = config
+        kwargs = dict(use_bias=False, dtype=c.compute_dtype, param_dtype=c.storage_dtype, rngs=rngs)
+        self.q_proj = nnx.Linear(c.hidden_size, c.num_heads * c.head_dim, **kwargs)
+        self.k_proj = nnx.Linear(c.hidden_size, c.router_width, **kwargs)
+        self.v_proj = nnx.Linear(c.hidden_size, c.router_width, **kwargs)
+        self.o_proj = nnx.Linear(c.num_heads * c.head_dim, c.hidden_size, **kwargs)
+        norm = dict(eps=c.norm_eps, dtype=c.compute_dtype, param_dtype=c.storage_dtype)
+        self.q_norm = RMSNorm(c.head_dim, **norm)
+        self.k_norm = RMSNorm(c.head_dim, **norm)
+
+    def _qkv(self, x, positions):
+        c = self.config
+        if x.ndim != 3 or x.shape[-1] != c.hidden_size or positions.shape != x.shape[:2]:
+            raise ValueError(
+                f"{type(self).__name__}: need x [B, T, {c.hidden_size}] and positions [B, T], "
+                f"got {x.shape} and {positions.shape}."
+            )
+        heads = lambda y: y.reshape(*y.shape[:2], -1, c.head_dim)  # noqa: E731
+        q = rope(self.q_norm(heads(self.q_proj(x))), positions, theta=c.rope_theta)
+        k = rope(self.k_norm(heads(self.k_proj(x))), positions, theta=c.rope_theta)
+        return q, k, heads(self.v_proj(x))
+
+    def _encode(self, x, positions, segment_ids):
+        q, k, v = self._qkv(x, positions)
+        same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+        out = jax.nn.dot_product_attention(q, k, v, mask=same, is_causal=True)
+        return self.o_proj(out.reshape(*x.shape[:2], -1)), k, v
+
+    def encode(
+        self, x: jax.Array, *, positions: jax.Array, segment_ids: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Causal attention inside each document of packed rows.
+
+        Args:
+          x: [R, W, E] float.
+          positions: [R, W] int32, from 0 in each document.
+          segment_ids: [R, W] int32, 0 for padding.
+
+        Returns:
+          out [R, W, E], and the keys (after norm and RoPE) and values, [R, W, K, D].
+        """
+        return self._encode(x, positions, segment_ids)
+
+    def _own(self, k, v, past_k, past_v, slot):
+        if past_k is None:
+            return k, v
+        if slot is None:
+            batch = (k.shape[0], *past_k.shape[1:])
+            past_k, past_v = jnp.broadcast_to(past_k, batch), jnp.broadcast_to(past_v, batch)
+            return jnp.concatenate([past_k, k], axis=1), jnp.concatenate([past_v, v], axis=1)
+        if k.shape[1] != 1:
+            raise ValueError(f"{type(self).__name__}: a cache slot takes one token at a time, got T {k.shape[1]}.")
+        write = lambda cache, new: jax.lax.dynamic_update_slice_in_dim(cache, new, slot, axis=1)  # noqa: E731
+        return write(past_k, k), write(past_v, v)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        positions: jax.Array,
+        mask: jax.Array | None = None,
+        past_k: jax.Array | None = None,
+        past_v: jax.Array | None = None,
+        slot: jax.Array | None = None,
+    ) -> AttentionOutput:
+        """Causal attention of the active context over `[past ; own tokens]`.
+
+        Args:
+          x: [B, T, E] float.
+          positions: [B, T] int32.
+          mask: [B, S] bool, own tokens that exist, past ones included; default all.
+          past_k, past_v: [B or 1, S_past, K, D], a template prefix or a cache.
+          slot: with it, `past_k` and `past_v` are a cache of fixed size S in which the one new token is
+            written at this index (scalar int32); without it, the T tokens are appended to the past.
+        """
+        q, k, v = self._qkv(x, positions)
+        k, v = self._own(k, v, past_k, past_v, slot)
+        b, t = x.shape[:2]
+        causal = jnp.arange(k.shape[1])[None, :] <= jnp.arange(t)[:, None] + (k.shape[1] - t)
+        allowed = causal[None, None] if mask is None else causal[None, None] & mask[:, None, None, :]
+        out = jax.nn.dot_product_attention(q, k, v, mask=allowed)
+        return AttentionOutput(out=self.o_proj(out.reshape(b, t, -1)), k=k, v=v)
+
+
+class MemorySparseAttention(SelfAttention):
+    """Self-attention that also reads a memory of documents (arXiv 2603.23516, section 3).
+
+    Documents pass through the layer once (`encode`), each attending to itself alone; their keys, values
+    and routing keys are pooled into chunks of P tokens (`memory`). A question then passes through the same
+    layer (the call): its routing tokens score every chunk by cosine in one matrix product, the `top_k` best
+    documents are selected, and every token attends to their chunks and to its own past in one softmax.
+
+    It takes the place of a self-attention layer in any transformer: it adds no residual and no norm of its
+    own input. Example, with `docs` [R, W, E] packed documents and `x` [B, T, E] a question::
+
+        layer = MemorySparseAttention(AttentionConfig(hidden_size=64, chunk_size=8, top_k=2), rngs=rngs)
+        docs_out, states = layer.encode(docs, positions=doc_positions, segment_ids=segment_ids)
+        memory = layer.memory(states, layout)
+        result = layer(x, positions=positions, memory=memory)   # result.out, result.document_scores
+
+    Gradients reach the document pass through the content of the selected chunks, and the router through
+    `result.document_scores` (give them to a loss of `msa_jax.training.losses`) and, with
+    `config.router_bias`, through the attention itself. The selection passes none.
+
+    Args:
+      config: an `AttentionConfig` (an `MSAConfig` is one).
+      rngs: where parameters are drawn from.
+    """
+
+    def __init__(self, config: AttentionConfig, *, rngs: nnx.Rngs):
+        super().__init__(config, rngs=rngs)
+        c = config
+        kwargs = dict(use_bias=False, dtype=c.compute_dtype, param_dtype=c.storage_dtype, rngs=rngs)
+        self.router_q_proj = nnx.Linear(c.hidden_size, c.num_heads * c.head_dim, **kwargs)
+        self.router_k_proj = nnx.Linear(c.hidden_size, c.router_width, **kwargs)
+        if c.router_bias:
+            self.router_beta = nnx.Param(jnp.full((c.num_heads,), c.router_bias_init, jnp.float32))
+
+    def encode(
+        self, x: jax.Array, *, positions: jax.Array, segment_ids: jax.Array
+    ) -> tuple[jax.Array, ChunkStates]:
+        """Attention inside each document of packed rows, and what is pooled from them (stage 1).
+
+        Args:
+          x: [R, W, E] float; W a multiple of P, every document starts at a multiple of P.
+          positions: [R, W] int32, from 0 in each document.
+          segment_ids: [R, W] int32, 0 for padding, else equal for the tokens of one document.
+
+        Returns:
+          out [R, W, E], and `ChunkStates` of [C, K, D] float32, C = R * W / P in row-major order.
+
+        Raises:
+          ValueError: W is no multiple of P, or shapes do not fit.
+        """
+        c = self.config
+        out, k, v = self._encode(x, positions, segment_ids)
+        router_k = self.router_k_proj(x).reshape(k.shape)
+        pool = lambda y: pool_chunks(y, segment_ids, c.chunk_size)  # noqa: E731
+        return out, ChunkStates(routing_key=pool(router_k), content_k=pool(k), content_v=pool(v))
+
+    def memory(self, states: ChunkStates, layout: DocumentLayout) -> LayerMemory:
+        """Memory that a question can read: routing keys normalised, all in the compute dtype."""
+        dtype = self.config.compute_dtype
+        return LayerMemory(
+            routing_keys=routing.routing_key(states.routing_key, score=self.config.routing_score).astype(dtype),
+            content_k=states.content_k.astype(dtype),
+            content_v=states.content_v.astype(dtype),
+            layout=layout,
+        )
+
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        positions: jax.Array,
+        memory: LayerMemory | None = None,
+        route: jax.Array | None = None,
+        visible: jax.Array | None = None,
+        selection: routing.Selection | None = None,
+        mean_over_tokens: bool | jax.Array = False,
+        mask: jax.Array | None = None,
+        past_k: jax.Array | None = None,
+        past_v: jax.Array | None = None,
+        slot: jax.Array | None = None,
+        implementation: str | None = None,
+    ) -> AttentionOutput:
+        """Attention of the active context over `[past ; selected documents' chunks ; own tokens]` (stage 2, 3).
+
+        Args:
+          x: [B, T, E] float.
+          positions: [B, T] int32; those of the published model start at `config.position_offset`.
+          memory: what `memory` returned; None attends to the past and own tokens only.
+          route: [B, T] bool, tokens that route; default all that `mask` keeps.
+          visible: [B, N] bool, documents that a question may see; default all.
+          selection: reuse what an earlier call selected (decoding) instead of routing.
+          mean_over_tokens: score by the mean over routing tokens, not the max (warm-up of training).
+          mask, past_k, past_v, slot: as in `SelfAttention`.
+          implementation: of both operations, see `pallas_kernels`.
+
+        Raises:
+          ValueError: shapes do not fit together.
+        """
+        if memory is None:
+            return super().__call__(x, positions=positions, mask=mask, past_k=past_k, past_v=past_v, slot=slot)
+        c = self.config
+        b, t = x.shape[:2]
+        q, k, v = self._qkv(x, positions)
+        k, v = self._own(k, v, past_k, past_v, slot)
+        if memory.routing_keys.shape != (memory.layout.num_chunks, c.router_width):
+            raise ValueError(
+                f"MemorySparseAttention: routing_keys must be [C, M] = {(memory.layout.num_chunks, c.router_width)}, "
+                f"got {memory.routing_keys.shape}."
+            )
+        scores = None
+        if selection is None:
+            if route is None:
+                route = jnp.ones((b, t), bool) if mask is None else mask[:, -t:]
+            query = routing.routing_query(
+                self.router_q_proj(x).reshape(q.shape), num_kv_heads=c.num_kv_heads, score=c.routing_score
+            )
+            scores = routing.document_scores(
+                query, memory.routing_keys, memory.layout,
+                route=route, visible=visible, mean_over_tokens=mean_over_tokens, implementation=implementation,
+            )  # fmt: skip
+            selection = routing.select(scores, memory.layout, top_k=c.top_k)
+        out, _ = gather_attention(
+            q, k, v,
+            bank_k=memory.content_k, bank_v=memory.content_v,
+            starts=selection.starts, lengths=selection.lengths,
+            bias=routing.bias_of(selection, self.router_beta[...]) if c.router_bias else None,
+            mask=mask, max_length=memory.layout.max_length, implementation=implementation,
+        )  # fmt: skip
+        return AttentionOutput(
+            out=self.o_proj(out.reshape(b, t, -1)), k=k, v=v, document_scores=scores, selection=selection
+        )

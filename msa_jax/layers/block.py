@@ -1,0 +1,64 @@
+"""A pre-norm decoder block, and stacks of equal blocks run by `jax.lax.scan`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+from flax import nnx
+
+from msa_jax.config import MSAConfig
+from msa_jax.layers.attention import AttentionOutput, MemorySparseAttention, SelfAttention
+from msa_jax.layers.mlp import SwiGLU
+from msa_jax.layers.norm import RMSNorm
+
+
+class DecoderBlock(nnx.Module):
+    """`x + attention(norm(x))`, then `x + mlp(norm(x))`."""
+
+    def __init__(self, config: MSAConfig, *, router: bool, rngs: nnx.Rngs):
+        norm = dict(eps=config.norm_eps, dtype=config.compute_dtype, param_dtype=config.storage_dtype)
+        self.attention_norm = RMSNorm(config.hidden_size, **norm)
+        self.attention = (MemorySparseAttention if router else SelfAttention)(config, rngs=rngs)
+        self.mlp_norm = RMSNorm(config.hidden_size, **norm)
+        self.mlp = SwiGLU(
+            config.hidden_size, config.mlp_size,
+            dtype=config.compute_dtype, param_dtype=config.storage_dtype, rngs=rngs,
+        )  # fmt: skip
+
+    def _mlp(self, x):
+        return x + self.mlp(self.mlp_norm(x))
+
+    def encode(self, x: jax.Array, *, positions: jax.Array, segment_ids: jax.Array):
+        """Documents [R, W, E] through the block; also what its attention's `encode` gives beside the output."""
+        out, *extra = self.attention.encode(self.attention_norm(x), positions=positions, segment_ids=segment_ids)
+        return self._mlp(x + out), extra
+
+    def __call__(self, x: jax.Array, **kwargs) -> tuple[jax.Array, AttentionOutput]:
+        """Active context [B, T, E] through the block; `kwargs` go to the attention."""
+        result = self.attention(self.attention_norm(x), **kwargs)
+        return self._mlp(x + result.out), result
+
+
+def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
+    """One module whose parameters carry a leading axis of `count` independently drawn layers."""
+    keys = jax.random.split(rngs.params(), count)
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    return nnx.merge(graphdef, jax.vmap(lambda key: nnx.state(make(nnx.Rngs(key))))(keys))
+
+
+def scan_stack(stacked: nnx.Module, body: Callable, x: jax.Array, xs, *, remat: str):
+    """Run `body(layer, x, xs_of_layer) -> (x, ys)` over the leading axis of `stacked`; returns x and stacked ys.
+
+    Scanning compiles one layer however many there are (docs/design.md has the measurement).
+    """
+    graphdef, state = nnx.split(stacked)
+
+    def step(carry, inputs):
+        layer_state, layer_xs = inputs
+        return body(nnx.merge(graphdef, layer_state), carry, layer_xs)
+
+    if remat != "none":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+        step = jax.checkpoint(step, policy=policy, prevent_cse=False)
+    return jax.lax.scan(step, x, (state, xs))

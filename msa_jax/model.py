@@ -1,0 +1,229 @@
+"""The MSA transformer: documents to a memory bank, an active context to logits (arXiv 2603.23516).
+
+Sizes: B questions, T active tokens, S own tokens, R rows, W row length, L layers, L_r router layers,
+E hidden, V vocabulary, K key/value heads, D head dim, C chunks, N documents, k documents selected.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, struct
+
+from msa_jax import routing
+from msa_jax.config import MSAConfig
+from msa_jax.layers.block import DecoderBlock, scan_stack, stack
+from msa_jax.layers.norm import RMSNorm
+from msa_jax.memory import ChunkStates, DocumentLayout, LayerMemory, MemoryBank
+
+
+@struct.dataclass
+class KeyValues:
+    """Keys and values of own tokens for every layer: a template prefix, or a cache; [L, B, S, K, D]."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+@struct.dataclass
+class EncodedDocuments:
+    """Stage 1: `states` [L_r, C, K, D] float32; `hidden` [L + 1, R, W, E] when asked for (the last is normed)."""
+
+    states: ChunkStates
+    hidden: jax.Array | None = None
+
+
+@struct.dataclass
+class ModelOutput:
+    """What the active context gives.
+
+    Attributes:
+      hidden: [B, T, E], after the final norm; `MSATransformer.logits` takes it.
+      own: keys and values of prefix and own tokens, the start of a cache.
+      document_scores: [L_r, B, N] float32, None without a bank or when a selection was reused.
+      selection: documents read by each router layer, [L_r, B, k] each field; None without a bank.
+      all_hidden: [L + 1, B, T, E] when asked for: the input of every layer, then `hidden`.
+    """
+
+    hidden: jax.Array
+    own: KeyValues
+    document_scores: jax.Array | None = None
+    selection: routing.Selection | None = None
+    all_hidden: jax.Array | None = None
+
+
+def _concat(parts):
+    parts = [p for p in parts if p is not None]
+    return jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts) if parts else None
+
+
+class MSATransformer(nnx.Module):
+    """Decoder-only transformer whose router layers read a bank of independently encoded documents.
+
+    Layers of one kind that follow each other are stored stacked, one leading axis of layers, and scanned.
+
+    Args:
+      config: sizes, dtypes and options.
+      rngs: where parameters are drawn from.
+    """
+
+    def __init__(self, config: MSAConfig, *, rngs: nnx.Rngs):
+        self.config = c = config
+        self.embed = nnx.Embed(
+            c.vocab_size, c.hidden_size, dtype=c.compute_dtype, param_dtype=c.storage_dtype,
+            embedding_init=nnx.initializers.normal(0.02), rngs=rngs,
+        )  # fmt: skip
+        self.groups = nnx.List([
+            stack(lambda r, is_router=is_router: DecoderBlock(c, router=is_router, rngs=r), count, rngs)
+            for is_router, _, count in c.layer_groups
+        ])  # fmt: skip
+        self.final_norm = RMSNorm(c.hidden_size, eps=c.norm_eps, dtype=c.compute_dtype, param_dtype=c.storage_dtype)
+        self.lm_head = None
+        if not c.tie_embeddings:
+            self.lm_head = nnx.Linear(
+                c.hidden_size, c.vocab_size, use_bias=False, dtype=c.compute_dtype, param_dtype=c.storage_dtype, rngs=rngs
+            )
+
+    @property
+    def output_embedding(self) -> jax.Array:
+        """[V, E], rows to score the hidden state against."""
+        return self.embed.embedding[...] if self.lm_head is None else self.lm_head.kernel[...].T
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[..., E] to [..., V] float32."""
+        table = self.output_embedding.astype(self.config.compute_dtype)
+        return jnp.einsum("...e,ve->...v", hidden, table, preferred_element_type=jnp.float32)
+
+    def _encode(self, tokens, positions, segment_ids, return_hidden):
+        """Documents or a template through all layers: final hidden, per-layer k and v or chunk states."""
+        x = self.embed(tokens)
+        hidden, extras = [], []
+        for (is_router, _, _), group in zip(self.config.layer_groups, self.groups, strict=True):
+
+            def body(layer, x, _):
+                y, extra = layer.encode(x, positions=positions, segment_ids=segment_ids)
+                return y, (extra, x if return_hidden else None)
+
+            x, (extra, inputs) = scan_stack(group, body, x, None, remat=self.config.remat)
+            extras.append(extra[0] if is_router else None)
+            hidden.append(inputs)
+        return x, _concat(extras), _concat([*hidden, self.final_norm(x)[None]]) if return_hidden else None
+
+    def encode_documents(
+        self,
+        tokens: jax.Array,
+        *,
+        segment_ids: jax.Array,
+        positions: jax.Array,
+        return_hidden: bool = False,
+    ) -> EncodedDocuments:
+        """Stage 1: every document attends to itself alone, in every layer, and is pooled in router layers.
+
+        Args:
+          tokens: [R, W] int32 packed rows; W a multiple of P, each document starts at a multiple of P.
+          segment_ids: [R, W] int32, 0 for padding, else equal for the tokens of one document.
+          positions: [R, W] int32, from 0 in each document.
+          return_hidden: also return every layer's input.
+
+        Returns:
+          Chunk states of all router layers before normalisation; `bank` turns them into a memory bank.
+        """
+        _, states, hidden = self._encode(tokens, positions, segment_ids, return_hidden)
+        return EncodedDocuments(states=states, hidden=hidden)
+
+    def bank(self, states: ChunkStates, layout: DocumentLayout) -> MemoryBank:
+        """Memory bank in the compute dtype from chunk states [L_r, C, K, D]."""
+        dtype = self.config.compute_dtype
+        return MemoryBank(
+            routing_keys=routing.routing_key(states.routing_key, score=self.config.routing_score).astype(dtype),
+            content_k=states.content_k.astype(dtype),
+            content_v=states.content_v.astype(dtype),
+            layout=layout,
+        )
+
+    def encode_template(self, tokens: jax.Array) -> KeyValues:
+        """Keys and values [L, B, S, K, D] of template prefixes [B, S], positions from 0, without memory."""
+        b, s = tokens.shape
+        return self(tokens, positions=jnp.broadcast_to(jnp.arange(s), (b, s))).own
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array,
+        mask: jax.Array | None = None,
+        past: KeyValues | None = None,
+        slot: jax.Array | None = None,
+        bank: MemoryBank | None = None,
+        route: jax.Array | None = None,
+        visible: jax.Array | None = None,
+        selection: routing.Selection | None = None,
+        mean_over_tokens: bool | jax.Array = False,
+        return_hidden: bool = False,
+    ) -> ModelOutput:
+        """Stages 2 and 3: the active context attends to template prefix, selected documents, and itself.
+
+        Args:
+          tokens: [B, T] int32.
+          positions: [B, T] int32; the active context starts at `config.position_offset`.
+          mask: [B, S] bool, tokens that exist, those of `past` included; default all.
+          past: a template prefix (batch 1 or B), or with `slot` a cache of fixed size S.
+          slot: scalar int32, where in the cache the one new token goes; without it `past` is extended.
+          bank: memory bank; None reads no memory.
+          route: [B, T] bool, tokens that route (role 0); default all that `mask` keeps.
+          visible: [B, N] bool, documents that a question may see; default all.
+          selection: [L_r, B, k] fields, documents selected at prefill; skips routing.
+          mean_over_tokens: see `MemorySparseAttention`.
+          return_hidden: also return every layer's input.
+
+        Raises:
+          ValueError: shapes that do not fit together.
+        """
+        c = self.config
+        expected = tokens.shape if past is None or slot is not None else (
+            tokens.shape[0], past.k.shape[2] + tokens.shape[1]
+        )  # fmt: skip
+        if slot is not None and past is not None:
+            expected = (tokens.shape[0], past.k.shape[2])
+        if mask is not None and mask.shape != expected:
+            raise ValueError(f"MSATransformer: mask must be [B, S] = {expected}, got {mask.shape}.")
+        x = self.embed(tokens)
+        own, scores, selections, hidden = [], [], [], []
+        first_router = 0
+        for (is_router, first, count), group in zip(c.layer_groups, self.groups, strict=True):
+            reads_bank = is_router and bank is not None
+            part = slice(first, first + count)
+            routers = slice(first_router, first_router + count)
+            first_router += count if is_router else 0
+            xs = {"past": None if past is None else (past.k[part], past.v[part])}
+            if reads_bank:
+                xs["memory"] = (bank.routing_keys[routers], bank.content_k[routers], bank.content_v[routers])
+                xs["selection"] = jax.tree.map(lambda s, routers=routers: s[routers], selection)
+
+            def body(layer, x, xs, reads_bank=reads_bank):
+                past_k, past_v = xs["past"] or (None, None)
+                kwargs = dict(positions=positions, mask=mask, past_k=past_k, past_v=past_v, slot=slot)
+                if reads_bank:
+                    keys, content_k, content_v = xs["memory"]
+                    kwargs |= dict(
+                        memory=LayerMemory(
+                            routing_keys=keys, content_k=content_k, content_v=content_v, layout=bank.layout
+                        ),
+                        route=route, visible=visible,
+                        selection=xs["selection"], mean_over_tokens=mean_over_tokens,
+                    )  # fmt: skip
+                y, result = layer(x, **kwargs)
+                ys = (KeyValues(k=result.k, v=result.v), result.document_scores, result.selection)
+                return y, (*ys, x if return_hidden else None)
+
+            x, ys = scan_stack(group, body, x, xs, remat=c.remat)
+            for kept, value in zip((own, scores, selections, hidden), ys, strict=True):
+                kept.append(value)
+        x = self.final_norm(x)
+        return ModelOutput(
+            hidden=x,
+            own=_concat(own),
+            document_scores=_concat(scores),
+            selection=_concat(selections),
+            all_hidden=_concat([*hidden, x[None]]) if return_hidden else None,
+        )

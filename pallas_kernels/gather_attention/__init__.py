@@ -1,0 +1,1 @@
+"""Attention over chunk ranges of a memory bank and own tokens, in one softmax."""
