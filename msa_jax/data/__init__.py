@@ -1,0 +1,31 @@
+"""Sources -> documents and questions -> tokens -> packed batches. Knows no model."""
+
+from msa_jax.data.batch import Batch, DocumentBatch, QuestionBatch, pack_documents, pack_questions
+from msa_jax.data.pipeline import make_dataset
+from msa_jax.data.records import DataError, Document, Episode, Question
+from msa_jax.data.samples import LossWeights, Renderer
+from msa_jax.data.sources import CorpusSource, NeedleSource, Source, frequent_words, training_texts
+from msa_jax.data.templates import Template
+from msa_jax.data.tokenizer import Tokenizer
+
+__all__ = [
+    "Batch",
+    "CorpusSource",
+    "DataError",
+    "Document",
+    "DocumentBatch",
+    "Episode",
+    "LossWeights",
+    "NeedleSource",
+    "Question",
+    "QuestionBatch",
+    "Renderer",
+    "Source",
+    "Template",
+    "Tokenizer",
+    "frequent_words",
+    "make_dataset",
+    "pack_documents",
+    "pack_questions",
+    "training_texts",
+]

@@ -1,0 +1,89 @@
+"""The input pipeline (grain): a source's questions, shuffled for ever, into packed batches of one static shape."""
+
+import grain
+import numpy as np
+
+from msa_jax.data.batch import Batch, pack_documents, pack_questions, rows_needed
+from msa_jax.data.records import DataError
+from msa_jax.data.samples import LossWeights, Renderer
+from msa_jax.data.sources.base import Source
+from msa_jax.data.tokenizer import Tokenizer
+
+
+def make_dataset(
+    source: Source,
+    tokenizer: Tokenizer,
+    *,
+    num_documents: int,
+    num_questions: int,
+    chunk_size: int,
+    row_len: int,
+    question_len: int,
+    seed: int,
+    document_len: int | None = None,
+    num_rows: int | None = None,
+    loss_weights: LossWeights | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_threads: int = 2,
+    prefetch: int = 4,
+) -> grain.IterDataset:
+    """An endless dataset of `Batch`es, every one of the same shapes, numpy arrays throughout.
+
+    `num_documents` N and `num_questions` B are what this process gets in a batch; all questions share the documents.
+    Documents longer than `document_len` tokens (default: a row) have their text cut. `num_rows` R defaults to what
+    N documents of `document_len` tokens may need at worst; a smaller one saves padding when most are shorter.
+    The same arguments give the same batches; processes get different questions, documents and numbers. The iterator's
+    `get_state` and `set_state` keep and restore its position.
+    Raises DataError on arguments that cannot work, before any batch is made.
+    """
+    if len(source) == 0:
+        raise DataError(
+            "the source has no question in this split; give it more data or another eval_fraction"
+        )
+    if min(num_documents, num_questions, question_len) < 1:
+        raise DataError("num_documents, num_questions and question_len must be at least 1")
+    if not 0 <= process_index < process_count:
+        raise DataError(
+            f"process_index must be in 0..process_count - 1, got {process_index} of {process_count}"
+        )
+    if len(source) < process_count:
+        raise DataError(
+            f"{len(source)} questions cannot be shared by {process_count} processes; give more data"
+        )
+    document_len = row_len if document_len is None else document_len
+    rows = rows_needed(num_documents, document_len, chunk_size, row_len) if num_rows is None else num_rows
+    renderer = Renderer(tokenizer, document_len, loss_weights)
+    id_digits = tokenizer.template.id_digits
+
+    def assemble(indices: np.ndarray, rng: np.random.Generator) -> Batch:
+        episode = source.episode(indices.tolist(), num_documents, rng, id_digits)
+        documents, samples, relevant = renderer.episode(episode)
+        return Batch(
+            documents=pack_documents(
+                documents,
+                chunk_size=chunk_size,
+                row_len=row_len,
+                num_rows=rows,
+                num_documents=num_documents,
+                pad_id=tokenizer.pad_id,
+            ),
+            questions=pack_questions(
+                samples,
+                question_len=question_len,
+                visible=np.ones_like(relevant),
+                relevant=relevant,
+                pad_id=tokenizer.pad_id,
+            ),
+        )
+
+    questions = grain.MapDataset.range(len(source)).seed(_seed(seed)).shuffle().repeat()
+    mine = questions[process_index::process_count].batch(num_questions, drop_remainder=True)
+    # Processes share the order of questions, not the draws: theirs come from a seed of their own.
+    batches = mine.random_map(assemble, seed=_seed(seed, 1 + process_index))
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
+    return batches.to_iter_dataset(options)
+
+
+def _seed(*entropy: int) -> int:
+    return int(np.random.SeedSequence(entropy).generate_state(1)[0])

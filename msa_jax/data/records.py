@@ -1,0 +1,71 @@
+"""What data is made of: documents, questions, and the episodes that batches are built from."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+class DataError(ValueError):
+    """Bad data or a request that the data cannot meet; the message says what, where and how to mend it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text that is encoded alone.
+
+    `id` is its identity (two documents may share a text, never an id). `tokens`, where given, is
+    `tokenizer.encode(" " + text)`, made ahead of time by sources that build documents out of tokens.
+    """
+
+    id: str
+    title: str
+    text: str
+    tokens: np.ndarray | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question, the answers that count as right (the first is trained on), and the documents that hold them.
+
+    No answers means retrieval only: the reply then ends where retrieval ends.
+    """
+
+    id: str
+    question: str
+    answers: tuple[str, ...]
+    supporting_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Episode:
+    """A set of documents and questions about them: one training batch before tokens.
+
+    `numbers[i]` is the number by which the model names `documents[i]`, such as 4 in `[4]`.
+    Raises DataError when numbers or ids repeat, or a question is supported by a document that is not here.
+    """
+
+    documents: list[Document]
+    numbers: list[int]
+    questions: list[Question]
+
+    def __post_init__(self):
+        if len(self.numbers) != len(self.documents):
+            raise DataError(
+                f"an episode needs one number a document: {len(self.documents)} documents, {len(self.numbers)} numbers"
+            )
+        if len(set(self.numbers)) != len(self.numbers):
+            raise DataError("document numbers of an episode must differ; draw them without replacement")
+        ids = {document.id for document in self.documents}
+        if len(ids) != len(self.documents):
+            raise DataError("document ids of an episode must differ; a document can be given once only")
+        for question in self.questions:
+            missing = [i for i in question.supporting_ids if i not in ids]
+            if missing:
+                raise DataError(
+                    f"question {question.id!r} is supported by {missing[0]!r}, which is not among the episode's "
+                    f"{len(ids)} documents; add that document"
+                )
+
+    def index_of(self) -> dict[str, int]:
+        """Document id -> its place in `documents`."""
+        return {document.id: i for i, document in enumerate(self.documents)}

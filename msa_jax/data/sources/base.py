@@ -1,0 +1,110 @@
+"""What a source is, and the one way of splitting and drawing that all sources share."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Literal, Protocol
+
+import numpy as np
+
+from msa_jax.data.records import DataError, Document, Episode, Question
+
+Split = Literal["train", "eval"]
+
+
+class Source(Protocol):
+    """Documents and questions of one split. Reading is thread-safe and uses no randomness but the `rng` given."""
+
+    def __len__(self) -> int:
+        """Number of question slots: what `indices` index."""
+
+    def texts(self) -> Iterator[str]:
+        """What a tokenizer is trained on, always in the same order."""
+
+    def episode(
+        self, indices: Sequence[int], num_documents: int, rng: np.random.Generator, id_digits: int = 7
+    ) -> Episode:
+        """Asks the questions at `indices` of `num_documents` distinct documents in random order.
+
+        All supporting documents are there; the others are drawn by `rng`, and so are the documents' numbers, out of
+        0..10**id_digits - 1. Raises DataError when `num_documents` is too small or the source has too few.
+        """
+
+
+def check_split(split: str, eval_fraction: float) -> None:
+    """Raises DataError unless the split exists and the fraction leaves something on both sides."""
+    if split not in ("train", "eval"):
+        raise DataError(f'split must be "train" or "eval", got {split!r}')
+    if not 0 < eval_fraction < 1:
+        raise DataError(f"eval_fraction must lie between 0 and 1, got {eval_fraction}")
+
+
+def stable_hash(key: str | bytes) -> int:
+    """64-bit hash that is the same on every machine and in every process."""
+    data = key.encode() if isinstance(key, str) else key
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
+
+
+def in_split(key: str | bytes, split: Split, eval_fraction: float) -> bool:
+    """Whether what `key` names belongs to `split`: decided by the key alone, so it never moves."""
+    return (stable_hash(key) < eval_fraction * 2**64) == (split == "eval")
+
+
+def draw_numbers(rng: np.random.Generator, count: int, id_digits: int) -> np.ndarray:
+    """Distinct document numbers, int64 [count], out of 0..10**id_digits - 1."""
+    limit = 10**id_digits
+    if count > limit:
+        raise DataError(
+            f"{count} documents cannot have distinct numbers of {id_digits} digits; raise id_digits"
+        )
+    if count * 2 > limit:
+        return rng.permutation(limit)[:count]
+    found = np.empty(0, np.int64)
+    while len(found) < count:
+        found = first_unique(np.concatenate([found, rng.integers(0, limit, count + 16)]))
+    return found[:count]
+
+
+def first_unique(values: np.ndarray) -> np.ndarray:
+    """The distinct values in order of first appearance."""
+    return values[np.sort(np.unique(values, return_index=True)[1])]
+
+
+class CorpusSource:
+    """A source over given documents and the questions of one split: what the sources of real text build on."""
+
+    def __init__(self, documents: Sequence[Document], questions: Sequence[Question]):
+        self.documents = list(documents)
+        self.questions = list(questions)
+        self._index = {document.id: i for i, document in enumerate(self.documents)}
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def texts(self) -> Iterator[str]:
+        """Every document's text, then every question of the split."""
+        yield from (document.text for document in self.documents)
+        yield from (question.question for question in self.questions)
+
+    def episode(
+        self, indices: Sequence[int], num_documents: int, rng: np.random.Generator, id_digits: int = 7
+    ) -> Episode:
+        """See `Source.episode`. An index given twice is asked twice of the same documents."""
+        questions = [self.questions[i] for i in indices]
+        needed = dict.fromkeys(self._index[d] for q in questions for d in q.supporting_ids)
+        if len(needed) > num_documents:
+            raise DataError(
+                f"{len(questions)} questions need {len(needed)} supporting documents and num_documents is "
+                f"{num_documents}; raise num_documents or ask fewer questions at once"
+            )
+        total = len(self.documents)
+        if num_documents > total:
+            raise DataError(
+                f"num_documents is {num_documents} and the source has {total} documents; lower it"
+            )
+        # Among this many distinct draws there are enough that nobody needs.
+        drawn = rng.choice(total, num_documents, replace=False).tolist()
+        others = [i for i in drawn if i not in needed][: num_documents - len(needed)]
+        chosen = [*needed, *others]
+        order = rng.permutation(num_documents)
+        numbers = draw_numbers(rng, num_documents, id_digits)
+        return Episode([self.documents[chosen[i]] for i in order], numbers.tolist(), questions)

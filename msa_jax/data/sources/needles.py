@@ -1,0 +1,261 @@
+"""Needles in haystacks, in RULER's form: real text, each document with one made-up fact inserted in it."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from msa_jax.data.records import DataError, Document, Episode, Question
+from msa_jax.data.samples import Renderer
+from msa_jax.data.sources.base import Split, check_split, draw_numbers, in_split
+from msa_jax.data.sources.keys import KeyPool, common_words, key_fields
+from msa_jax.data.tokenizer import Tokenizer
+
+NEEDLE = "One of the special magic numbers for {key} is: {value}."
+QUESTION = "What is the special magic number for {key} mentioned in the provided text?"
+
+
+def training_texts(
+    haystack_texts: Iterable[str],
+    *,
+    needle: str = NEEDLE,
+    question: str = QUESTION,
+    key_format: str = "{a}-{n}",
+    num_words: int = 256,
+) -> Iterator[str]:
+    """What to train a tokenizer on: the haystack, and the frames and keys of its `num_words` commonest words.
+
+    Frames and keys come as often as BPE needs to give a frequent word one token in both places of a key.
+    """
+    texts = list(haystack_texts)
+    yield from texts
+    words = common_words(texts, num_words) or ["word"]
+    fields = key_fields(key_format)
+    length = sum(map(len, texts))
+    keys = [
+        key_format.format(**{field: words[(i + j) % len(words)] for j, field in enumerate(fields)})
+        for i in range(len(words))
+    ]
+    for i in range(64 + length // 4000):
+        yield " " + needle.format(key=keys[i % len(keys)], value="0")
+        yield question.format(key=keys[i % len(keys)])
+    for _ in range(1 + length // 20000):
+        yield " " + " ".join(keys)
+
+
+class NeedleSource:
+    """Documents of `haystack_texts`, cut into passages, each with the needle of one key; asks for needles.
+
+    A slot is a passage: `indices` of an episode pick the passages that carry the needles asked for. Every rendered
+    document has at most `document_tokens` tokens; needles are never cut. Passages are split by stable hash, and so
+    are keys: no key that eval asks for occurs in training. Of the other documents `needle_fraction` carry needles
+    too. `hard_fraction` of the keys share their words with many other keys (see KeyPool.draw).
+    Raises DataError when formats lack their fields, needles do not fit, or the split has no passage.
+    """
+
+    def __init__(
+        self,
+        haystack_texts: Iterable[str],
+        words: Sequence[str],
+        tokenizer: Tokenizer,
+        *,
+        document_tokens: int,
+        split: Split = "train",
+        eval_fraction: float = 0.1,
+        needle: str = NEEDLE,
+        question: str = QUESTION,
+        key_format: str = "{a}-{n}",
+        value_digits: int = 7,
+        hard_fraction: float = 0.75,
+        needle_fraction: float = 1.0,
+    ):
+        check_split(split, eval_fraction)
+        for name, text, fields in (("needle", needle, ("key", "value")), ("question", question, ("key",))):
+            absent = [f"{{{field}}}" for field in fields if f"{{{field}}}" not in text]
+            if absent:
+                raise DataError(f"the {name} format must hold {' and '.join(absent)}, got {text!r}")
+        for name, share in (("hard_fraction", hard_fraction), ("needle_fraction", needle_fraction)):
+            if not 0 <= share <= 1:
+                raise DataError(f"{name} must be in 0..1, got {share}")
+        self.keys = KeyPool(words, key_format, split, eval_fraction)
+        self._tokenizer, self._split = tokenizer, split
+        self._needle, self._question, self._value_digits = needle, question, value_digits
+        self._hard_fraction, self._needle_fraction = hard_fraction, needle_fraction
+        self._haystack_texts = list(haystack_texts)
+        self._body_len = Renderer(tokenizer, document_tokens).body_len
+        self._check_needle(document_tokens)
+        self._starts_word = np.array(
+            [
+                len(text) > 1 and text[0] == " "
+                for text in tokenizer.decode_batch([[i] for i in range(tokenizer.vocab_size)])
+            ]
+        )
+        self._cut_passages(eval_fraction)
+
+    def __len__(self) -> int:
+        return len(self._passages)
+
+    def texts(self) -> Iterator[str]:
+        return training_texts(
+            self._haystack_texts,
+            needle=self._needle,
+            question=self._question,
+            key_format=self.keys.key_format,
+        )
+
+    def episode(
+        self, indices: Sequence[int], num_documents: int, rng: np.random.Generator, id_digits: int = 7
+    ) -> Episode:
+        """See `Source.episode`. Each index makes a document and the question about its needle."""
+        if len(indices) > num_documents:
+            raise DataError(
+                f"{len(indices)} questions need as many documents and num_documents is {num_documents}"
+            )
+        if num_documents > len(self):
+            raise DataError(
+                f"num_documents is {num_documents} and the {self._split} split has {len(self)} passages; "
+                f"give more haystack text, or use NeedleSource.memory, which uses passages again"
+            )
+        others = self._other_passages(rng, np.asarray(indices), num_documents - len(indices))
+        questions, blocks = self._make(
+            rng, np.concatenate([indices, others]), len(indices), id_digits, num_documents
+        )
+        documents, numbers = next(blocks)
+        return Episode(documents, numbers, questions)
+
+    def memory(
+        self,
+        num_documents: int,
+        num_questions: int,
+        rng: np.random.Generator,
+        *,
+        id_digits: int = 7,
+        block_size: int = 4096,
+    ) -> tuple[list[Question], Iterator[tuple[list[Document], list[int]]]]:
+        """An episode of any size, its documents made block by block: (questions, blocks of documents and numbers).
+
+        All keys, numbers and ids are distinct over all blocks; passages are used again when they run out.
+        """
+        if num_questions > num_documents:
+            raise DataError(
+                f"{num_questions} questions need as many documents and num_documents is {num_documents}"
+            )
+        rounds = -(-num_documents // len(self))
+        passages = np.concatenate([rng.permutation(len(self)) for _ in range(rounds)])[:num_documents]
+        return self._make(rng, passages, num_questions, id_digits, block_size)
+
+    def _make(
+        self, rng: np.random.Generator, passages: np.ndarray, asked: int, id_digits: int, block_size: int
+    ):
+        """The first `asked` of `passages` carry the needles asked for; documents come in random order."""
+        count = len(passages)
+        carriers = asked + round(self._needle_fraction * (count - asked))
+        words = self.keys.draw(rng, asked, carriers - asked, self._hard_fraction)
+        values = rng.integers(0, 10, (carriers, self._value_digits))
+        numbers = draw_numbers(rng, count, id_digits)
+        order = rng.permutation(count)
+        questions = [
+            Question(
+                id=f"{self._split}:{passage}:{key}",
+                question=self._question.format(key=key),
+                answers=("".join(map(str, value)),),
+                supporting_ids=(str(number),),
+            )
+            for passage, key, value, number in zip(
+                passages[:asked].tolist(),
+                self.keys.format(words[:asked]),
+                values[:asked].tolist(),
+                numbers.tolist(),
+            )
+        ]
+
+        def blocks() -> Iterator[tuple[list[Document], list[int]]]:
+            for begin in range(0, count, block_size):
+                some = order[begin : begin + block_size]
+                carrying = some[some < carriers]
+                needles = self._needle_texts(words[carrying], values[carrying])
+                bodies = self._bodies(rng, passages[some], some < carriers, needles)
+                chosen = numbers[some].tolist()
+                texts = self._tokenizer.decode_batch(bodies)
+                documents = [
+                    Document(str(n), "", text[1:], body)
+                    for n, text, body in zip(chosen, texts, bodies, strict=True)
+                ]
+                yield documents, chosen
+
+        return questions, blocks()
+
+    def _needle_texts(self, words: np.ndarray, values: np.ndarray) -> list[str]:
+        keys = self.keys.format(words)
+        digits = ["".join(map(str, value)) for value in values.tolist()]
+        return [" " + self._needle.format(key=k, value=v) for k, v in zip(keys, digits, strict=True)]
+
+    def _bodies(
+        self, rng: np.random.Generator, passages: np.ndarray, carries: np.ndarray, needles: list[str]
+    ) -> list[np.ndarray]:
+        """Documents' text as tokens: passages cut at a word's start, needles put in at a word's start."""
+        encoded = self._tokenizer.encode_batch(needles)
+        sizes = np.zeros(len(passages), np.int64)
+        sizes[carries] = [len(needle) for needle in encoded]
+        pieces = np.fromiter((t for needle in encoded for t in needle), np.int32)
+        cut = self._word_before[passages, np.minimum(self._body_len - sizes, self._passage_len[passages])]
+        depth = self._word_before[passages, rng.integers(0, cut + 1)]
+        lengths = cut + sizes
+        row = np.repeat(np.arange(len(passages)), lengths)
+        ends = np.cumsum(lengths)
+        at = np.arange(len(row)) - (ends - lengths)[row]
+        inside = at - depth[row]  # place within the needle, if 0 <= inside < its size
+        is_needle = (inside >= 0) & (inside < sizes[row])
+        tokens = self._passages[passages[row], np.where(inside < 0, at, np.maximum(at - sizes[row], 0))]
+        tokens[is_needle] = pieces[((np.cumsum(sizes) - sizes)[row] + inside)[is_needle]]
+        return np.split(tokens, ends[:-1])
+
+    def _other_passages(self, rng: np.random.Generator, taken: np.ndarray, count: int) -> np.ndarray:
+        drawn = rng.choice(len(self), min(len(self), count + len(taken)), replace=False)
+        return drawn[~np.isin(drawn, taken)][:count]
+
+    def _cut_passages(self, eval_fraction: float) -> None:
+        """Cuts the haystack into passages of this split, each a body's length at most and whole words."""
+        size = self._body_len
+        passages = []
+        for ids in self._tokenizer.encode_batch([" " + text for text in self._haystack_texts]):
+            tokens = np.asarray(ids, np.int32)
+            starts = np.flatnonzero(self._starts_word[tokens])
+            begin = 0
+            while len(starts) and begin + size // 2 <= len(tokens):
+                end = starts[np.searchsorted(starts, begin + size, "right") - 1]
+                if begin + size >= len(tokens):
+                    end = len(tokens)
+                if end <= begin:  # one endless word: go on behind it
+                    after = starts[starts > begin]
+                    if not len(after):
+                        break
+                    begin = int(after[0])
+                    continue
+                passages.append(tokens[begin:end])
+                begin = int(end)
+        own = [p for p in passages if in_split(p.tobytes(), self._split, eval_fraction)]
+        if not own:
+            raise DataError(
+                f"the haystack has {len(passages)} passages of about {size} tokens and none is in the {self._split} "
+                f"split; give more text"
+            )
+        self._passage_len = np.array([len(p) for p in own])
+        self._passages = np.zeros((len(own), size + 1), np.int32)
+        for row, passage in zip(self._passages, own, strict=True):
+            row[: len(passage)] = passage
+        # _word_before[p, i]: the last place <= i of passage p where it may be cut.
+        may_cut = self._starts_word[self._passages]
+        place = np.arange(size + 1)
+        may_cut[place == self._passage_len[:, None]] = True
+        may_cut[place > self._passage_len[:, None]] = False
+        self._word_before = np.maximum.accumulate(np.where(may_cut, place, 0), axis=1).astype(np.int32)
+
+    def _check_needle(self, document_tokens: int) -> None:
+        words = np.arange(len(self.keys.words))[:, None].repeat(len(self.keys.fields), 1)
+        digits = np.zeros((len(words), self._value_digits), np.int64)
+        longest = max(map(len, self._tokenizer.encode_batch(self._needle_texts(words, digits))))
+        if longest > self._body_len:
+            raise DataError(
+                f"document_tokens {document_tokens} leaves {self._body_len} tokens for text and a needle takes up to "
+                f"{longest}; raise document_tokens to {document_tokens + longest - self._body_len} or more"
+            )
