@@ -1,0 +1,37 @@
+# Every target sets up .venv first if it has to. `make help` lists them.
+PY := .venv/bin/python
+STAMP := .venv/.setup-done
+DEMO := --config=configs/demo.py --workdir=runs/demo
+set_up = @python=$$(scripts/find_python.sh) && "$$python" scripts/make_venv.py
+
+.PHONY: help setup demo test bench lint clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+
+setup: $(STAMP)  ## make .venv and install everything into it
+
+# The second rule is for a .venv whose Python has gone: its stamp alone would look up to date.
+$(STAMP): setup.cfg pyproject.toml | $(PY)
+	$(set_up)
+
+$(PY):
+	$(set_up)
+
+demo: setup  ## train a small model, then measure it from 16K to 1M tokens of memory
+	$(PY) train.py $(DEMO)
+	$(PY) eval.py $(DEMO) --memory_tokens=16384,65536,262144,1048576
+
+test: lint  ## ruff, then every test that is not marked slow
+	$(PY) -m pytest -n 2 --dist worksteal -q
+
+bench: setup  ## time the routing
+	$(PY) -m benchmarks.routing
+
+lint: setup  ## ruff alone
+	$(PY) -m ruff check
+
+clean:  ## remove caches and build leftovers; .venv and runs stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

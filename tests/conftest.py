@@ -1,0 +1,50 @@
+"""What every test runs under: two CPU devices, strict shapes, exact matrix products; and the test data."""
+
+import os
+import pathlib
+
+# Before JAX is imported. Two devices, so that sharded code shards; more would only slow two cores down.
+# A caller's own setting wins: JAX_PLATFORMS=cuda runs the tests on a GPU.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("MPLBACKEND", "agg")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    flags = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=2"]
+    os.environ["XLA_FLAGS"] = " ".join(flags).strip()
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")
+
+# The time of a first call is compilation, so there is no deadline. CI sees the same examples every time.
+hypothesis.settings.register_profile("local", deadline=None)
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("repeatable" if os.environ.get("CI") else "local")
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def root() -> pathlib.Path:
+    """The root of the repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def test_data() -> pathlib.Path:
+    """The optional folder of recorded tensors and data sets: MSA_TEST_DATA, else ../shared, else a skip.
+
+    An MSA_TEST_DATA that is not a folder fails the test: a slip of the pen must not look like a skip.
+    """
+    named = os.environ.get("MSA_TEST_DATA")
+    if named is not None:
+        folder = pathlib.Path(named)
+        if not folder.is_dir():
+            pytest.fail(f"MSA_TEST_DATA is {named!r}, which is not a folder: correct or unset it.")
+        return folder
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("no test data: set MSA_TEST_DATA to the folder that holds it")
+    return folder
