@@ -1,0 +1,1 @@
+"""Training: losses, schedule, state, step and loop."""
