@@ -15,7 +15,7 @@ ROUTING, REPLY, TEMPLATE = 0, -1, -2
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DocumentBatch:
-    """Documents packed into rows; each starts at a multiple of P, none spans rows, so no chunk mixes documents.
+    """Documents packed into rows. Each starts at a multiple of P and none spans rows: no chunk mixes two.
 
     Chunks are numbered row by row, C = R * W // P of them, and those of a document are contiguous.
     """
@@ -58,13 +58,13 @@ class Sample:
 
 
 def rows_needed(num_documents: int, document_len: int, chunk_size: int, row_len: int) -> int:
-    """Rows that hold any `num_documents` documents of at most `document_len` tokens, whatever their lengths."""
+    """Rows that hold any `num_documents` documents of at most `document_len` tokens each."""
     _check_row(chunk_size, row_len)
     chunks = -(-document_len // chunk_size)
     if chunks * chunk_size > row_len:
         raise DataError(
-            f"a document of {document_len} tokens takes {chunks} chunks of {chunk_size} and a row has {row_len} "
-            f"tokens; raise row_len to {chunks * chunk_size} or shorten documents"
+            f"a document of {document_len} tokens takes {chunks} chunks of {chunk_size} and a row has "
+            f"{row_len} tokens; raise row_len to {chunks * chunk_size} or shorten documents"
         )
     return -(-num_documents // (row_len // chunk_size // chunks))
 
@@ -82,8 +82,11 @@ def pack_documents(
 
     Args:
       token_lists: one list of token ids a document; document i of the batch is `token_lists[i]`.
-      chunk_size: P; documents start at its multiples. row_len: W, a multiple of P.
-      num_rows: R; as many as needed when None. num_documents: N, at least `len(token_lists)`, which it is when None.
+      chunk_size: P; documents start at its multiples.
+      row_len: W, a multiple of P.
+      num_rows: R; as many as needed when None.
+      num_documents: N, at least `len(token_lists)`; just that when None.
+      pad_id: the token that fills what is left.
     Raises:
       DataError: when a document is empty or longer than a row (it is named), or R or N is too small.
     """
@@ -98,15 +101,16 @@ def pack_documents(
     if count and sizes.max() > row_len:
         worst = int(np.argmax(sizes))
         raise DataError(
-            f"document {worst} has {sizes[worst]} tokens and a row only {row_len}; raise row_len or split the document"
+            f"document {worst} has {sizes[worst]} tokens and a row only {row_len}; raise row_len or split "
+            "the document"
         )
     chunks = -(-sizes // chunk_size)
     starts, used_rows = _next_fit(chunks, row_len // chunk_size)
     rows = used_rows if num_rows is None else num_rows
     if used_rows > rows:
         raise DataError(
-            f"{count} documents need {used_rows} rows of {row_len} tokens and num_rows is {rows}; raise num_rows or "
-            f"row_len, or take fewer documents a batch"
+            f"{count} documents need {used_rows} rows of {row_len} tokens and num_rows is {rows}; raise "
+            "num_rows or row_len, or take fewer documents a batch"
         )
     num_chunks = rows * row_len // chunk_size
     tokens = np.full(rows * row_len, pad_id, np.int32)

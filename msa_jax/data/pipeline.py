@@ -1,4 +1,4 @@
-"""The input pipeline (grain): a source's questions, shuffled for ever, into packed batches of one static shape."""
+"""The input pipeline (grain): a source's questions, shuffled for ever, in packed batches of static shape."""
 
 import grain
 import numpy as np
@@ -30,12 +30,13 @@ def make_dataset(
 ) -> grain.IterDataset:
     """An endless dataset of `Batch`es, every one of the same shapes, numpy arrays throughout.
 
-    `num_documents` N and `num_questions` B are what this process gets in a batch; all questions share the documents.
-    Documents longer than `document_len` tokens (default: a row) have their text cut. `num_rows` R defaults to what
-    N documents of `document_len` tokens may need at worst; a smaller one saves padding when most are shorter.
-    The same arguments give the same batches; processes get different questions, documents and numbers. The iterator's
-    `get_state` and `set_state` keep and restore its position.
-    Raises DataError on arguments that cannot work, before any batch is made.
+    `num_documents` N and `num_questions` B are what this process gets in a batch; its questions share its
+    documents. Documents longer than `document_len` tokens (default: a row) have their text cut. `num_rows` R
+    defaults to what N documents of `document_len` tokens may need at worst; a smaller one saves padding when
+    most are shorter.
+    The same arguments give the same batches; processes get different questions, documents and numbers. The
+    iterator's `get_state` and `set_state` keep and restore its position.
+    Raises DataError on arguments that do not fit each other or the source's first batch.
     """
     if len(source) == 0:
         raise DataError(
@@ -52,7 +53,8 @@ def make_dataset(
             f"{len(source)} questions cannot be shared by {process_count} processes; give more data"
         )
     document_len = row_len if document_len is None else document_len
-    rows = rows_needed(num_documents, document_len, chunk_size, row_len) if num_rows is None else num_rows
+    rows = rows_needed(num_documents, document_len, chunk_size, row_len)
+    rows = rows if num_rows is None else num_rows
     renderer = Renderer(tokenizer, document_len, loss_weights)
     id_digits = tokenizer.template.id_digits
 
@@ -81,6 +83,7 @@ def make_dataset(
     mine = questions[process_index::process_count].batch(num_questions, drop_remainder=True)
     # Processes share the order of questions, not the draws: theirs come from a seed of their own.
     batches = mine.random_map(assemble, seed=_seed(seed, 1 + process_index))
+    batches[0]  # so that arguments which do not fit the data fail here, not in a thread later
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
     return batches.to_iter_dataset(options)
 

@@ -25,7 +25,7 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question, the answers that count as right (the first is trained on), and the documents that hold them.
+    """A question, the answers that count as right (the first is trained on), and the documents to find.
 
     No answers means retrieval only: the reply then ends where retrieval ends.
     """
@@ -51,7 +51,8 @@ class Episode:
     def __post_init__(self):
         if len(self.numbers) != len(self.documents):
             raise DataError(
-                f"an episode needs one number a document: {len(self.documents)} documents, {len(self.numbers)} numbers"
+                f"an episode needs one number a document: {len(self.documents)} documents, "
+                f"{len(self.numbers)} numbers"
             )
         if len(set(self.numbers)) != len(self.numbers):
             raise DataError("document numbers of an episode must differ; draw them without replacement")
@@ -62,8 +63,8 @@ class Episode:
             missing = [i for i in question.supporting_ids if i not in ids]
             if missing:
                 raise DataError(
-                    f"question {question.id!r} is supported by {missing[0]!r}, which is not among the episode's "
-                    f"{len(ids)} documents; add that document"
+                    f"question {question.id!r} is supported by {missing[0]!r}, which is not among the "
+                    f"episode's {len(ids)} documents; add that document"
                 )
 
     def index_of(self) -> dict[str, int]:

@@ -26,7 +26,8 @@ class Renderer:
 
     A document's number and its text are encoded apart from what stands around them, so that both are the same
     tokens wherever they occur and a text can be encoded ahead of time.
-    `document_len`: documents that would take more tokens have their text cut, never their ids; None cuts nothing.
+    `document_len`: documents that would take more tokens have their text cut, never their ids; None cuts
+    nothing.
     """
 
     def __init__(
@@ -44,8 +45,8 @@ class Renderer:
         self.document_overhead = self._document.literals + 2 * tokenizer.max_number_len
         if document_len is not None and document_len <= self.document_overhead:
             raise DataError(
-                f"document_len {document_len} leaves no room for text: frame and ids take {self.document_overhead} "
-                f"tokens"
+                f"document_len {document_len} leaves no room for text: frame and ids take "
+                f"{self.document_overhead} tokens"
             )
         self.body_len = None if document_len is None else document_len - self.document_overhead
 
@@ -61,7 +62,7 @@ class Renderer:
         return self._document.fill(self.tokenizer.number_ids(number), self.body(document))[0]
 
     def prompt(self, question: str) -> tuple[list[int], list[int]]:
-        """Token ids and roles of the framed question and the head of the reply; generation starts after it."""
+        """Token ids and roles of the framed question and the reply's head; generation starts after it."""
         asked = self._text(self.tokenizer.template.question, "{question}", question)
         return asked + self._reply_head, [ROUTING] * len(asked) + [TEMPLATE] * len(self._reply_head)
 
@@ -86,7 +87,7 @@ class Renderer:
         return self._text(self.tokenizer.template.reply_answer, "{answer}", answer)
 
     def sample(self, question: Question, supporting: Sequence[tuple[Document, int]]) -> Sample:
-        """The whole chain of one question: prompt, then every supporting document in turn, then the answer."""
+        """The whole chain of one question: prompt, each supporting document in turn, the answer."""
         tokens, roles = self.prompt(question.question)
         loss = [0.0] * len(tokens)
         ids = (self.weights.leading_id, self.weights.trailing_id)
@@ -119,7 +120,7 @@ class Renderer:
         return documents, samples, relevant
 
     def _text(self, frame: str, field: str, value: str) -> list[int]:
-        """A frame with one field. Text between special tokens is encoded in one piece; `value` cannot add any."""
+        """A frame with one field; text between special tokens is encoded whole, and `value` adds none."""
         ids: list[int] = []
         for special, piece in self.tokenizer.split_frame(frame):
             if special:

@@ -25,10 +25,11 @@ _FIELDS = {
 class Template:
     """Frames with the fields `{id}`, `{text}`, `{question}`, `{answer}`, and the special tokens they use.
 
-    The active context is `question`, `reply_head`, then for each document found `reference` and `appended`, then
-    `end_of_retrieve`, `restated`, `reply_answer`. `prefix` stands before everything and is encoded once.
-    `numbers` says how a document's number is spelt: "plain" is `[4]`, digits as text; "place" is `[`, one special
-    token for each of the `id_digits` positions and digits, `]`: a small model learns those far sooner.
+    The active context is `question`, `reply_head`, then for each document found `reference` and `appended`,
+    then `end_of_retrieve`, `restated`, `reply_answer`. `prefix` stands before everything and is encoded once.
+    `numbers` says how a document's number is spelt: "plain" is `[4]`, digits as text; "place" is `[`, one
+    special token for each of the `id_digits` positions and digits, `]`: a small model learns those far
+    sooner.
     Raises DataError when a frame lacks its fields, or the special strings are empty or not distinct.
     """
 
@@ -82,7 +83,7 @@ class Template:
 
     @property
     def special_tokens(self) -> tuple[str, ...]:
-        """Every string that must be one token: the frame's, and the place-value digits if ids are spelt so."""
+        """Every string that must be one token: the frames', and the place-value digits where used."""
         if self.numbers == "plain":
             return self.frame_specials
         places = (self.place_token(p, d) for p in range(self.id_digits) for d in range(10))
@@ -95,12 +96,12 @@ class Template:
 
     @classmethod
     def paper(cls, **changes) -> "Template":
-        """The frames of the paper, for checkpoints trained with them (their tokenizer pads with end-of-text)."""
+        """The paper's frames, for checkpoints trained with them; their tokenizer pads with end-of-text."""
         return cls(**{"pad": "<|endoftext|>", **changes})
 
     @classmethod
     def compact(cls, **changes) -> "Template":
-        """Short frames for small models; quoted documents keep their trailing id, and ids are place-valued."""
+        """Short frames for small models: place-value ids, and quoted documents keep their trailing id."""
         frames = {
             "prefix": "<|im_start|>",
             "question": "{question}\n",
@@ -117,7 +118,7 @@ class Template:
 
     @classmethod
     def from_json(cls, text: str, where: str = "template") -> "Template":
-        """The inverse of `to_json`; `where` names the file in errors. Raises DataError when the text is not one."""
+        """The inverse of `to_json`; `where` names the file in errors. Raises DataError on a bad template."""
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:

@@ -18,8 +18,9 @@ _MODEL_FILE, _TEMPLATE_FILE = "tokenizer.json", "msa_template.json"
 class Tokenizer:
     """Text to token ids and back.
 
-    `encode` treats its text as plain text: a special string inside it stays ordinary characters, so that a document
-    can never forge the end of itself. Special tokens are placed by id (`token_id`, or `encode_frame`).
+    `encode` treats its text as plain text: a special string inside it stays ordinary characters, so that a
+    document can never forge the end of itself. Special tokens are placed by id (`token_id`, or
+    `encode_frame`).
     """
 
     def __init__(self, inner: tokenizers.Tokenizer, template: Template):
@@ -28,8 +29,9 @@ class Tokenizer:
         if missing:
             shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
             raise DataError(
-                f"the tokenizer has no token for {shown}; give a template ({_TEMPLATE_FILE}) that names tokens it "
-                f"has, or load it with add_missing=True (the model's vocabulary must have room for them)"
+                f"the tokenizer has no token for {shown}; give a template ({_TEMPLATE_FILE}) that names "
+                "tokens it has, or load it with add_missing=True (the model's vocabulary must have room "
+                "for them)"
             )
         inner.encode_special_tokens = True  # special strings within text are text
         inner.no_padding()
@@ -50,7 +52,7 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, template: Template | None = None) -> "Tokenizer":
-        """Trains byte-level BPE on `texts`, every digit its own token; `vocab_size` counts special tokens too.
+        """Trains byte-level BPE on `texts`, each digit its own token; `vocab_size` includes special tokens.
 
         The default template is `Template.compact()`. The same texts give the same tokenizer.
         Raises DataError when `vocab_size` cannot hold the 256 bytes and the special tokens.
@@ -81,7 +83,7 @@ class Tokenizer:
     ) -> "Tokenizer":
         """Reads `tokenizer.json` and, unless `template` is given, `msa_template.json` (absent: the paper's).
 
-        Works on the folder of a published checkpoint too. `add_missing` appends special tokens that are missing.
+        Works on a published checkpoint's folder too. `add_missing` appends special tokens that are missing.
         Raises DataError when a file is missing or damaged, or special tokens are missing.
         """
         path = Path(folder) / _MODEL_FILE

@@ -12,7 +12,7 @@ Split = Literal["train", "eval"]
 
 
 class Source(Protocol):
-    """Documents and questions of one split. Reading is thread-safe and uses no randomness but the `rng` given."""
+    """Documents and questions of one split. Reading is thread-safe; all randomness comes from `rng`."""
 
     def __len__(self) -> int:
         """Number of question slots: what `indices` index."""
@@ -25,8 +25,9 @@ class Source(Protocol):
     ) -> Episode:
         """Asks the questions at `indices` of `num_documents` distinct documents in random order.
 
-        All supporting documents are there; the others are drawn by `rng`, and so are the documents' numbers, out of
-        0..10**id_digits - 1. Raises DataError when `num_documents` is too small or the source has too few.
+        All supporting documents are there; the others are drawn by `rng`, and so are the documents' numbers,
+        out of 0..10**id_digits - 1. Raises DataError when `num_documents` is too small or the source has too
+        few.
         """
 
 
@@ -70,7 +71,7 @@ def first_unique(values: np.ndarray) -> np.ndarray:
 
 
 class CorpusSource:
-    """A source over given documents and the questions of one split: what the sources of real text build on."""
+    """A source over given documents and the questions of one split: what sources of real text build on."""
 
     def __init__(self, documents: Sequence[Document], questions: Sequence[Question]):
         self.documents = list(documents)

@@ -1,4 +1,4 @@
-"""Needle keys: tuples of words, drawn without repetition, some of them easily confused, split by stable hash."""
+"""Needle keys: tuples of words, drawn without repetition, some easily confused, split by stable hash."""
 
 import re
 from collections import Counter
@@ -36,8 +36,8 @@ def frequent_words(
     found = [word for word, key in zip(words, keys, strict=True) if len(key) <= literal + len(fields)]
     if len(found) < count:
         raise DataError(
-            f"only {len(found)} words of the texts are single tokens in keys like {key_format!r}, {count} are wanted; "
-            f"train the tokenizer with a larger vocab_size, give more text, or ask for fewer words"
+            f"only {len(found)} words of the texts are single tokens in keys like {key_format!r}, {count} "
+            "are wanted; train the tokenizer with a larger vocab_size, give more text, or ask for fewer words"
         )
     return found[:count]
 
@@ -51,7 +51,10 @@ def key_fields(key_format: str) -> list[str]:
 
 
 class KeyPool:
-    """All keys of `key_format` over `words`. In the eval split, asked keys are ones that training never uses."""
+    """All keys of `key_format` over `words`. The eval split asks for keys that training never uses.
+
+    Raises DataError when words repeat or there are fewer than two.
+    """
 
     def __init__(self, words: Sequence[str], key_format: str, split: Split, eval_fraction: float):
         self.words = list(words)
@@ -71,18 +74,19 @@ class KeyPool:
     def format(self, words: np.ndarray) -> list[str]:
         """Keys as text, of word indices [n, fields]."""
         columns = [[self.words[i] for i in column] for column in words.T.tolist()]
-        return [self.key_format.format(**dict(zip(self.fields, key, strict=True))) for key in zip(*columns)]
+        keys = (dict(zip(self.fields, key, strict=True)) for key in zip(*columns, strict=True))
+        return [self.key_format.format(**key) for key in keys]
 
     def draw(self, rng: np.random.Generator, asked: int, others: int, hard_fraction: float) -> np.ndarray:
         """Distinct keys, word indices int64 [asked + others, fields], the asked ones first.
 
-        `hard_fraction` of them come from a pool of as few words as can hold them, so each shares words with many.
+        `hard_fraction` of them come from a pool of as few words as can hold them, so each shares words with
+        many.
         Raises DataError when there are not that many keys.
         """
         hard_asked, hard_others = round(hard_fraction * asked), round(hard_fraction * others)
         hard = self._hard(rng, hard_asked, hard_others)
-        # Word order of the pool must not tell asked keys from others, nor may a key be drawn twice.
-        used = hard[0] if not len(hard[1]) else np.concatenate(hard)
+        used = np.concatenate(hard)
         easy_asked = self._easy(rng, asked - len(hard[0]), used, self._is_own)
         used = np.concatenate([used, easy_asked])
         easy_others = self._easy(rng, others - len(hard[1]), used, self._may_distract)
@@ -119,8 +123,9 @@ class KeyPool:
             found = first_unique(np.concatenate([found, drawn[~np.isin(drawn, used)]]))
         if len(found) < count:
             raise DataError(
-                f"{len(self.words)} words make {self.size} keys {self.key_format!r}, too few here ({count} more are "
-                f"wanted of the {self._split} split); give more words, or a key_format with more of them"
+                f"{len(self.words)} words make {self.size} keys {self.key_format!r}, too few here ({count} "
+                f"more are wanted of the {self._split} split); give more words, or a key_format with more "
+                "of them"
             )
         return found[:count]
 

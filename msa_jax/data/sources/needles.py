@@ -45,10 +45,11 @@ def training_texts(
 class NeedleSource:
     """Documents of `haystack_texts`, cut into passages, each with the needle of one key; asks for needles.
 
-    A slot is a passage: `indices` of an episode pick the passages that carry the needles asked for. Every rendered
-    document has at most `document_tokens` tokens; needles are never cut. Passages are split by stable hash, and so
-    are keys: no key that eval asks for occurs in training. Of the other documents `needle_fraction` carry needles
-    too. `hard_fraction` of the keys share their words with many other keys (see KeyPool.draw).
+    A slot is a passage: `indices` of an episode pick the passages that carry the needles asked for. Every
+    rendered document has at most `document_tokens` tokens; needles are never cut. Passages are split by
+    stable hash, and so are keys: no key that eval asks for occurs in training. Of the other documents
+    `needle_fraction` carry needles too. `hard_fraction` of the keys share their words with many other keys
+    (see KeyPool.draw).
     Raises DataError when formats lack their fields, needles do not fit, or the split has no passage.
     """
 
@@ -83,12 +84,8 @@ class NeedleSource:
         self._haystack_texts = list(haystack_texts)
         self._body_len = Renderer(tokenizer, document_tokens).body_len
         self._check_needle(document_tokens)
-        self._starts_word = np.array(
-            [
-                len(text) > 1 and text[0] == " "
-                for text in tokenizer.decode_batch([[i] for i in range(tokenizer.vocab_size)])
-            ]
-        )
+        spelt = tokenizer.decode_batch([[i] for i in range(tokenizer.vocab_size)])
+        self._starts_word = np.array([text[:1] == " " and text[1:2].strip() != "" for text in spelt])
         self._cut_passages(eval_fraction)
 
     def __len__(self) -> int:
@@ -131,7 +128,7 @@ class NeedleSource:
         id_digits: int = 7,
         block_size: int = 4096,
     ) -> tuple[list[Question], Iterator[tuple[list[Document], list[int]]]]:
-        """An episode of any size, its documents made block by block: (questions, blocks of documents and numbers).
+        """An episode of any size, made block by block: (questions, iterator of (documents, numbers)).
 
         All keys, numbers and ids are distinct over all blocks; passages are used again when they run out.
         """
@@ -153,6 +150,7 @@ class NeedleSource:
         values = rng.integers(0, 10, (carriers, self._value_digits))
         numbers = draw_numbers(rng, count, id_digits)
         order = rng.permutation(count)
+        later = np.random.default_rng(rng.integers(0, 2**63, 2))  # blocks are made when the caller likes
         questions = [
             Question(
                 id=f"{self._split}:{passage}:{key}",
@@ -164,7 +162,8 @@ class NeedleSource:
                 passages[:asked].tolist(),
                 self.keys.format(words[:asked]),
                 values[:asked].tolist(),
-                numbers.tolist(),
+                numbers[:asked].tolist(),
+                strict=True,
             )
         ]
 
@@ -173,7 +172,7 @@ class NeedleSource:
                 some = order[begin : begin + block_size]
                 carrying = some[some < carriers]
                 needles = self._needle_texts(words[carrying], values[carrying])
-                bodies = self._bodies(rng, passages[some], some < carriers, needles)
+                bodies = self._bodies(later, passages[some], some < carriers, needles)
                 chosen = numbers[some].tolist()
                 texts = self._tokenizer.decode_batch(bodies)
                 documents = [
@@ -236,8 +235,8 @@ class NeedleSource:
         own = [p for p in passages if in_split(p.tobytes(), self._split, eval_fraction)]
         if not own:
             raise DataError(
-                f"the haystack has {len(passages)} passages of about {size} tokens and none is in the {self._split} "
-                f"split; give more text"
+                f"the haystack has {len(passages)} passages of about {size} tokens and none is in the "
+                f"{self._split} split; give more text"
             )
         self._passage_len = np.array([len(p) for p in own])
         self._passages = np.zeros((len(own), size + 1), np.int32)
@@ -256,6 +255,7 @@ class NeedleSource:
         longest = max(map(len, self._tokenizer.encode_batch(self._needle_texts(words, digits))))
         if longest > self._body_len:
             raise DataError(
-                f"document_tokens {document_tokens} leaves {self._body_len} tokens for text and a needle takes up to "
-                f"{longest}; raise document_tokens to {document_tokens + longest - self._body_len} or more"
+                f"document_tokens {document_tokens} leaves {self._body_len} tokens for text and a needle "
+                f"takes up to {longest}; raise document_tokens to "
+                f"{document_tokens + longest - self._body_len} or more"
             )
