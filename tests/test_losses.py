@@ -35,7 +35,7 @@ def test_token_losses_equal_the_direct_form(sizes, seed):
 
 def test_bfloat16_gradient_of_hidden_is_summed_in_float32():
     rng = np.random.default_rng(0)
-    table = jnp.asarray(rng.normal(size=(4096, 8)), jnp.bfloat16)
+    table = jnp.asarray(1 + rng.normal(size=(4096, 8)), jnp.bfloat16)
     hidden = jnp.asarray(0.01 * rng.normal(size=(6, 8)), jnp.bfloat16)
     targets = jnp.arange(6)
 
@@ -44,9 +44,8 @@ def test_bfloat16_gradient_of_hidden_is_summed_in_float32():
         return np.asarray(jax.grad(loss)(hidden), np.float64)
 
     want = gradient(hidden.astype(jnp.float32), table.astype(jnp.float32), 4096)
-    error = lambda block: np.abs(gradient(hidden, table, block) - want).max()  # noqa: E731
-    # A running sum in bfloat16 would lose a digit or so over a thousand blocks.
-    assert error(4) < 2 * error(4096)
+    # Over these 1024 blocks, a running sum in bfloat16 errs by 0.5.
+    np.testing.assert_allclose(gradient(hidden, table, 4), want, atol=0.02)
 
 
 def test_lm_loss_ignores_what_has_no_weight():
