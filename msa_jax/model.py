@@ -78,11 +78,9 @@ class MSATransformer(nnx.Module):
             for is_router, _, count in c.layer_groups
         ])  # fmt: skip
         self.final_norm = RMSNorm(c.hidden_size, eps=c.norm_eps, dtype=c.compute_dtype, param_dtype=c.storage_dtype)
-        self.lm_head = None
-        if not c.tie_embeddings:
-            self.lm_head = nnx.Linear(
-                c.hidden_size, c.vocab_size, use_bias=False, dtype=c.compute_dtype, param_dtype=c.storage_dtype, rngs=rngs
-            )
+        self.lm_head = None if c.tie_embeddings else nnx.Linear(
+            c.hidden_size, c.vocab_size, use_bias=False, dtype=c.compute_dtype, param_dtype=c.storage_dtype, rngs=rngs
+        )  # fmt: skip
 
     @property
     def output_embedding(self) -> jax.Array:
