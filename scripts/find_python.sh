@@ -25,7 +25,7 @@ candidates() {
     esac
   done
   if type -P uv >/dev/null; then
-    UV_PYTHON_DOWNLOADS=never uv python find --system '>=3.12' 2>/dev/null
+    UV_PYTHON_PREFERENCE=only-managed UV_PYTHON_DOWNLOADS=never uv python find --system '>=3.12' 2>/dev/null
   fi
 }
 

@@ -54,7 +54,6 @@ def set_up(root: pathlib.Path, run=subprocess.run) -> None:
             say("the .venv here does not work or was left unfinished: making it anew")
             shutil.rmtree(venv)
         venv.mkdir()
-    stamp.unlink(missing_ok=True)
     unfinished(venv).touch()
     python = venv / "bin/python"
     if not kept:

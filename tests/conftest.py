@@ -1,4 +1,4 @@
-"""What every test runs under: two CPU devices, strict shapes, exact matrix products; and the test data."""
+"""What every test runs under: two CPU devices, strict shapes, fp32 matrix products; and the test data."""
 
 import os
 import pathlib

@@ -192,7 +192,7 @@ def test_what_is_imported_is_declared(root):
         assert names & declared, f"{imported[name]} imports {name}, which install_requires does not name"
 
 
-# Each part with the parts of msa_jax it must not know: kernels <- layers <- model <- bank, inference, training.
+# What each part must not know of msa_jax: kernels <- layers <- model <- bank, inference, training.
 UPWARD = {
     "pallas_kernels": "",
     "msa_jax/data": "layers model bank inference training",
