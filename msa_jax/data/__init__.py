@@ -1,10 +1,19 @@
 """Sources -> documents and questions -> tokens -> packed batches. Knows no model."""
 
 from msa_jax.data.batch import Batch, DocumentBatch, QuestionBatch, pack_documents, pack_questions
+from msa_jax.data.chunker import split_text
 from msa_jax.data.pipeline import make_dataset
 from msa_jax.data.records import DataError, Document, Episode, Question
 from msa_jax.data.samples import LossWeights, Renderer
-from msa_jax.data.sources import CorpusSource, NeedleSource, Source, frequent_words, training_texts
+from msa_jax.data.sources import (
+    CorpusSource,
+    JsonlSource,
+    NeedleSource,
+    PythonDocsSource,
+    Source,
+    frequent_words,
+    training_texts,
+)
 from msa_jax.data.templates import Template
 from msa_jax.data.tokenizer import Tokenizer
 
@@ -15,8 +24,10 @@ __all__ = [
     "Document",
     "DocumentBatch",
     "Episode",
+    "JsonlSource",
     "LossWeights",
     "NeedleSource",
+    "PythonDocsSource",
     "Question",
     "QuestionBatch",
     "Renderer",
@@ -27,5 +38,6 @@ __all__ = [
     "make_dataset",
     "pack_documents",
     "pack_questions",
+    "split_text",
     "training_texts",
 ]

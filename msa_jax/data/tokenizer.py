@@ -135,6 +135,10 @@ class Tokenizer:
         """`encode` of many texts, in parallel."""
         return [e.ids for e in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        """First character and end of each token of `encode(text)`; the tokens of one character share it."""
+        return self._inner.encode(text, add_special_tokens=False).offsets
+
     def encode_frame(self, frame: str) -> list[int]:
         """Token ids of trusted template text, in which the template's special strings become their tokens."""
         ids: list[int] = []
