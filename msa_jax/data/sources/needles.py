@@ -6,7 +6,8 @@ import numpy as np
 
 from msa_jax.data.records import DataError, Document, Episode, Question
 from msa_jax.data.samples import Renderer
-from msa_jax.data.sources.base import Split, check_split, draw_numbers, in_split
+from msa_jax.data.sources.base import Split, check_split, draw_numbers
+from msa_jax.data.sources.haystack import Haystack
 from msa_jax.data.sources.keys import KeyPool, common_words, key_fields
 from msa_jax.data.tokenizer import Tokenizer
 
@@ -84,12 +85,10 @@ class NeedleSource:
         self._haystack_texts = list(haystack_texts)
         self._body_len = Renderer(tokenizer, document_tokens).body_len
         self._check_needle(document_tokens)
-        spelt = tokenizer.decode_batch([[i] for i in range(tokenizer.vocab_size)])
-        self._starts_word = np.array([text[:1] == " " and text[1:2].strip() != "" for text in spelt])
-        self._cut_passages(eval_fraction)
+        self._haystack = Haystack(self._haystack_texts, tokenizer, self._body_len, split, eval_fraction)
 
     def __len__(self) -> int:
-        return len(self._passages)
+        return len(self._haystack)
 
     def texts(self) -> Iterator[str]:
         return training_texts(
@@ -196,58 +195,22 @@ class NeedleSource:
         sizes = np.zeros(len(passages), np.int64)
         sizes[carries] = [len(needle) for needle in encoded]
         pieces = np.fromiter((t for needle in encoded for t in needle), np.int32)
-        cut = self._word_before[passages, np.minimum(self._body_len - sizes, self._passage_len[passages])]
-        depth = self._word_before[passages, rng.integers(0, cut + 1)]
+        hay = self._haystack
+        cut = hay.word_before[passages, np.minimum(self._body_len - sizes, hay.lengths[passages])]
+        depth = hay.word_before[passages, rng.integers(0, cut + 1)]
         lengths = cut + sizes
         row = np.repeat(np.arange(len(passages)), lengths)
         ends = np.cumsum(lengths)
         at = np.arange(len(row)) - (ends - lengths)[row]
         inside = at - depth[row]  # place within the needle, if 0 <= inside < its size
         is_needle = (inside >= 0) & (inside < sizes[row])
-        tokens = self._passages[passages[row], np.where(inside < 0, at, np.maximum(at - sizes[row], 0))]
+        tokens = hay.passages[passages[row], np.where(inside < 0, at, np.maximum(at - sizes[row], 0))]
         tokens[is_needle] = pieces[((np.cumsum(sizes) - sizes)[row] + inside)[is_needle]]
         return np.split(tokens, ends[:-1])
 
     def _other_passages(self, rng: np.random.Generator, taken: np.ndarray, count: int) -> np.ndarray:
         drawn = rng.choice(len(self), min(len(self), count + len(taken)), replace=False)
         return drawn[~np.isin(drawn, taken)][:count]
-
-    def _cut_passages(self, eval_fraction: float) -> None:
-        """Cuts the haystack into passages of this split, each a body's length at most and whole words."""
-        size = self._body_len
-        passages = []
-        for ids in self._tokenizer.encode_batch([" " + text for text in self._haystack_texts]):
-            tokens = np.asarray(ids, np.int32)
-            starts = np.flatnonzero(self._starts_word[tokens])
-            begin = 0
-            while len(starts) and begin + size // 2 <= len(tokens):
-                end = starts[np.searchsorted(starts, begin + size, "right") - 1]
-                if begin + size >= len(tokens):
-                    end = len(tokens)
-                if end <= begin:  # one endless word: go on behind it
-                    after = starts[starts > begin]
-                    if not len(after):
-                        break
-                    begin = int(after[0])
-                    continue
-                passages.append(tokens[begin:end])
-                begin = int(end)
-        own = [p for p in passages if in_split(p.tobytes(), self._split, eval_fraction)]
-        if not own:
-            raise DataError(
-                f"the haystack has {len(passages)} passages of about {size} tokens and none is in the "
-                f"{self._split} split; give more text"
-            )
-        self._passage_len = np.array([len(p) for p in own])
-        self._passages = np.zeros((len(own), size + 1), np.int32)
-        for row, passage in zip(self._passages, own, strict=True):
-            row[: len(passage)] = passage
-        # _word_before[p, i]: the last place <= i of passage p where it may be cut.
-        may_cut = self._starts_word[self._passages]
-        place = np.arange(size + 1)
-        may_cut[place == self._passage_len[:, None]] = True
-        may_cut[place > self._passage_len[:, None]] = False
-        self._word_before = np.maximum.accumulate(np.where(may_cut, place, 0), axis=1).astype(np.int32)
 
     def _check_needle(self, document_tokens: int) -> None:
         words = np.arange(len(self.keys.words))[:, None].repeat(len(self.keys.fields), 1)
