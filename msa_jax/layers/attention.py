@@ -13,6 +13,7 @@ from flax import nnx, struct
 
 from msa_jax import routing
 from msa_jax.config import AttentionConfig
+from msa_jax.layers.linear import linear
 from msa_jax.layers.norm import RMSNorm
 from msa_jax.layers.rope import rope
 from msa_jax.memory import ChunkStates, DocumentLayout, LayerMemory
@@ -62,11 +63,10 @@ class SelfAttention(nnx.Module):
     def __init__(self, config: AttentionConfig, *, rngs: nnx.Rngs):
         self.config = config
         c = config
-        kwargs = dict(use_bias=False, dtype=c.compute_dtype, param_dtype=c.storage_dtype, rngs=rngs)
-        self.q_proj = nnx.Linear(c.hidden_size, c.num_heads * c.head_dim, **kwargs)
-        self.k_proj = nnx.Linear(c.hidden_size, c.router_width, **kwargs)
-        self.v_proj = nnx.Linear(c.hidden_size, c.router_width, **kwargs)
-        self.o_proj = nnx.Linear(c.num_heads * c.head_dim, c.hidden_size, **kwargs)
+        self.q_proj = linear(c.hidden_size, c.num_heads * c.head_dim, c, rngs)
+        self.k_proj = linear(c.hidden_size, c.router_width, c, rngs)
+        self.v_proj = linear(c.hidden_size, c.router_width, c, rngs)
+        self.o_proj = linear(c.num_heads * c.head_dim, c.hidden_size, c, rngs)
         norm = dict(eps=c.norm_eps, dtype=c.compute_dtype, param_dtype=c.storage_dtype)
         self.q_norm = RMSNorm(c.head_dim, **norm)
         self.k_norm = RMSNorm(c.head_dim, **norm)
@@ -173,9 +173,8 @@ class MemorySparseAttention(SelfAttention):
     def __init__(self, config: AttentionConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
         c = config
-        kwargs = dict(use_bias=False, dtype=c.compute_dtype, param_dtype=c.storage_dtype, rngs=rngs)
-        self.router_q_proj = nnx.Linear(c.hidden_size, c.num_heads * c.head_dim, **kwargs)
-        self.router_k_proj = nnx.Linear(c.hidden_size, c.router_width, **kwargs)
+        self.router_q_proj = linear(c.hidden_size, c.num_heads * c.head_dim, c, rngs)
+        self.router_k_proj = linear(c.hidden_size, c.router_width, c, rngs)
         if c.router_bias:
             self.router_beta = nnx.Param(jnp.full((c.num_heads,), c.router_bias_init, jnp.float32))
 

@@ -21,10 +21,7 @@ class DecoderBlock(nnx.Module):
         self.attention_norm = RMSNorm(config.hidden_size, **norm)
         self.attention = (MemorySparseAttention if router else SelfAttention)(config, rngs=rngs)
         self.mlp_norm = RMSNorm(config.hidden_size, **norm)
-        self.mlp = SwiGLU(
-            config.hidden_size, config.mlp_size,
-            dtype=config.compute_dtype, param_dtype=config.storage_dtype, rngs=rngs,
-        )  # fmt: skip
+        self.mlp = SwiGLU(config, rngs=rngs)
 
     def _mlp(self, x):
         return x + self.mlp(self.mlp_norm(x))

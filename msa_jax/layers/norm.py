@@ -18,4 +18,5 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        return (x * jnp.asarray(self.scale[...], jnp.float32)).astype(self.dtype)
+        scale = jnp.broadcast_to(self.scale[...].astype(jnp.float32), x.shape)
+        return (x * scale).astype(self.dtype)

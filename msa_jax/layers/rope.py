@@ -10,7 +10,8 @@ def rope(x: jax.Array, positions: jax.Array, *, theta: float) -> jax.Array:
     """Rotate `x` [..., T, heads, D] by its `positions` [..., T] (integers); float32 inside, x's dtype out."""
     half = x.shape[-1] // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[..., None].astype(jnp.float32) * frequencies
+    positions = jnp.broadcast_to(positions[..., None], (*positions.shape, half))
+    angles = positions.astype(jnp.float32) * jnp.broadcast_to(frequencies, positions.shape)
     sin, cos = jnp.sin(angles)[..., None, :], jnp.cos(angles)[..., None, :]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

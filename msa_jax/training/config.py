@@ -1,0 +1,136 @@
+"""Settings of a training run: frozen dataclasses, validated on construction."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from msa_jax.config import ConfigError
+
+AUX_LOSSES = ("infonce", "infonce_decoupled", "infonce_focal", "infonce_decoupled_focal")
+OPTIMIZERS = ("adamw", "muon")
+DECAYS = ("constant", "linear", "cosine")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A stretch of training with its own loss weights (paper section 3.4: warm-up, then main).
+
+    Attributes:
+      steps: optimiser steps.
+      lm_weight, aux_weight: `loss = lm_weight * L_LM + aux_weight * L_aux`.
+      lr_scale: learning rate of the phase, relative to the optimiser's.
+      mean_over_tokens: score documents by the mean over routing tokens, not the max.
+    """
+
+    steps: int
+    lm_weight: float = 1.0
+    aux_weight: float = 0.1
+    lr_scale: float = 1.0
+    mean_over_tokens: bool = False
+
+    def __post_init__(self):
+        _require(self.steps >= 0, f"phase.steps must not be negative, got {self.steps}.")
+        _require(
+            self.lm_weight >= 0 and self.aux_weight >= 0 and self.lr_scale >= 0,
+            f"lm_weight, aux_weight and lr_scale must not be negative, got {self}.",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Optimiser and learning-rate schedule.
+
+    Attributes:
+      name: "adamw", or "muon" (matrices by Muon, all else by Adam).
+      learning_rate: peak rate of AdamW, or of Muon's matrices.
+      adam_learning_rate: peak rate of what Muon leaves to Adam.
+      warmup_steps: linear warm-up from 0.
+      decay: from the peak, over all steps that follow: "constant", "linear" or "cosine".
+      final_fraction: the rate at the last step, relative to the peak.
+      b1, b2: Adam's moments. weight_decay: decoupled, on matrices only.
+      clip_norm: global norm at which gradients are clipped.
+      accumulate: batches whose gradients are averaged into one step.
+      ema_decay: decay of an exponential moving average of the parameters, which evaluation then uses; 0 is off.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = 1e-4
+    adam_learning_rate: float = 2e-3
+    warmup_steps: int = 30
+    decay: Literal["constant", "linear", "cosine"] = "cosine"
+    final_fraction: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.98
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    accumulate: int = 1
+    ema_decay: float = 0.0
+
+    def __post_init__(self):
+        _require(self.name in OPTIMIZERS, f"optimizer.name must be one of {OPTIMIZERS}, got {self.name!r}.")
+        _require(self.decay in DECAYS, f"optimizer.decay must be one of {DECAYS}, got {self.decay!r}.")
+        for name in ("learning_rate", "adam_learning_rate", "clip_norm"):
+            _require(getattr(self, name) > 0, f"optimizer.{name} must be positive, got {getattr(self, name)}.")
+        for name in ("b1", "b2", "ema_decay"):
+            _require(0 <= getattr(self, name) < 1, f"optimizer.{name} must lie in [0, 1), got {getattr(self, name)}.")
+        _require(self.accumulate >= 1, f"optimizer.accumulate must be at least 1, got {self.accumulate}.")
+        _require(self.warmup_steps >= 0, f"optimizer.warmup_steps must not be negative, got {self.warmup_steps}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """What a training run does, beyond its model and data.
+
+    Attributes:
+      phases: run one after the other.
+      optimizer: see `OptimizerConfig`.
+      aux_loss: auxiliary loss on document scores. temperature: its tau. gamma: of its focal forms.
+      tied_router: start W_QR as W_KR, repeated over each group, so that equal hidden states match.
+      copy_scale: start the value and output projections of router layers as a circuit that copies what is
+        attended to into the residual stream, at this scale; 0 keeps the random start.
+      max_targets: the most tokens of one sample that carry loss, so that only those pass the vocabulary
+        projection; None projects every token. A batch with more is an error.
+      seed: of parameters and data.
+      log_every, checkpoint_every: steps. keep_checkpoints: how many stay.
+    """
+
+    phases: tuple[Phase, ...]
+    optimizer: OptimizerConfig = OptimizerConfig()
+    aux_loss: str = "infonce_decoupled"
+    temperature: float = 0.1
+    gamma: float = 2.0
+    tied_router: bool = False
+    copy_scale: float = 0.0
+    max_targets: int | None = None
+    seed: int = 0
+    log_every: int = 10
+    checkpoint_every: int = 200
+    keep_checkpoints: int = 2
+
+    def __post_init__(self):
+        _require(self.aux_loss in AUX_LOSSES, f"aux_loss must be one of {AUX_LOSSES}, got {self.aux_loss!r}.")
+        _require(self.temperature > 0, f"temperature must be positive, got {self.temperature}.")
+        _require(self.steps > 0, "phases must hold at least one step.")
+        for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}.")
+
+    @property
+    def steps(self) -> int:
+        return sum(p.steps for p in self.phases)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainingConfig:
+        """Build from nested plain mappings; unknown names raise `ConfigError`."""
+        values = dict(values)
+        try:
+            phases = tuple(Phase(**dict(p)) for p in values.pop("phases"))
+            optimizer = OptimizerConfig(**dict(values.pop("optimizer", {})))
+            return cls(phases=phases, optimizer=optimizer, **values)
+        except (TypeError, KeyError) as e:
+            raise ConfigError(f"Training settings: {e}.") from e

@@ -1,0 +1,45 @@
+"""Starts that let small models learn to route and to copy; parameters only, the architecture is untouched."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from msa_jax.model import MSATransformer
+
+
+def tie_router(model: MSATransformer) -> None:
+    """Set W_QR of every router layer to its W_KR, repeated over each group of heads, in place.
+
+    A token then scores a chunk by how alike their hidden states are, instead of by two unrelated
+    projections, which at 64 documents and more give no signal to start from.
+    """
+    c = model.config
+    for (is_router, _, count), group in zip(c.layer_groups, model.groups, strict=True):
+        if not is_router:
+            continue
+        kernel = group.attention.router_k_proj.kernel[...]
+        heads = kernel.reshape(count, c.hidden_size, c.num_kv_heads, 1, c.head_dim)
+        heads = jnp.broadcast_to(heads, (*heads.shape[:3], c.group_size, c.head_dim))
+        group.attention.router_q_proj.kernel[...] = heads.reshape(count, c.hidden_size, -1)
+
+
+def copy_circuit(model: MSATransformer, scale: float, *, rngs: nnx.Rngs) -> None:
+    """Make value and output projections of router layers copy what is attended to, in place.
+
+    `W_V` becomes orthogonal (columns, if K * D < E) and `W_O` its transpose for every head, so that a token
+    on which all heads attend adds about `scale` times its own normed hidden state to the residual stream.
+    """
+    c = model.config
+    for (is_router, _, count), group in zip(c.layer_groups, model.groups, strict=True):
+        if not is_router:
+            continue
+        make = nnx.initializers.orthogonal()
+        keys = jax.random.split(rngs.params(), count)
+        value = jnp.stack([make(key, (c.hidden_size, c.router_width), jnp.float32) for key in keys])
+        heads = value.reshape(count, c.hidden_size, c.num_kv_heads, 1, c.head_dim)
+        heads = jnp.broadcast_to(heads, (*heads.shape[:3], c.group_size, c.head_dim)) / c.group_size
+        output = jnp.swapaxes(heads.reshape(count, c.hidden_size, -1), 1, 2)
+        group.attention.v_proj.kernel[...] = value.astype(c.storage_dtype)
+        group.attention.o_proj.kernel[...] = (scale * output).astype(c.storage_dtype)

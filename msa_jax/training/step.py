@@ -1,0 +1,137 @@
+"""The training step: one encoding of the documents serves all questions about them.
+
+Sizes: B questions, T active tokens, U targets a question, N documents, L_r router layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx, struct
+
+from msa_jax.data.batch import ROUTING, Batch
+from msa_jax.memory import DocumentLayout
+from msa_jax.model import ModelOutput, MSATransformer
+from msa_jax.training.config import TrainingConfig
+from msa_jax.training.losses import lm_loss, router_loss, router_metrics
+from msa_jax.training.schedule import PhaseValues
+
+
+@struct.dataclass
+class TrainState:
+    """All that a run needs to go on, besides its position in the data."""
+
+    step: jax.Array
+    params: nnx.State
+    opt_state: optax.OptState
+    ema: nnx.State | None
+
+
+def active_positions(mask: jax.Array, offset: int) -> jax.Array:
+    """Positions [B, T] of the active context: consecutive over the tokens that exist, from `offset`."""
+    return offset + jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), axis=1) - 1, 0)
+
+
+def layout_of(documents, max_length: int) -> DocumentLayout:
+    """The document layout of a packed batch."""
+    return DocumentLayout(
+        chunk_documents=documents.chunk_documents,
+        starts=documents.starts,
+        lengths=documents.lengths,
+        max_length=max_length,
+    )
+
+
+def forward(
+    model: MSATransformer, batch: Batch, prefix: tuple[int, ...], *, mean_over_tokens: bool | jax.Array = False
+) -> ModelOutput:
+    """Encode the batch's documents and the template prefix, and run its questions over them."""
+    docs, asked = batch.documents, batch.questions
+    encoded = model.encode_documents(docs.tokens, segment_ids=docs.segment_ids, positions=docs.positions)
+    layout = layout_of(docs, max_length=docs.tokens.shape[1] // model.config.chunk_size)
+    past = model.encode_template(jnp.asarray([prefix], jnp.int32)) if prefix else None
+    mask = asked.mask
+    if prefix:
+        mask = jnp.concatenate([jnp.ones((mask.shape[0], len(prefix)), bool), mask], axis=1)
+    return model(
+        asked.tokens,
+        positions=active_positions(asked.mask, model.config.position_offset),
+        mask=mask,
+        past=past,
+        bank=model.bank(encoded.states, layout),
+        route=(asked.roles == ROUTING) & asked.mask,
+        visible=asked.visible,
+        mean_over_tokens=mean_over_tokens,
+    )
+
+
+def loss_and_metrics(
+    model: MSATransformer,
+    batch: Batch,
+    phase: PhaseValues,
+    prefix: tuple[int, ...],
+    training: TrainingConfig,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """`lm_weight * L_LM + aux_weight * L_aux` (paper eq. 5) and the figures to log."""
+    asked = batch.questions
+    output = forward(model, batch, prefix, mean_over_tokens=phase.mean_over_tokens)
+    # Only positions that predict something pass the vocabulary projection. Nothing predicts token 0.
+    is_target = (asked.loss_weights > 0).at[:, 0].set(False)
+    _, where = jax.lax.top_k(is_target.astype(jnp.float32), training.max_targets or is_target.shape[1])
+    take = jax.vmap(lambda row, index: row[index])  # whole rows, so that the backward pass scatters whole rows
+    weights = take(jnp.where(is_target, asked.loss_weights, 0.0), where)
+    hidden = take(output.hidden, jnp.maximum(where - 1, 0))
+    lm_sum, lm_weight = lm_loss(hidden, model.output_embedding, take(asked.tokens, where), weights)
+    lm = lm_sum / jnp.maximum(lm_weight, 1e-6)
+    per_sample = jax.vmap(
+        lambda scores: router_loss(
+            scores, asked.relevant, asked.visible,
+            method=training.aux_loss, temperature=training.temperature, gamma=training.gamma,
+        )
+    )(output.document_scores)  # fmt: skip
+    counted = jnp.any(asked.relevant & asked.visible, axis=1)
+    aux = jnp.sum(per_sample * counted[None]) / jnp.maximum(jnp.sum(counted) * per_sample.shape[0], 1)
+    loss = phase.lm_weight * lm + phase.aux_weight * aux
+    metrics = router_metrics(
+        output.document_scores, asked.relevant, asked.visible,
+        selected=output.selection.documents, lengths=output.selection.lengths,
+    )  # fmt: skip
+    return loss, metrics | {"loss": loss, "lm_loss": lm, "aux_loss": aux}
+
+
+def init_state(params: nnx.State, optimizer: optax.GradientTransformation, training: TrainingConfig) -> TrainState:
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        ema=jax.tree.map(jnp.copy, params) if training.optimizer.ema_decay else None,
+    )
+
+
+def make_step(
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    training: TrainingConfig,
+    prefix: tuple[int, ...],
+) -> Callable[[TrainState, Batch, PhaseValues], tuple[TrainState, dict[str, jax.Array]]]:
+    """The jit-compiled step; the state is donated."""
+
+    def step(state: TrainState, batch: Batch, phase: PhaseValues):
+        def loss_fn(params):
+            return loss_and_metrics(nnx.merge(graphdef, params), batch, phase, prefix, training)
+
+        (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        decay = training.optimizer.ema_decay
+        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params) if decay else None
+        metrics["grad_norm"] = optax.global_norm(grads)
+        return dataclasses.replace(
+            state, step=state.step + 1, params=params, opt_state=opt_state, ema=ema
+        ), metrics
+
+    return jax.jit(step, donate_argnums=0)
