@@ -10,6 +10,11 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 ROUTING_SCORES = ("cosine", "dot")
+# Settings of a published msa_config that choose between forms, and the form that is computed here.
+PUBLISHED_ONLY = (
+    ("chunk_reduce_method", "max"), ("decouple_pooling_mode", "mean"), ("head_reduce_method", "mean"),
+    ("query_reduce_method", "max"), ("decouple_router", True), ("rewrite_position", True),
+)  # fmt: skip
 REMAT_POLICIES = ("none", "dots", "full")
 DTYPES = ("float32", "bfloat16")
 
@@ -203,12 +208,13 @@ class MSAConfig(AttentionConfig):
 
     @classmethod
     def _from_published(cls, raw: dict[str, Any], where: str, **changes: Any) -> MSAConfig:
+        _require(isinstance(raw, dict), f"{where}: must hold a JSON object, holds a {type(raw).__name__}.")
         required = (
             "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
             "num_attention_heads", "num_key_value_heads",
         )  # fmt: skip
-        missing = [name for name in required if name not in raw]
-        _require(not missing, f"{where}: missing {missing}; a Qwen3 or MSA config.json has them.")
+        missing = [name for name in required if not isinstance(raw.get(name), int)]
+        _require(not missing, f"{where}: {missing} must be integers; a Qwen3 or MSA config.json has them.")
         _require(not raw.get("attention_bias"), f"{where}: attention_bias is true; MSA and Qwen3 have no biases.")
         _require(
             raw.get("hidden_act", "silu") == "silu", f"{where}: hidden_act {raw.get('hidden_act')!r}, need 'silu'."
@@ -217,19 +223,24 @@ class MSAConfig(AttentionConfig):
             not raw.get("rope_scaling"), f"{where}: rope_scaling is set; only plain RoPE is computed here."
         )
         msa = raw.get("msa_config") or {}
-        for name, only in (
-            ("chunk_reduce_method", "max"), ("decouple_pooling_mode", "mean"), ("head_reduce_method", "mean"),
-            ("query_reduce_method", "max"), ("decouple_router", True), ("rewrite_position", True),
-        ):  # fmt: skip
+        _require(isinstance(msa, dict), f"{where}: msa_config must be an object, is {msa!r}.")
+        for name, only in PUBLISHED_ONLY:
             _require(
                 msa.get(name, only) == only, f"{where}: msa_config.{name} is {msa.get(name)!r}, need {only!r}."
             )
-        top_k = int(msa.get("top_k_docs", 16))
+        top_k = msa.get("top_k_docs", 16)
+        _require(isinstance(top_k, int), f"{where}: msa_config.top_k_docs must be an integer, is {top_k!r}.")
         layers = msa.get("router_layer_idx")
-        if isinstance(layers, str) and layers != "all":
-            layers = [int(i) for i in layers.split(",") if i.strip()]
-        elif layers == "all":
-            layers = list(range(raw["num_hidden_layers"]))
+        if layers == "all":
+            layers = range(raw["num_hidden_layers"])
+        elif isinstance(layers, str):
+            layers = [i for i in layers.split(",") if i.strip()]
+        try:
+            layers = sorted({int(i) for i in layers or ()})
+        except (TypeError, ValueError) as e:
+            raise ConfigError(
+                f"{where}: msa_config.router_layer_idx must be 'all' or layers like '2,3', is {layers!r}."
+            ) from e
         # Newer files keep theta inside rope_parameters.
         theta = raw.get("rope_theta") or (raw.get("rope_parameters") or {}).get("rope_theta") or 1e4
         values = dict(
@@ -243,11 +254,18 @@ class MSAConfig(AttentionConfig):
             rope_theta=float(theta),
             norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
             tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            chunk_size=int(msa.get("pooling_kernel_size", 64)),
+            chunk_size=msa.get("pooling_kernel_size", 64),
             top_k=top_k,
             position_offset=TEMPLATE_LEN + top_k,
             router_layers=tuple(layers) if layers else None,
         )
+        # Files by Transformers 5 say `dtype`. A dtype that is not stored here (float16) is read as float32.
+        stored = raw.get("torch_dtype") or raw.get("dtype")
+        values["param_dtype"] = values["dtype"] = stored if stored in DTYPES else "float32"
+        # What the published form has no name for, `msa_jax.published` writes under a prefix.
+        values |= {name.removeprefix("jax_"): msa[name] for name in msa if name.startswith("jax_")}
+        unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+        _require(not unknown, f"{where}: msa_config has settings unknown to this version: {unknown}.")
         return cls(**(values | changes))
 
 
