@@ -2,6 +2,8 @@
 
 import re
 
+import numpy as np
+
 from msa_jax.data.records import DataError
 from msa_jax.data.tokenizer import Tokenizer
 
@@ -10,6 +12,7 @@ _END = re.compile(r"""[.!?]["')\]]*\s+(?=["'(\[]?[A-Z0-9])|\n[^\S\n]*\n\s*""")
 
 # One character is at most four bytes, so four tokens, and a text is encoded with a space before it.
 _MIN_TOKENS = 5
+_SLACK = 3
 
 
 def sentences(text: str) -> list[str]:
@@ -32,15 +35,15 @@ def split_text(text: str, tokenizer: Tokenizer, max_tokens: int) -> list[str]:
         return len(tokenizer.encode(" " + block)) <= max_tokens
 
     parts = sentences(text)
-    sizes = [len(ids) for ids in tokenizer.encode_batch(parts)]
+    starts = np.array([start - 1 for start, _ in tokenizer.offsets(" " + text)])
+    ends = np.cumsum([len(part) for part in parts])
+    tokens_before = np.searchsorted(starts, [0, *ends])  # tokens of the text up to each sentence
     blocks: list[str] = []
     first = 0
     while first < len(parts):
-        last, total = first + 1, sizes[first]
-        while last < len(parts) and total + sizes[last] <= max_tokens:
-            total += sizes[last]
-            last += 1
-        # Sentences encoded together may take a token more or less than apart, so the sum is only a guess.
+        # Alone, a block may take a token or two more or less than within the text: try one that may just fit.
+        limit = tokens_before[first] + max_tokens + _SLACK
+        last = max(first + 1, int(np.searchsorted(tokens_before, limit, "right")) - 1)
         while last > first + 1 and not fits("".join(parts[first:last])):
             last -= 1
         block = "".join(parts[first:last])

@@ -124,7 +124,7 @@ def _rows(path: Path, fields: dict[str, type], faults: _Faults) -> Iterator[tupl
                 continue
             where = f"{path}:{number}"
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8-sig").rstrip())
             except UnicodeDecodeError as error:
                 faults.add(where, f"not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8")
                 continue

@@ -1,0 +1,273 @@
+"""Sources of real text: JSON lines, with every fault named, and Python's own documentation."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from msa_jax.data import CorpusSource, DataError, Document, JsonlSource, PythonDocsSource, Question
+from msa_jax.data.sources.base import in_split, stable_hash
+from msa_jax.data.sources.python_files import package_files, read_objects, standard_library_files
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+def test_episodes_hold_all_supporting_documents_and_distinct_others(corpus):
+    indices = [0, 4, 2, 0]
+    episode = corpus.episode(indices, 19, rng())
+    ids = [d.id for d in episode.documents]
+    assert len(ids) == len(set(ids)) == len(set(episode.numbers)) == 19
+    assert episode.questions == [corpus.questions[i] for i in indices]
+    assert {s for q in episode.questions for s in q.supporting_ids} <= set(ids)
+    assert corpus.episode(indices, 19, rng()) == episode
+    other = corpus.episode(indices, 19, rng(1))
+    assert [d.id for d in other.documents] != ids and other.numbers != episode.numbers
+    assert len({d.id for seed in range(9) for d in corpus.episode([0], 3, rng(seed)).documents}) > 9
+
+
+def test_order_and_numbers_give_nothing_away(corpus):
+    """Supporting documents stand anywhere, under any number."""
+    places, numbers = [], []
+    for seed in range(200):
+        episode = corpus.episode([1], 10, rng(seed), id_digits=2)
+        places.append(episode.index_of()[corpus.questions[1].supporting_ids[0]])
+        numbers.append(episode.numbers[places[-1]])
+    assert set(places) == set(range(10))
+    assert min(numbers) < 10 and 90 <= max(numbers) < 100
+
+
+def test_impossible_requests_are_refused(corpus):
+    needed = len({s for q in corpus.questions for s in q.supporting_ids})
+    with pytest.raises(
+        DataError, match=f"need {needed} supporting documents and num_documents is {needed - 1}"
+    ):
+        corpus.episode(range(len(corpus)), needed - 1, rng())
+    with pytest.raises(DataError, match="num_documents is 24 and the source has 23 documents"):
+        corpus.episode([0], 24, rng())
+    with pytest.raises(DataError, match="11 documents cannot have distinct numbers of 1 digits"):
+        corpus.episode([0], 11, rng(), id_digits=1)
+    assert sorted(corpus.episode([0], 10, rng(), id_digits=1).numbers) == list(range(10))
+
+
+def test_jsonl_reads_what_is_there_and_splits_the_questions(tmp_path, write_corpus):
+    write_corpus(tmp_path, 60, 59)
+    train, evaluation = (JsonlSource(tmp_path, split, 0.4) for split in ("train", "eval"))
+    assert train.documents == evaluation.documents and len(train.documents) == 60
+    assert train.documents[3] == Document("d3", "Town 3", "Town 3 lies on river 21. It has 3 bridges.")
+    expected = Question(
+        "q3", "On which river lies the town after town 3?", ("river 28", "unknown"), ("d3", "d4")
+    )
+    assert expected in train.questions + evaluation.questions
+    assert {q.id for q in train.questions}.isdisjoint(q.id for q in evaluation.questions)
+    assert len(train) + len(evaluation) == 59
+    assert 10 < len(evaluation) < 40
+    assert list(train.texts()) == [d.text for d in train.documents] + [q.question for q in train.questions]
+
+
+def test_the_split_is_the_same_on_every_machine():
+    """Values recorded once: a question must not move from eval to training with a new version or process."""
+    assert stable_hash("Which?") == 12553799241150130020
+    evaluated = [i for i in range(20) if in_split(str(i), "eval", 0.3)]
+    assert evaluated == [2, 6, 17, 18]
+    assert [i for i in range(20) if not in_split(str(i), "train", 0.3)] == evaluated
+
+
+GOOD_DOCUMENT = {"id": "a", "title": "T", "text": "Text."}
+GOOD_QUESTION = {"id": "q", "question": "Which?", "answers": ["x"], "supporting_ids": ["a"]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (b"{", r"documents\.jsonl:2: broken JSON \(.*column 2\)"),
+        (b"\xff\xfe\n", r"documents\.jsonl:2: not UTF-8"),
+        ([1], "documents.jsonl:2: must be a JSON object with id, title, text, got list"),
+        ({"title": None}, "documents.jsonl:2: field 'title' must be a string, got null"),
+        ({"text": ["a"]}, "field 'text' must be a string"),
+        ({"id": 7}, "field 'id' must be a string, got 7"),
+        ({"text": ...}, "documents.jsonl:2: field 'text' is missing; give id, title, text"),
+        ({"text": " \n"}, "documents.jsonl:2: document 'b' has no text"),
+        ({"text": "x" * 51}, "document 'b' has 51 characters, over the limit of 50; split it"),
+        ({"id": "a"}, "documents.jsonl:2: id 'a' was given in line 1 already"),
+    ],
+)
+def test_faults_of_documents(tmp_path, change, message, write_rows):
+    if isinstance(change, dict):
+        change = {k: v for k, v in {**GOOD_DOCUMENT, "id": "b", **change}.items() if v is not ...}
+    line = change if isinstance(change, bytes) else json.dumps(change).encode()
+    (tmp_path / "documents.jsonl").write_bytes(json.dumps(GOOD_DOCUMENT).encode() + b"\n" + line)
+    write_rows(tmp_path / "questions.jsonl", [GOOD_QUESTION])
+    with pytest.raises(DataError, match=message) as failure:
+        JsonlSource(tmp_path, max_document_chars=50)
+    assert len(str(failure.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"supporting_ids": ["a", "zz"]}, r"questions\.jsonl:1: supporting id 'zz' names no document"),
+        ({"supporting_ids": []}, "supporting_ids of 'q' must name at least one document"),
+        ({"supporting_ids": ["a", "a"]}, "each once"),
+        ({"supporting_ids": "a"}, "field 'supporting_ids' must be a list of strings"),
+        ({"answers": [3]}, r"field 'answers' must be a list of strings, got \[3\]"),
+        ({"answers": ...}, "field 'answers' is missing"),
+        ({"question": ""}, "question 'q' is empty"),
+    ],
+)
+def test_faults_of_questions(tmp_path, change, message, write_rows):
+    write_rows(tmp_path / "documents.jsonl", [GOOD_DOCUMENT])
+    row = {k: v for k, v in {**GOOD_QUESTION, **change}.items() if v is not ...}
+    write_rows(tmp_path / "questions.jsonl", [row])
+    with pytest.raises(DataError, match=message):
+        JsonlSource(tmp_path)
+
+
+def test_ten_faults_are_named_at_once(tmp_path, write_rows):
+    write_rows(tmp_path / "documents.jsonl", [{"id": str(i)} for i in range(30)])
+    with pytest.raises(DataError) as failure:
+        JsonlSource(tmp_path)
+    lines = str(failure.value).splitlines()
+    assert [re.search(r":(\d+):", line).group(1) for line in lines[:-1]] == [str(i) for i in range(1, 11)]
+    assert lines[-1] == "(stopped at 10 faults)"
+
+
+def test_empty_and_absent_files(tmp_path, write_rows):
+    with pytest.raises(DataError, match=r"documents\.jsonl does not exist"):
+        JsonlSource(tmp_path)
+    (tmp_path / "documents.jsonl").write_text("\n\n")
+    with pytest.raises(DataError, match="holds no documents"):
+        JsonlSource(tmp_path)
+    write_rows(tmp_path / "documents.jsonl", [GOOD_DOCUMENT])
+    write_rows(tmp_path / "questions.jsonl", [])
+    with pytest.raises(DataError, match="of 0 questions none is in the train split"):
+        JsonlSource(tmp_path)
+
+
+FIRST, REST = "Town {} lies on a big river.", "It has {} old bridges now."
+
+
+def test_without_questions_titles_and_first_sentences_ask(tmp_path, write_rows):
+    rows = []
+    for i in range(80):
+        title = f"Town {i // 2 if i < 10 else i}"  # the first ten share theirs with a neighbour
+        rows.append({"id": f"d{i}", "title": title, "text": f"{FIRST.format(i)} {REST.format(i)}"})
+    rows.append({"id": "short", "title": "Town 12", "text": "Too short."})
+    for i in range(2):
+        text = f"They all begin like this. But go on as number {i} here."
+        rows.append({"id": f"same{i}", "title": "", "text": text})
+    write_rows(tmp_path / "documents.jsonl", rows)
+    sources = [JsonlSource(tmp_path, split, 0.3) for split in ("train", "eval")]
+    questions = [q for source in sources for q in source.questions]
+    assert sources[0].documents == sources[1].documents and len(sources[0].documents) == 83
+    texts = {d.id: d.text for d in sources[0].documents}
+    by_title = [q for q in questions if q.id.startswith("title:")]
+    assert 15 < len(by_title) < 60 and len(questions) - len(by_title) > 15
+    for question in questions:
+        (document,) = question.supporting_ids
+        assert question.answers == ()
+        assert document not in ("short", "same0", "same1")
+        town = int(document[1:])
+        if question in by_title:
+            assert town >= 10 and town != 12, "a title of two documents asks for neither"
+            assert texts[document] == f"{FIRST.format(town)} {REST.format(town)}"
+        else:
+            assert question.question == FIRST.format(town)
+            assert texts[document] == REST.format(town)
+    assert len({q.question for q in questions}) == len(questions)
+
+
+def test_real_folders_can_be_read(test_data):
+    for name in ("hotpotqa", "2wikimultihopqa", "musique"):
+        source = JsonlSource(test_data / "data" / name)
+        episode = source.episode(range(9), 100, rng())
+        assert len(episode.documents) == 100
+        assert all(q.answers and len(q.supporting_ids) >= 2 for q in episode.questions)
+
+
+@pytest.fixture(scope="module")
+def pydocs():
+    return [PythonDocsSource(split, max_chars=900_000) for split in ("train", "eval")]
+
+
+def test_python_documentation_pairs(pydocs):
+    train, evaluation = pydocs
+    assert train.documents == evaluation.documents
+    assert {q.question for q in train.questions}.isdisjoint(q.question for q in evaluation.questions)
+    assert len(train) > 5 * len(evaluation) > 0
+    texts = {d.id: d.text for d in train.documents}
+    for question in train.questions + evaluation.questions:
+        (name,) = question.answers
+        assert question.supporting_ids == (name,)
+        assert name in texts[name]
+        assert question.question not in " ".join(texts[name].split())
+        assert len(texts[name]) <= 2000
+    assert sum(map(len, train.passages())) >= 900_000
+    assert list(train.texts()) == list(evaluation.texts()) == list(train.passages())
+    assert train.episode([0, 1], 40, rng()).questions == train.questions[:2]
+
+
+def test_python_documentation_is_the_same_again_and_can_hold_sources(pydocs):
+    again = PythonDocsSource(max_chars=900_000)
+    assert again.documents == pydocs[0].documents and again.questions == pydocs[0].questions
+    with_sources = PythonDocsSource(max_chars=900_000, include_sources=True)
+    assert any("\nimport " in text for text in with_sources.passages())
+    assert not any("\nfrom collections import" in text for text in again.passages() if text.count("\n") < 9)
+    with pytest.raises(DataError, match="'no-such-package' is not installed"):
+        PythonDocsSource(packages=["no-such-package"])
+
+
+def test_packages_are_found_without_their_tests():
+    files = package_files(["hypothesis", "grain"])
+    names = [name for name, _ in files]
+    assert "hypothesis.strategies._internal.core" in names and "grain" in names
+    assert names.index("hypothesis") < names.index("grain")
+    assert not [name for name in names if name.endswith("_test")]
+    objects = read_objects("core", dict(files)["hypothesis.strategies._internal.core"])[1]
+    assert "core.sampled_from" in {o.name for o in objects}
+
+
+def test_files_are_parsed_and_not_run(tmp_path):
+    path = tmp_path / "odd.py"
+    path.write_text(
+        '"""Module text."""\nraise SystemExit("ran")\n\n'
+        "def outer(a: int, *rest, key=(1, 2)) -> str:\n"
+        '    r"""First \\d line.\n\n    Second."""\n    return "\\d"\n\n'
+        'class Box(dict):\n    """A box."""\n    async def open(self):\n        "Opens."\n'
+        '    def _hidden(self):\n        "Not listed."\n\ndef bare(): pass\n'
+    )
+    source, objects = read_objects("pack.odd", path)
+    assert source == path.read_text()
+    assert [(o.name, o.signature, o.docstring) for o in objects] == [
+        ("pack.odd", "module", "Module text."),
+        ("pack.odd.outer", "outer(a: int, *rest, key=(1, 2)) -> str", "First \\d line.\n\nSecond."),
+        ("pack.odd.Box", "class Box(dict)", "A box."),
+        ("pack.odd.Box.open", "open(self)", "Opens."),
+    ]
+    assert objects[1].code == 'return "\\d"'
+
+
+@pytest.mark.parametrize(
+    "data", [b"def (", b"\x00", b"# coding: latin-1\nx = '\xe9'\n", b"x = " + b"(" * 300]
+)
+def test_files_that_do_not_parse_are_passed_over(tmp_path, data):
+    path = tmp_path / "bad.py"
+    path.write_bytes(data)
+    assert read_objects("bad", path) == ("", [])
+
+
+def test_tests_are_left_out_of_the_standard_library():
+    names = [name for name, _ in standard_library_files()]
+    assert names == sorted(names)
+    assert {"json", "json.decoder", "asyncio.events"} <= set(names)
+    assert not [
+        name for name in names if name.startswith(("test.", "idlelib.idle_test")) or ".tests." in name
+    ]
+
+
+def test_corpus_sources_can_be_made_by_hand():
+    documents = [Document(str(i), "", f"Text {i}") for i in range(5)]
+    source = CorpusSource(documents, [Question("q", "?", ("a",), ("3",))])
+    assert "3" in {d.id for d in source.episode([0], 2, rng()).documents}
