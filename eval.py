@@ -1,0 +1,46 @@
+"""Evaluates a trained run: python eval.py --config=configs/demo.py --workdir=runs/demo --memory_tokens=16384,65536
+
+For every size it encodes a memory of held-out text, asks its questions, lets the model generate freely, and
+reports a table, eval.json and curve.png in the workdir.
+"""
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from msa_jax.checkpoint import CheckpointError
+from msa_jax.config import ConfigError
+from msa_jax.data import DataError
+from msa_jax.evaluation import evaluate, write_results
+from msa_jax.run import RunConfig
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config().", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.")
+_MEMORY_TOKENS = flags.DEFINE_list("memory_tokens", ["16384"], "Sizes of memory, in tokens.")
+
+
+def _sizes(values: list[str]) -> list[int]:
+    try:
+        sizes = [int(v.replace("_", "")) for v in values]
+    except ValueError:
+        raise ConfigError(f"--memory_tokens must be integers, got {','.join(values)}.") from None
+    if not sizes or min(sizes) < 1:
+        raise ConfigError(f"--memory_tokens must name sizes of at least 1, got {','.join(values)}.")
+    return sizes
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"Unknown arguments {argv[1:]}.")
+    logging.set_verbosity(logging.INFO)
+    try:
+        run = RunConfig.from_dict(_CONFIG.value.to_dict())
+        rows = evaluate(run, _WORKDIR.value, _sizes(_MEMORY_TOKENS.value))
+        text = write_results(rows, run, _WORKDIR.value)
+    except (ConfigError, DataError, CheckpointError) as error:
+        raise SystemExit(f"eval.py: {error}") from None
+    print(f"\n{text}\n\n{_WORKDIR.value}/eval.json\n{_WORKDIR.value}/curve.png")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main)

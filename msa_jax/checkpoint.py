@@ -1,0 +1,109 @@
+"""Checkpoints of a run (Orbax): parameters, optimiser state, step, and the position in the data."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+from flax import nnx
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing or belongs to another model; the message says which and what to do."""
+
+
+def _abstract(tree):
+    return jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
+
+
+class Checkpoints:
+    """The checkpoints of one run, newest kept; a save is asynchronous and atomic.
+
+    Args:
+      folder: where they live; made on the first save.
+      keep: how many stay.
+    """
+
+    def __init__(self, folder: str | pathlib.Path, *, keep: int = 2):
+        self._folder = pathlib.Path(folder).absolute()
+        self._manager = ocp.CheckpointManager(
+            self._folder,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
+            ),
+        )
+
+    @property
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, data: grain.DatasetIterator) -> None:
+        """Start saving; returns once the state is copied. A step that is already saved is left as it is."""
+        if step == self.latest_step:
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(data)
+            ),
+        )
+
+    def restore(self, state: Any, data: grain.DatasetIterator) -> Any:
+        """Latest state, given one of the same shapes; `data` is moved to its position in place.
+
+        Raises:
+          CheckpointError: there is none, or its arrays do not fit `state`.
+        """
+        step = self._need_step()
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(_abstract(state)),
+                    data=grain.checkpoint.CheckpointRestore(data),
+                ),
+            )
+        except (ValueError, KeyError, FileNotFoundError) as e:
+            raise CheckpointError(
+                f"{self._folder}/{step}: this checkpoint does not fit the model or optimiser of the config; "
+                f"use the config it was trained with, or another workdir. ({str(e).splitlines()[0]})"
+            ) from e
+        return restored.state
+
+    def restore_params(self, params: nnx.State, *, ema: bool) -> nnx.State:
+        """Latest parameters alone (or their moving average), given ones of the same shapes.
+
+        Raises:
+          CheckpointError: there is none, or its arrays do not fit.
+        """
+        step = self._need_step()
+        name = "ema" if ema else "params"
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeRestore({name: _abstract(nnx.to_pure_dict(params))}, partial_restore=True)
+                ),
+            )
+        except (ValueError, KeyError, FileNotFoundError) as e:
+            raise CheckpointError(
+                f"{self._folder}/{step}: this checkpoint does not fit the model of the config; use the config it "
+                f"was trained with. ({str(e).splitlines()[0]})"
+            ) from e
+        flat = jax.tree.leaves(restored.state[name])
+        return jax.tree.unflatten(jax.tree.structure(params), flat)
+
+    def _need_step(self) -> int:
+        if self.latest_step is None:
+            raise CheckpointError(f"{self._folder}: no checkpoint here; train first, or name another workdir.")
+        return self.latest_step
+
+    def wait(self) -> None:
+        """Return when nothing is being saved any more."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()

@@ -1,0 +1,158 @@
+"""Scores of a trained run at several sizes of memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from flax import nnx
+from tqdm import tqdm
+
+from msa_jax.bank import encode_bank
+from msa_jax.checkpoint import Checkpoints
+from msa_jax.data import Renderer
+from msa_jax.evaluation.memories import Memory, build_memory
+from msa_jax.inference import Answer, interleave
+from msa_jax.metrics import exact_match, f1, precision_recall
+from msa_jax.model import MSATransformer
+from msa_jax.plots import plot_curve
+from msa_jax.run import RunConfig, make_model, make_source, open_tokenizer
+
+_RECALL = (1, 5, 10, 16)
+_COLUMNS = (
+    ("memory_tokens", "memory tokens", "{:,}"),
+    ("documents", "documents", "{:,}"),
+    ("exact_match", "exact match", "{:.3f}"),
+    ("f1", "F1", "{:.3f}"),
+    ("id_exact_match", "ids exact", "{:.3f}"),
+    ("router_recall@1", "router recall@1", "{}"),
+    ("router_recall@16", "recall@16", "{}"),
+    ("encode_tokens_per_second", "encoded tok/s", "{:,.0f}"),
+    ("seconds_per_question", "s/question", "{:.3f}"),
+    ("bank_mib", "bank MiB", "{:,.1f}"),
+)
+
+
+def load_model(run: RunConfig, workdir: pathlib.Path) -> tuple[MSATransformer, Renderer]:
+    """The trained model of a run (its moving average, if there is one) and the renderer of its tokenizer."""
+    tokenizer = open_tokenizer(run, workdir, train=False)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=run.training.keep_checkpoints)
+    model = make_model(run, tokenizer)
+    graphdef, state = nnx.split(model)
+    params = checkpoints.restore_params(nnx.as_pure(state), ema=run.training.optimizer.ema_decay > 0)
+    checkpoints.close()
+    return nnx.merge(graphdef, params), Renderer(tokenizer, run.data.document_len, run.data.loss_weights)
+
+
+def _recall(scores: np.ndarray, relevant: Sequence[int], n: int) -> float:
+    """Share of the relevant documents among the n best of one question's scores [N]."""
+    n = min(n, len(scores))
+    best = np.argpartition(-scores, n - 1)[:n]
+    return len(set(best.tolist()) & set(relevant)) / len(set(relevant))
+
+
+def score(memory: Memory, answers: Iterable[Answer]) -> dict[str, Any]:
+    """Means over questions. Answers are consumed one by one, so that their router scores need not be kept."""
+    rows, recalls = [], []
+    for question, answer in zip(memory.questions, answers, strict=True):
+        relevant = [memory.place[i] for i in question.supporting_ids]
+        wanted = {memory.numbers[i] for i in relevant}
+        precision, recall = precision_recall(answer.numbers + answer.unknown, wanted)
+        rows.append(
+            {
+                "id_exact_match": float(set(answer.numbers + answer.unknown) == wanted),
+                "id_precision": precision,
+                "id_recall": recall,
+                "rounds": float(answer.rounds),
+                "answered": float(answer.outcome != "unfinished"),
+            }
+        )
+        if question.answers:
+            rows[-1] |= {
+                "exact_match": exact_match(answer.text, question.answers),
+                "f1": f1(answer.text, question.answers),
+            }
+        if answer.router_scores is not None:
+            recalls.append([[_recall(s, relevant, n) for s in answer.router_scores] for n in _RECALL])
+    means = {name: float(np.mean([r[name] for r in rows if name in r])) for name in rows[0]}
+    layers = np.mean(recalls, axis=0)
+    return means | {f"router_recall@{n}": layers[i].round(4).tolist() for i, n in enumerate(_RECALL)}
+
+
+def evaluate(run: RunConfig, workdir: str | pathlib.Path, memory_tokens: Sequence[int]) -> list[dict[str, Any]]:
+    """One row of scores for every size of memory, in the order given; answers are generated freely.
+
+    Raises:
+      ConfigError, DataError, CheckpointError: settings, data or run that do not fit.
+    """
+    workdir, settings = pathlib.Path(workdir), run.evaluation
+    model, renderer = load_model(run, workdir)
+    source = make_source(run.data, renderer.tokenizer, "eval")
+    rows = []
+    for size in memory_tokens:
+        memory = build_memory(
+            source, renderer,
+            memory_tokens=size, num_questions=settings.num_questions,
+            chunk_size=model.config.chunk_size, row_len=run.row_len(model.config.chunk_size), seed=settings.seed,
+        )  # fmt: skip
+        begin = time.monotonic()
+        bank = encode_bank(model, memory.packed, rows_per_step=settings.rows_per_step, progress=True)
+        jax.block_until_ready(bank)
+        encoded = time.monotonic()
+        answers = interleave(
+            model, bank, memory.library, [q.question for q in memory.questions], renderer,
+            max_rounds=settings.max_rounds, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size,
+        )  # fmt: skip
+        progress = tqdm(answers, total=len(memory.questions), desc="ask", unit="question")
+        scores = score(memory, progress)
+        asked = time.monotonic()
+        rows.append(
+            {
+                "memory_tokens": size,
+                "tokens": memory.tokens,
+                "documents": bank.num_documents,
+                "chunks": bank.num_chunks,
+                "questions": len(memory.questions),
+                **scores,
+                "encode_seconds": encoded - begin,
+                "encode_tokens_per_second": memory.tokens / (encoded - begin),
+                "seconds_per_question": (asked - encoded) / len(memory.questions),
+                "bank_mib": bank.nbytes / 2**20,
+            }
+        )
+        logging.info("%s tokens of memory: %s", f"{size:,}", {k: v for k, v in scores.items()})
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows as a Markdown table."""
+    columns = [c for c in _COLUMNS if c[0] in rows[0]]
+    lines = [
+        "| " + " | ".join(title for _, title, _ in columns) + " |",
+        "|" + "---:|" * len(columns),
+    ]
+    for row in rows:
+        cells = [
+            " / ".join(f"{v:.3f}" for v in row[name]) if isinstance(row[name], list) else form.format(row[name])
+            for name, _, form in columns
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write_results(rows: Sequence[dict[str, Any]], run: RunConfig, workdir: str | pathlib.Path) -> str:
+    """Write `eval.json` and `curve.png` into `workdir`; returns the table."""
+    workdir = pathlib.Path(workdir)
+    path = workdir / "eval.json"
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps({"rows": list(rows), "config": run.to_dict()}, indent=2) + "\n")
+    os.replace(part, path)
+    plot_curve(rows, workdir / "curve.png")
+    return table(rows)

@@ -1,0 +1,171 @@
+"""The training loop: a page to be read from top to bottom."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import signal
+import time
+
+import jax
+import numpy as np
+from absl import logging
+from flax import nnx
+from tqdm import tqdm
+
+from msa_jax.checkpoint import Checkpoints
+from msa_jax.config import ConfigError
+from msa_jax.data import Renderer, make_dataset
+from msa_jax.metrics import RunLog
+from msa_jax.run import RunConfig, check_workdir, make_model, make_source, open_tokenizer
+from msa_jax.training.optimizer import make_optimizer
+from msa_jax.training.schedule import phase_at, phase_values
+from msa_jax.training.step import init_state, make_step
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss is no longer a number; the message names the step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingResult:
+    """`step`: steps done. `finished`: False when a signal asked the run to stop early. `metrics`: last logged."""
+
+    step: int
+    finished: bool
+    metrics: dict[str, float]
+
+
+class _StopSignal:
+    """Turns SIGTERM and SIGINT into a flag while the loop runs, so that it can save before it ends."""
+
+    def __init__(self):
+        self.received: str | None = None
+
+    def __enter__(self):
+        self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _note(self, number, _):
+        self.received = signal.Signals(number).name
+
+    def __exit__(self, *_):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+def _to_host(pending: list[tuple[int, dict]]) -> dict[str, float]:
+    """Latest of the pending metrics as floats, after making sure that none of them is NaN."""
+    for step, metrics in (pending := jax.device_get(pending)):
+        if not np.isfinite(metrics["loss"]):
+            raise TrainingDiverged(
+                f"The loss of step {step} is {metrics['loss']}; training stopped. The last checkpoint is from before "
+                "it: resume from it with a lower learning rate, in a new workdir."
+            )
+    return {name: float(value) for name, value in pending[-1][1].items()}
+
+
+def train(run: RunConfig, workdir: str | pathlib.Path) -> TrainingResult:
+    """Train, or go on with, the run in `workdir`.
+
+    Running it again after any interruption continues from the last checkpoint: with the same devices the
+    result equals that of an uninterrupted run, bit for bit on CPU.
+
+    Raises:
+      ConfigError, DataError, CheckpointError: something is wrong with the settings, the data, or `workdir`.
+      TrainingDiverged: the loss became NaN or infinite.
+    """
+    workdir = pathlib.Path(workdir)
+    settings = run.training
+
+    # Data, before anything expensive.
+    check_workdir(run, workdir)
+    tokenizer = open_tokenizer(run, workdir, train=True)
+    source = make_source(run.data, tokenizer, "train")
+    model = make_model(run, tokenizer)
+    config = model.config
+    dataset = make_dataset(
+        source, tokenizer,
+        num_documents=run.data.num_documents, num_questions=run.data.num_questions,
+        chunk_size=config.chunk_size, row_len=run.row_len(config.chunk_size),
+        document_len=run.data.document_len, question_len=run.data.question_len,
+        loss_weights=run.data.loss_weights, seed=settings.seed,
+        process_index=jax.process_index(), process_count=jax.process_count(),
+    )  # fmt: skip
+    batches = iter(dataset)
+
+    # Model and optimiser.
+    graphdef, state = nnx.split(model)
+    optimizer = make_optimizer(settings)
+    state = init_state(nnx.as_pure(state), optimizer, settings)
+    del model
+    logging.info(
+        "%s parameters, %s questions to train on", f"{_size(state.params):,}", f"{len(source):,}"
+    )
+
+    # Resume: no checkpoint, start; a checkpoint, go on behind it; a finished run, nothing to do.
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.keep_checkpoints)
+    first = 0
+    if checkpoints.latest_step is not None:
+        state = checkpoints.restore(state, batches)
+        first = int(state.step)
+        logging.info("resumed after step %d", first)
+    log = RunLog(workdir, resumed_step=first)
+    train_step = make_step(graphdef, optimizer, settings, tuple(Renderer(tokenizer).prefix))
+
+    metrics: dict[str, float] = {}
+    pending: list[tuple[int, dict]] = []
+    step = first
+    with (
+        _StopSignal() as stop,
+        tqdm(total=settings.steps, initial=first, desc="train", unit="step", mininterval=1.0) as bar,
+    ):
+        clock, clock_step = time.monotonic(), first
+        while step < settings.steps and not stop.received:
+            batch = next(batches)
+            _check_targets(batch, settings.max_targets)
+            state, latest = train_step(state, batch, phase_values(phase_at(settings.phases, step)))
+            step += 1
+            pending.append((step, latest))
+            last = step == settings.steps
+            saving = step % settings.checkpoint_every == 0 or last
+            if step % settings.log_every == 0 or saving:
+                metrics = _to_host(pending)
+                pending = []
+                seconds = (time.monotonic() - clock) / (step - clock_step)
+                clock, clock_step = time.monotonic(), step
+                metrics["tokens_per_second"] = _tokens(batch) / seconds
+                log.write(step, metrics)
+                bar.set_postfix_str(
+                    f"loss {metrics['loss']:.3f} lm {metrics['lm_loss']:.3f} recall@1 {metrics['recall@1']:.2f} "
+                    f"{metrics['tokens_per_second'] / 1e3:.1f}K tok/s",
+                    refresh=False,
+                )
+            bar.update()
+            if saving:
+                checkpoints.save(step, state, batches)
+        if pending:
+            metrics = _to_host(pending)
+        if step > first:
+            checkpoints.save(step, state, batches)
+        checkpoints.wait()
+    if stop.received:
+        logging.info("%s: saved step %d; the same command goes on from here", stop.received, step)
+    checkpoints.close()
+    log.close()
+    return TrainingResult(step=step, finished=step >= settings.steps, metrics=metrics)
+
+
+def _size(params) -> int:
+    return sum(x.size for x in jax.tree.leaves(params))
+
+
+def _tokens(batch) -> int:
+    """Tokens that exist, of documents and questions."""
+    return int((batch.documents.segment_ids > 0).sum() + batch.questions.mask.sum())
+
+
+def _check_targets(batch, limit: int | None) -> None:
+    most = int((batch.questions.loss_weights > 0).sum(axis=1).max())
+    if limit is not None and most > limit:
+        raise ConfigError(f"A sample has {most} tokens with loss and training.max_targets is {limit}; raise it.")
