@@ -4,14 +4,14 @@ For every size it encodes a memory of held-out text, asks its questions, lets th
 reports a table, eval.json and curve.png in the workdir.
 """
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
 from msa_jax.checkpoint import CheckpointError
 from msa_jax.config import ConfigError
 from msa_jax.data import DataError
 from msa_jax.evaluation import evaluate, write_results
-from msa_jax.run import RunConfig
+from msa_jax.run import RunConfig, show_log
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config().", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.")
@@ -31,7 +31,7 @@ def _sizes(values: list[str]) -> list[int]:
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments {argv[1:]}.")
-    logging.set_verbosity(logging.INFO)
+    show_log()
     try:
         run = RunConfig.from_dict(_CONFIG.value.to_dict())
         rows = evaluate(run, _WORKDIR.value, _sizes(_MEMORY_TOKENS.value))

@@ -4,13 +4,13 @@ Every setting can be changed by flag, as in --config.training.optimizer.learning
 resumes a run that was interrupted.
 """
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
 from msa_jax.checkpoint import CheckpointError
 from msa_jax.config import ConfigError
 from msa_jax.data import DataError
-from msa_jax.run import RunConfig
+from msa_jax.run import RunConfig, show_log
 from msa_jax.training.loop import TrainingDiverged, train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config().", lock_config=True)
@@ -20,13 +20,12 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints,
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments {argv[1:]}.")
-    logging.set_verbosity(logging.INFO)
+    show_log()
     try:
         result = train(RunConfig.from_dict(_CONFIG.value.to_dict()), _WORKDIR.value)
     except (ConfigError, DataError, CheckpointError, TrainingDiverged) as error:
         raise SystemExit(f"train.py: {error}") from None
     shown = {name: round(result.metrics[name], 4) for name in ("loss", "recall@1") if name in result.metrics}
-    logging.info("step %d, %s", result.step, "finished" if result.finished else "stopped early")
     print({"step": result.step, "finished": result.finished, **shown})
 
 

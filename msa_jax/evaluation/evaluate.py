@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pathlib
 import time
@@ -11,7 +12,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from flax import nnx
 from tqdm import tqdm
 
@@ -25,6 +25,7 @@ from msa_jax.model import MSATransformer
 from msa_jax.plots import plot_curve
 from msa_jax.run import RunConfig, make_model, make_source, open_tokenizer
 
+_LOG = logging.getLogger(__name__)
 _RECALL = (1, 5, 10, 16)
 _COLUMNS = (
     ("memory_tokens", "memory tokens", "{:,}"),
@@ -127,7 +128,7 @@ def evaluate(run: RunConfig, workdir: str | pathlib.Path, memory_tokens: Sequenc
                 "bank_mib": bank.nbytes / 2**20,
             }
         )
-        logging.info("%s tokens of memory: %s", f"{size:,}", {k: v for k, v in scores.items()})
+        _LOG.info("%s tokens of memory: %s", f"{size:,}", {k: v for k, v in scores.items()})
     return rows
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import pathlib
 import signal
 import time
 
 import jax
 import numpy as np
-from absl import logging
 from flax import nnx
 from tqdm import tqdm
 
@@ -21,6 +21,8 @@ from msa_jax.run import RunConfig, check_workdir, make_model, make_source, open_
 from msa_jax.training.optimizer import make_optimizer
 from msa_jax.training.schedule import phase_at, phase_values
 from msa_jax.training.step import init_state, make_step
+
+_LOG = logging.getLogger(__name__)
 
 
 class TrainingDiverged(RuntimeError):
@@ -99,7 +101,7 @@ def train(run: RunConfig, workdir: str | pathlib.Path) -> TrainingResult:
     optimizer = make_optimizer(settings)
     state = init_state(nnx.as_pure(state), optimizer, settings)
     del model
-    logging.info(
+    _LOG.info(
         "%s parameters, %s questions to train on", f"{_size(state.params):,}", f"{len(source):,}"
     )
 
@@ -109,7 +111,7 @@ def train(run: RunConfig, workdir: str | pathlib.Path) -> TrainingResult:
     if checkpoints.latest_step is not None:
         state = checkpoints.restore(state, batches)
         first = int(state.step)
-        logging.info("resumed after step %d", first)
+        _LOG.info("resumed after step %d", first)
     log = RunLog(workdir, resumed_step=first)
     train_step = make_step(graphdef, optimizer, settings, tuple(Renderer(tokenizer).prefix))
 
@@ -150,7 +152,7 @@ def train(run: RunConfig, workdir: str | pathlib.Path) -> TrainingResult:
             checkpoints.save(step, state, batches)
         checkpoints.wait()
     if stop.received:
-        logging.info("%s: saved step %d; the same command goes on from here", stop.received, step)
+        _LOG.info("%s: saved step %d; the same command goes on from here", stop.received, step)
     checkpoints.close()
     log.close()
     return TrainingResult(step=step, finished=step >= settings.steps, metrics=metrics)
