@@ -21,7 +21,7 @@ def haystack() -> list[str]:
 
     def sentence() -> str:
         chosen = [rng.choice(extras if rng.random() < 0.06 else words) for _ in range(rng.randint(4, 14))]
-        return " ".join(chosen).capitalize() + rng.choice([". ", ".\n", "? ", ".\n\n"])
+        return " ".join(chosen).capitalize() + rng.choice([". ", ".\n", "? ", ".\n\n", ".\n    ", ".  "])
 
     return ["".join(sentence() for _ in range(60)).strip() for _ in range(41)]
 

@@ -64,6 +64,23 @@ def test_blocks_end_with_sentences_and_are_as_full_as_they_can_be(tokenizer, hay
         assert len(tokenizer.encode(" " + block + parts[0])) > 2 * longest
 
 
+class Surcharge:
+    """A tokenizer that charges two more tokens for what does not end with z: prefixes may cost more."""
+
+    def encode(self, text):
+        return [0] * (len(text) + (0 if text.endswith("z") else 2))
+
+    def offsets(self, text):
+        return [(i, i + 1) for i in range(len(text))]
+
+
+def test_blocks_fit_whatever_the_tokenizer_does_to_prefixes():
+    text = "zzab" * 30 + ". " + "Zab. " * 9
+    blocks = split_text(text, Surcharge(), 12)
+    assert "".join(blocks) == text
+    assert all(len(Surcharge().encode(" " + block)) <= 12 for block in blocks)
+
+
 def test_the_split_is_the_same_every_time_and_needs_room_for_a_character(tokenizer, haystack):
     assert split_text(haystack[1], tokenizer, 33) == split_text(haystack[1], tokenizer, 33)
     assert split_text("", tokenizer, 5) == []

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from msa_jax.data import DataError, JsonlSource, Renderer, make_dataset
+from msa_jax.data import DataError, JsonlSource, Renderer, Template, Tokenizer, make_dataset
 
 SIZES = {
     "num_documents": 13,
@@ -110,6 +110,21 @@ def test_more_questions_than_the_source_has_are_asked_again(corpus, tokenizer):
     batch = next(iter(dataset(corpus, tokenizer, num_questions=many, num_documents=23)))
     assert len(set(asked(tokenizer, batch))) == len(corpus)
     assert batch.questions.relevant.sum(1).tolist() == [2] * many
+
+
+def test_another_seed_asks_in_another_order(corpus, tokenizer):
+    orders = []
+    for seed in (0, 1):
+        batches = itertools.islice(dataset(corpus, tokenizer, seed=seed), 3)
+        orders.append([text for batch in batches for text in asked(tokenizer, batch)])
+    assert orders[0] != orders[1]
+
+
+def test_numbers_have_the_templates_digits(corpus, haystack):
+    narrow = Tokenizer.train(haystack[:5], 500, Template.compact(id_digits=2))
+    batch = next(iter(dataset(corpus, narrow)))
+    numbers = set(narrow.parse_numbers(batch.documents.tokens.ravel()))
+    assert len(numbers) == 13 and max(numbers) > 9
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ def test_python_documentation_pairs(pydocs):
     assert train.documents == evaluation.documents
     assert {q.question for q in train.questions}.isdisjoint(q.question for q in evaluation.questions)
     assert len(train) > 5 * len(evaluation) > 0
+    asked = [q.question for q in train.questions + evaluation.questions]
+    assert len(set(asked)) == len(asked)
     texts = {d.id: d.text for d in train.documents}
     for question in train.questions + evaluation.questions:
         (name,) = question.answers

@@ -29,7 +29,9 @@ def test_batches_encode_and_decode_as_one_by_one(tokenizer, haystack):
 
 
 def test_digits_are_single_tokens(tokenizer):
-    assert [tokenizer.decode([i]) for i in tokenizer.encode("90210")] == list("90210")
+    assert [tokenizer.decode([i]) for i in tokenizer.encode("1984")] == list(
+        "1984"
+    )  # frequent in the haystack
 
 
 def test_text_cannot_forge_special_tokens(either):
@@ -62,17 +64,16 @@ def test_save_and_load(either, haystack, tmp_path):
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["msa_template.json", "tokenizer.json"]
 
 
-def test_a_failed_save_leaves_the_old_file(tokenizer, tmp_path, monkeypatch):
+def test_a_failed_save_leaves_the_old_files(tokenizer, plain_tokenizer, tmp_path, monkeypatch):
     tokenizer.save(tmp_path)
-    before = (tmp_path / "msa_template.json").read_text()
 
     def fail(*_):
         raise OSError("disk full")
 
     monkeypatch.setattr("os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        tokenizer.save(tmp_path)
-    assert (tmp_path / "msa_template.json").read_text() == before
+        plain_tokenizer.save(tmp_path)
+    assert Tokenizer.load(tmp_path).template == tokenizer.template
 
 
 def checkpoint(folder, *specials):

@@ -27,7 +27,7 @@ class Haystack:
         self, texts: Iterable[str], tokenizer: Tokenizer, size: int, split: Split, eval_fraction: float
     ):
         spelt = tokenizer.decode_batch([[i] for i in range(tokenizer.vocab_size)])
-        self._starts_word = np.array([text[:1] == " " and text[1:2].strip() != "" for text in spelt])
+        self._starts_word = np.array([text[:1] == " " and len(text) > 1 for text in spelt])
         encoded = tokenizer.encode_batch([" " + text for text in texts])
         passages = [p for ids in encoded for p in self._cut(np.asarray(ids, np.int32), size)]
         own = [p for p in passages if in_split(p.tobytes(), split, eval_fraction)]
