@@ -38,6 +38,15 @@ def test_order_and_numbers_give_nothing_away(corpus):
     assert min(numbers) < 10 and 90 <= max(numbers) < 100
 
 
+def test_a_corpus_as_one_memory(corpus):
+    questions, blocks = corpus.memory(20, 4, rng(2), id_digits=3)
+    ((documents, numbers),) = blocks
+    assert len(documents) == len(numbers) == 20 and max(numbers) < 1000
+    assert len(questions) == len({q.id for q in questions}) == 4
+    assert {s for q in questions for s in q.supporting_ids} <= {d.id for d in documents}
+    assert len(corpus.memory(23, 99, rng())[0]) == len(corpus)
+
+
 def test_impossible_requests_are_refused(corpus):
     needed = len({s for q in corpus.questions for s in q.supporting_ids})
     with pytest.raises(

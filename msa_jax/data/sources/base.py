@@ -35,8 +35,8 @@ class Source(Protocol):
     ) -> tuple[list[Question], Iterator[tuple[list[Document], list[int]]]]:
         """An episode of any size, block by block: (questions, iterator of (documents, numbers)).
 
-        All numbers and ids are distinct over all blocks. Raises DataError when `num_documents` is too small or the
-        source has too few.
+        All numbers and ids are distinct over all blocks. Raises DataError when `num_documents` is too small
+        or the source has too few.
         """
 
 

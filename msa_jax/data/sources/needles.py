@@ -127,9 +127,9 @@ class NeedleSource:
         id_digits: int = 7,
         block_size: int = 4096,
     ) -> tuple[list[Question], Iterator[tuple[list[Document], list[int]]]]:
-        """An episode of any size, made block by block: (questions, iterator of (documents, numbers)).
+        """See `Source.memory`. Keys are distinct too; passages are used again when they run out.
 
-        All keys, numbers and ids are distinct over all blocks; passages are used again when they run out.
+        Text is made as blocks of `block_size` documents are asked for, so any size fits in little memory.
         """
         if num_questions > num_documents:
             raise DataError(
