@@ -1,0 +1,173 @@
+"""Recompute recorded inference: documents to a bank, questions over it, greedy decoding.
+
+Sizes: B questions, T tokens a question as recorded, N documents, C chunks, k documents selected, K key/value
+heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from msa_jax.memory import ChunkStates, DocumentLayout, MemoryBank
+from msa_jax.model import KeyValues, ModelOutput
+from msa_jax.parity.recording import TEMPLATE, ParityError, Recording, compiled, document_chunks, pack, take
+from msa_jax.parity.report import Report
+from msa_jax.routing import l2_normalise
+
+
+def routing_score_of(recording: Recording) -> str:
+    """What the published inference code scores by: cosine only under the loss named exactly INFONCE."""
+    return "cosine" if recording.msa.get("aux_loss_method", "INFONCE") == "INFONCE" else "dot"
+
+
+def check_inference(recording: Recording) -> Report:
+    """Compare the three stages and decoding.
+
+    Raises:
+      ValueError: the folder holds no usable recording.
+    """
+    model = recording.model(routing_score=routing_score_of(recording))
+    report = Report(f"{recording.path}: inference")
+    past, bank = _check_documents(report, recording, model)
+    output = _check_questions(report, recording, model, past, bank)
+    if "decode/input_tokens" in recording:
+        _check_decoding(report, recording, model, bank, output)
+    return report
+
+
+def _ids(recording, name, vocab_size, *shape):
+    ids = recording.array(name, *shape)
+    if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
+        raise ParityError(f"{recording.path / 'io.npz'}: {name} must be below {vocab_size}.")
+    return ids
+
+
+def _jit(model, method):
+    """`method(model, **arrays)`, compiled."""
+    graphdef, params = nnx.split(model)
+    run = compiled(lambda params, arrays: method(nnx.merge(graphdef, params), **arrays))
+    return lambda **arrays: run(params, arrays)
+
+
+def _check_documents(report, recording, model) -> tuple[KeyValues | None, MemoryBank]:
+    config = model.config
+    ids = _ids(recording, "docs/input_ids", config.vocab_size, None)
+    roles, positions = (recording.array(f"docs/{name}", ids.size) for name in ("doc_ids", "position_ids"))
+    numbers = np.unique(roles[roles > 0])
+    template = np.flatnonzero(roles == TEMPLATE)
+    if not len(numbers) or len(template) + np.sum(roles > 0) != ids.size:
+        raise ParityError(f"{recording.path / 'io.npz'}: docs/doc_ids must be template tokens and documents.")
+
+    rows = pack([np.flatnonzero(roles == n) for n in numbers], multiple=config.chunk_size)
+    encode = _jit(model, lambda model, **kwargs: model.encode_documents(return_hidden=True, **kwargs))
+    encoded = encode(
+        tokens=take(ids, rows), segment_ids=(rows >= 0).astype(np.int32), positions=take(positions, rows)
+    )
+    hidden = np.full((config.num_layers + 1, ids.size, config.hidden_size), np.nan)
+    hidden[:, rows[rows >= 0]] = np.asarray(encoded.hidden)[:, rows >= 0]
+    past = None
+    if len(template):
+        run = _jit(model, lambda model, **kwargs: model(return_hidden=True, **kwargs))
+        prefix = run(tokens=ids[None, template], positions=positions[None, template])
+        past = prefix.own
+        hidden[:, template] = prefix.all_hidden[:, 0]
+    for i in range(config.num_layers + 1):
+        report.activation(f"docs/hidden_{i}", hidden[i], recording.array(f"docs/hidden_{i}"))
+    for i in range(config.num_layers if past is not None else 0):
+        for name in ("k", "v"):
+            ours = np.swapaxes(getattr(past, name)[i, 0], 0, 1)
+            report.activation(f"template/{name}_{i}", ours, recording.array(f"template/{name}_{i}"))
+
+    index, owners = document_chunks((rows >= 0).sum(1), rows.shape[1] // config.chunk_size, config.chunk_size)
+    states = jax.tree.map(lambda x: x[:, index], encoded.states)
+    _check_bank(report, recording, config.router_layers, states, numbers[owners])
+    # Documents keep their numbers: the bank has room for one that is not there.
+    layout = DocumentLayout.from_chunk_documents(numbers[owners] - 1, int(numbers[-1]))
+    return past, model.bank(states, layout)
+
+
+def _check_bank(report, recording, layers, states: ChunkStates, owners: np.ndarray) -> None:
+    recorded = recording.array("bank/chunk_doc_ids", None)
+    order = np.argsort(recorded, kind="stable")  # ours are in the order of document numbers
+    report.equal("bank/chunk_doc_ids", owners, recorded[order])
+    if not np.array_equal(owners, recorded[order]):
+        return
+    for i, layer in enumerate(layers):
+        keys = states.routing_key[i]
+        recorded = {
+            name: recording.array(f"bank/{name}_{layer}", None, len(owners), None)[:, order]
+            for name in ("k", "v", "router_k")
+        }
+        # The published cache holds them normalised where its loss is named INFONCE, and raw elsewhere.
+        if np.allclose(np.linalg.norm(recorded["router_k"], axis=-1), 1.0, atol=1e-4):
+            keys = l2_normalise(keys)
+        for name, ours in (("k", states.content_k[i]), ("v", states.content_v[i]), ("router_k", keys)):
+            report.activation(f"bank/{name}_{layer}", np.swapaxes(ours, 0, 1), recorded[name])
+
+
+def _check_questions(report, recording, model, past, bank) -> ModelOutput:
+    config = model.config
+    ids = _ids(recording, "query/input_ids", config.vocab_size, None, None)
+    roles, exists, positions = (
+        recording.array(f"query/{name}", *ids.shape) for name in ("doc_ids", "attention_mask", "position_ids")
+    )
+    exists = exists == 1
+    if np.any(roles[exists] > 0) or not exists.any(1).all():
+        raise ParityError(f"{recording.path / 'io.npz'}: each question needs a token, and no document token.")
+    run = _jit(model, lambda model, **kwargs: _with_logits(model, model(return_hidden=True, **kwargs)))
+    output, logits = run(
+        tokens=ids, positions=positions, mask=_with_prefix(past, exists), past=past, bank=bank,
+        route=(roles == 0) & exists,
+    )  # fmt: skip
+    for i in range(config.num_layers + 1):
+        name = f"query/hidden_{i}"
+        report.activation(name, output.all_hidden[i], recording.array(name), valid=exists)
+    report.activation("query/logits", logits, recording.array("query/logits"), valid=exists)
+    present = np.broadcast_to(np.asarray(bank.layout.lengths) > 0, (len(ids), bank.num_documents))
+    for i, layer in enumerate(config.router_layers):
+        scores = recording.array(f"query/doc_scores_{layer}")
+        report.activation(f"query/doc_scores_{layer}", output.document_scores[i], scores, valid=present)
+        documents, best = (recording.array(f"query/{name}_{layer}") for name in ("top_docs", "top_scores"))
+        selected = np.asarray(output.selection.lengths[i]) > 0
+        # Places beyond the documents that there are select nothing, here as there.
+        width = selected.any(0).sum()
+        report.equal(f"query/top_docs_{layer}", output.selection.documents[i, :, :width] + 1, documents)
+        report.activation(f"query/top_scores_{layer}", output.selection.scores[i, :, :width], best)
+    return output
+
+
+def _with_logits(model, output):
+    return output, model.logits(output.hidden)
+
+
+def _with_prefix(past, exists):
+    prefix = 0 if past is None else past.k.shape[2]
+    return np.concatenate([np.ones((len(exists), prefix), bool), exists], axis=1)
+
+
+def _check_decoding(report, recording, model, bank, output) -> None:
+    exists = recording.array("query/attention_mask") == 1
+    positions = recording.array("query/position_ids")
+    batch = len(exists)
+    tokens = _ids(recording, "decode/input_tokens", model.config.vocab_size, batch, None)
+    steps = tokens.shape[1]
+    size = output.own.k.shape[2]
+    cache = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * 2 + [(0, steps)] + [(0, 0)] * 2), output.own)
+    prefix = np.ones((batch, size - exists.shape[1]), bool)
+    mask = np.concatenate([prefix, exists, np.zeros((batch, steps), bool)], axis=1)
+    last = np.where(exists, positions, -1).max(axis=1)
+    run = _jit(model, lambda model, **kwargs: _with_logits(model, model(**kwargs)))
+    logits = []
+    for step in range(steps):
+        mask[:, size + step] = True
+        result, step_logits = run(
+            tokens=tokens[:, step : step + 1], positions=(last + 1 + step)[:, None], mask=mask.copy(),
+            past=cache, slot=np.int32(size + step), bank=bank, selection=output.selection,
+        )  # fmt: skip
+        cache = result.own
+        logits.append(step_logits)
+    if steps:
+        report.activation("decode/logits", np.concatenate(logits, axis=1), recording.array("decode/logits"))
