@@ -4,8 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from msa_jax.routing import NO_SCORE
 from msa_jax.training import losses
@@ -16,21 +14,23 @@ def direct(hidden, table, targets):
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
 
 
-@settings(max_examples=15, deadline=None)
-@given(st.sampled_from([(31, 7), (24, 7), (30, 10), (13, 64), (97, 96)]), st.integers(0, 99))
-def test_token_losses_equal_the_direct_form(sizes, seed):
+@pytest.mark.parametrize("sizes", [(31, 7), (30, 10), (13, 64)], ids=["padded", "divided", "one block"])
+def test_token_losses_equal_the_direct_form(sizes):
     vocab, block = sizes
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(vocab)
     hidden = jnp.asarray(rng.normal(size=(3, 5, 11)), jnp.float32)
     table = jnp.asarray(3 * rng.normal(size=(vocab, 11)), jnp.float32)
-    targets = jnp.asarray(rng.integers(0, vocab, (3, 5)), jnp.int32)
+    targets = jnp.asarray(rng.integers(0, vocab, (3, 5)), jnp.int32).at[0, 0].set(vocab - 1)
     cotangent = jnp.asarray(rng.normal(size=(3, 5)), jnp.float32)
-    with jax.default_matmul_precision("highest"):
+
+    @jax.jit
+    def both(hidden, table):
         want, want_vjp = jax.vjp(lambda h, w: direct(h, w, targets), hidden, table)
         got, got_vjp = jax.vjp(lambda h, w: losses.token_losses(h, w, targets, block=block), hidden, table)
-        np.testing.assert_allclose(got, want, atol=2e-5)
-        for a, b in zip(got_vjp(cotangent), want_vjp(cotangent), strict=True):
-            np.testing.assert_allclose(a, b, atol=5e-5)
+        return (want, *want_vjp(cotangent)), (got, *got_vjp(cotangent))
+
+    for want, got in zip(*both(hidden, table), strict=True):
+        np.testing.assert_allclose(got, want, atol=5e-5)
 
 
 def test_bfloat16_gradient_of_hidden_is_summed_in_float32():

@@ -81,7 +81,7 @@ class Recording:
         )
         if shape and not fits:
             want = ", ".join("any" if n is None else str(n) for n in shape)
-            raise ParityError(f"{self.path / 'io.npz'}: {name} has shape {value.shape}, must have ({want}).")
+            raise ParityError(f"{self.path / 'io.npz'}: {name} has shape {value.shape}, must be ({want}).")
         return value.astype(np.int32) if np.issubdtype(value.dtype, np.integer) else value
 
     def gradients(self) -> dict[str, np.ndarray]:

@@ -50,8 +50,10 @@ class Batch:
         return self.owner[None, :] == np.arange(len(self.active))[:, None]
 
 
-def split_samples(roles: np.ndarray, exists: np.ndarray, chunk_size: int) -> Batch:
+def split_samples(roles: np.ndarray, exists: np.ndarray, chunk_size: int, where: str) -> Batch:
     """Find prefix, documents and active context of each sample in `roles` and `exists` [B, S].
+
+    `where` is where they come from, for messages.
 
     Raises:
       ParityError: a sample is not template, documents, active context, in this order.
@@ -65,7 +67,7 @@ def split_samples(roles: np.ndarray, exists: np.ndarray, chunk_size: int) -> Bat
         in_memory = np.flatnonzero(is_document)
         if not len(in_memory) or np.any(~is_prefix[: in_memory[-1]] & ~is_document[: in_memory[-1]]):
             raise ParityError(
-                f"sample {sample}: doc_ids must be a template prefix, documents, then the rest."
+                f"{where}: doc_ids of sample {sample} must be a template prefix, documents, then the rest."
             )
         prefix.append(sample * roles.shape[1] + places[is_prefix])
         active.append(sample * roles.shape[1] + places[~is_prefix & ~is_document])
@@ -74,7 +76,7 @@ def split_samples(roles: np.ndarray, exists: np.ndarray, chunk_size: int) -> Bat
             owner.append(sample)
             number.append(n)
     if not sum(map(len, active)):
-        raise ParityError("no token follows the documents, so there is nothing to compute.")
+        raise ParityError(f"{where}: no token follows the documents, so there is nothing to compute.")
     return Batch(
         prefix=pack(prefix),
         documents=pack(documents, multiple=chunk_size),
@@ -137,7 +139,7 @@ def check_training(recording: Recording) -> Report:
     if ids.min() < 0 or ids.max() >= config.vocab_size or labels.max() >= config.vocab_size:
         raise ParityError(f"{recording.path / 'io.npz'}: token ids must be below {config.vocab_size}.")
     scalars = _scalars(recording)
-    batch = split_samples(roles, exists, config.chunk_size)
+    batch = split_samples(roles, exists, config.chunk_size, str(recording.path / "io.npz"))
     objective = Objective.of(recording, config, batch.visible, scalars.get("aux_labels"))
     gradients = recording.gradients()
 
