@@ -44,7 +44,7 @@ def _over_tiles(tile_fn, init, num_chunks, tile):
 
 def tile_size(batch: int, tokens: int, num_chunks: int) -> int:
     """Chunks scored at once, so that the [B, T, tile] products stay within 64 MiB."""
-    return min(num_chunks, max(256, _TILE_ELEMENTS // max(1, batch * tokens)))
+    return max(1, min(num_chunks, max(256, _TILE_ELEMENTS // max(1, batch * tokens))))
 
 
 @functools.partial(jax.jit, static_argnames="tile")
