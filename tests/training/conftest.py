@@ -1,0 +1,87 @@
+"""A run small enough for tests: needles in a haystack of made-up sentences, a model of two layers."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+
+WORDS = (
+    "river stone cloud field paper light music garden window market winter summer bridge letter copper "
+    "silver engine forest harbor island jacket kettle ladder mirror needle orange pencil rabbit saddle "
+    "tunnel valley wagon"
+).split()
+
+SETTINGS = {
+    "model": {
+        "preset": "tiny",
+        "hidden_size": 64,
+        "num_layers": 2,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+        "head_dim": 32,
+        "mlp_size": 96,
+        "chunk_size": 16,
+        "top_k": 4,
+        "router_bias": True,
+    },
+    "tokenizer": {"vocab_size": 512},
+    "data": {
+        "source": "needles",
+        "document_len": 80,
+        "num_documents": 16,
+        "num_questions": 12,
+        "question_len": 176,
+        "num_words": 24,
+    },
+    "training": {
+        "phases": [
+            {"steps": 20, "lm_weight": 0.1, "aux_weight": 1.0, "mean_over_tokens": True},
+            {"steps": 20, "lm_weight": 1.0, "aux_weight": 0.5},
+        ],
+        "optimizer": {
+            "name": "muon",
+            "learning_rate": 0.02,
+            "adam_learning_rate": 3e-3,
+            "warmup_steps": 5,
+        },
+        "embedding_std": 0.5,
+        "logit_scale": 0.1,
+        "tied_router": True,
+        "copy_scale": 0.5,
+        "max_targets": 44,
+        "log_every": 1,
+        "checkpoint_every": 4,
+    },
+    "evaluation": {"num_questions": 8, "batch_size": 8, "rows_per_step": 16},
+}
+
+
+@pytest.fixture(scope="session")
+def haystack(tmp_path_factory):
+    """A folder with a documents.jsonl of 60 texts of made-up sentences."""
+    folder = tmp_path_factory.mktemp("haystack")
+    rng = np.random.default_rng(0)
+    with (folder / "documents.jsonl").open("w") as file:
+        for i in range(60):
+            text = " ".join(" ".join(rng.choice(WORDS, 9)) + "." for _ in range(30))
+            file.write(json.dumps({"id": str(i), "title": f"text {i}", "text": text}) + "\n")
+    return folder
+
+
+@pytest.fixture
+def settings(haystack):
+    """Settings of a run of 40 steps, free to be changed."""
+    values = copy.deepcopy(SETTINGS)
+    values["data"]["folder"] = str(haystack)
+    return values
+
+
+@pytest.fixture
+def config_file(settings, tmp_path):
+    """The settings as a file for `--config`."""
+    path = tmp_path / "config.py"
+    path.write_text(
+        f"from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict({settings!r})\n"
+    )
+    return path

@@ -1,0 +1,148 @@
+"""A run as a whole: it learns, survives any interruption, and refuses what cannot work."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from msa_jax.checkpoint import CheckpointError, Checkpoints
+from msa_jax.config import ConfigError
+from msa_jax.evaluation import evaluate, write_results
+from msa_jax.evaluation.evaluate import load_model
+from msa_jax.run import RunConfig, open_tokenizer
+from msa_jax.training.loop import TrainingDiverged, train
+
+
+def logged(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def final_params(settings, workdir):
+    model, _ = load_model(RunConfig.from_dict(settings), workdir)
+    return jax.tree.leaves(nnx.as_pure(nnx.state(model)))
+
+
+def command(root, config_file, workdir):
+    # The device count of the tests is kept: bit-exactness is claimed for the same devices.
+    return subprocess.Popen(
+        [sys.executable, root / "train.py", f"--config={config_file}", f"--workdir={workdir}"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"PYTHONPATH": str(root)},
+    )  # fmt: skip
+
+
+def wait_for_step(process, workdir, step, seconds=240):
+    """Return once `step` is logged."""
+    end = time.monotonic() + seconds
+    path = workdir / "metrics.jsonl"
+    while time.monotonic() < end and process.poll() is None:
+        if path.exists() and f'{{"step": {step},' in path.read_text():
+            return
+        time.sleep(0.02)
+    process.kill()
+    raise AssertionError(f"step {step} was not reached: {process.communicate()[0]}")
+
+
+def test_a_run_learns_and_survives_every_interruption(root, settings, config_file, tmp_path):
+    """Loss falls and recall rises beyond stated bounds; SIGTERM, SIGKILL and resuming change no bit."""
+    run = RunConfig.from_dict(settings)
+    whole = tmp_path / "whole"
+    result = train(run, whole)
+    assert result.finished and result.step == 40
+    rows = logged(whole)
+    assert [r["step"] for r in rows] == list(range(1, 41))
+    early = np.mean([r["recall@1"] for r in rows[:3]])
+    late = np.mean([r["recall@1"] for r in rows[-3:]])
+    assert early < 0.5 and late > 0.9, (early, late)
+    assert rows[-1]["lm_loss"] < 0.75 * rows[0]["lm_loss"]
+    assert rows[-1]["aux_loss"] < 0.5 * rows[0]["aux_loss"]
+
+    cut = tmp_path / "cut"
+    process = command(root, config_file, cut)
+    wait_for_step(process, cut, 6)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert "'finished': False" in output
+
+    process = command(root, config_file, cut)
+    wait_for_step(process, cut, 22)
+    process.kill()
+    process.communicate()
+    process = command(root, config_file, cut)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert "resumed after step" in output and "'finished': True" in output
+
+    for mine, theirs in zip(final_params(settings, cut), final_params(settings, whole), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    keep = ("step", "loss", "lm_loss", "aux_loss", "recall@1", "grad_norm")
+    assert [{k: r[k] for k in keep} for r in logged(cut)] == [{k: r[k] for k in keep} for r in rows]
+
+    # What was trained can be evaluated: rows, table, file and picture are there.
+    scores = evaluate(run, cut, [2048, 4096])
+    assert [r["memory_tokens"] for r in scores] == [2048, 4096]
+    assert all(abs(r["tokens"] - r["memory_tokens"]) < 0.1 * r["memory_tokens"] for r in scores)
+    assert scores[0]["router_recall@16"][0] > 0.8
+    assert "exact match" in write_results(scores, run, cut)
+    assert json.loads((cut / "eval.json").read_text())["rows"] == scores
+    assert (cut / "curve.png").stat().st_size > 5000
+
+    # A workdir is one run's.
+    settings["data"]["num_documents"] = 17
+    with pytest.raises(ConfigError, match=r"other settings of data.num_documents"):
+        train(RunConfig.from_dict(settings), cut)
+
+
+def test_nan_stops_the_run_and_names_the_step(settings, tmp_path):
+    settings["training"]["optimizer"] |= {"name": "adamw", "learning_rate": 1e30, "warmup_steps": 0}
+    settings["training"]["checkpoint_every"] = 40
+    with pytest.raises(TrainingDiverged, match=r"loss of step [23] is"):
+        train(RunConfig.from_dict(settings), tmp_path)
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    assert checkpoints.latest_step is None
+    checkpoints.close()
+
+
+def test_more_targets_than_allowed_is_an_error(settings, tmp_path):
+    settings["training"]["max_targets"] = 5
+    with pytest.raises(ConfigError, match="max_targets is 5; raise it"):
+        train(RunConfig.from_dict(settings), tmp_path)
+
+
+def test_evaluating_an_untrained_workdir_is_an_error(settings, tmp_path):
+    run = RunConfig.from_dict(settings)
+    open_tokenizer(run, tmp_path, train=True)
+    with pytest.raises(CheckpointError, match="no checkpoint here; train first"):
+        evaluate(run, tmp_path, [2048])
+
+
+@pytest.mark.parametrize(
+    "line, fault",
+    [
+        ('{"id": "x", "title": "t", "text": ""}', "empty"),
+        ('{"id": "x", "title":', "JSON"),
+        ('{"id": "0", "title": "t", "text": "again"}', "already"),
+    ],
+)
+def test_bad_data_ends_in_a_sentence_before_training(root, settings, haystack, tmp_path, line, fault):
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    (folder / "documents.jsonl").write_text((haystack / "documents.jsonl").read_text() + line + "\n")
+    settings["data"] |= {"source": "jsonl", "folder": str(folder)}
+    config = tmp_path / "config.py"
+    config.write_text(
+        f"from ml_collections import ConfigDict\ndef get_config(): return ConfigDict({settings!r})\n"
+    )
+    process = command(root, config, tmp_path / "run")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "documents.jsonl:61" in output and fault in output and "Traceback" not in output, output
+    assert not (tmp_path / "run" / "checkpoints").exists()
