@@ -93,12 +93,12 @@ def document_scores(
     if mean_over_tokens is not False:
         query = jnp.where(mean_over_tokens, mean_query(query, route), query)
     per_chunk = chunk_scores(query.astype(keys.dtype), keys, query_mask=route, implementation=implementation)
-    # Chunk-major, so that the segment max reduces contiguous rows of B.
+    # Chunk-major, so that the segment max reduces contiguous rows of B. Chunks of no document may stand
+    # anywhere, so the segments are not sorted.
     scores = jax.ops.segment_max(
         per_chunk.T,
         layout.chunk_documents,
         num_segments=layout.num_documents + 1,
-        indices_are_sorted=True,
     )[:-1].T
     allowed = (layout.lengths > 0)[None, :]
     if visible is not None:
