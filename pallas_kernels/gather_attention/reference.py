@@ -14,10 +14,10 @@ MASKED = -1e30
 
 
 def gather_chunks(starts, lengths, max_length, num_chunks):
-    """Chunk index [B, k, max_length] and whether it belongs to the document, for each selected document."""
+    """Chunk index [B, k, max_length], C past a document's end, and whether it is a chunk of the document."""
     offsets = jnp.arange(max_length, dtype=jnp.int32)
-    index = jnp.minimum(starts[..., None] + offsets[None, None], max(num_chunks - 1, 0))
-    return index, offsets[None, None] < lengths[..., None]
+    valid = offsets[None, None] < lengths[..., None]
+    return jnp.where(valid, starts[..., None] + offsets[None, None], num_chunks), valid
 
 
 def forward(q, k, v, bank_k, bank_v, starts, lengths, bias, mask, *, max_length):
@@ -38,14 +38,16 @@ def forward(q, k, v, bank_k, bank_v, starts, lengths, bias, mask, *, max_length)
         num_docs = starts.shape[1]
         index, valid = gather_chunks(starts, lengths, max_length, bank_k.shape[0])
         flat = index.reshape(b, num_docs * max_length)
-        bank_logits = logits_of(jnp.take(bank_k, flat, axis=0))
+        # Zeros where there is no chunk: a weight of 0 would not keep a NaN of another document out.
+        take = lambda bank: jnp.take(bank, flat, axis=0, mode="fill", fill_value=0)  # noqa: E731
+        bank_logits = logits_of(take(bank_k))
         if bias is not None:
             per_chunk = jnp.repeat(bias, max_length, axis=1)
             per_chunk = per_chunk.reshape(b, num_docs * max_length, kv, h // kv).astype(jnp.float32)
             bank_logits = bank_logits + jnp.transpose(per_chunk, (0, 2, 3, 1))[:, :, :, None, :]
         bank_logits = jnp.where(valid.reshape(b, 1, 1, 1, -1), bank_logits, MASKED)
         logits = jnp.concatenate([bank_logits, logits], axis=-1)
-        parts_v.insert(0, jnp.take(bank_v, flat, axis=0).astype(v.dtype))
+        parts_v.insert(0, take(bank_v).astype(v.dtype))
     values = jnp.concatenate(parts_v, axis=1)
     top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     weights = jnp.where(logits > MASKED / 2, jnp.exp(logits - top), 0.0)
