@@ -81,11 +81,16 @@ class Checkpoints:
         """
         step = self._need_step()
         name = "ema" if ema else "params"
+        wanted = {name: _abstract(nnx.to_pure_dict(params))}
         try:
             restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.PyTreeRestore({name: _abstract(nnx.to_pure_dict(params))}, partial_restore=True)
+                    state=ocp.args.PyTreeRestore(
+                        wanted,
+                        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+                        partial_restore=True,
+                    )
                 ),
             )
         except (ValueError, KeyError, FileNotFoundError) as e:

@@ -66,7 +66,10 @@ def encode_bank(
     content_k = np.zeros((*shape, c.num_kv_heads, c.head_dim), dtype)
     content_v = np.zeros_like(content_k)
     per_row = width // chunk
-    with tqdm(total=int((documents.segment_ids > 0).sum()), unit="tok", unit_scale=True, disable=not progress) as bar:
+    total = int((documents.segment_ids > 0).sum())
+    with tqdm(
+        total=total, desc="encode", unit="tok", unit_scale=True, mininterval=1.0, disable=not progress
+    ) as bar:
         for first in range(0, rows, rows_per_step):
             part = slice(first, min(rows, first + rows_per_step))
             arrays = (documents.tokens[part], documents.segment_ids[part], documents.positions[part])
