@@ -73,6 +73,18 @@ def test_equals_one_softmax_written_as_a_loop(layout, seed, where, data):
     np.testing.assert_allclose(lse, want_lse, rtol=1e-5, atol=2e-5)
 
 
+def test_large_logits_do_not_overflow():
+    x = floats(5, LAYOUTS[0])
+    x["q"] *= 100
+    starts, lengths = some_documents(5)
+    args = dict(**x, starts=starts, lengths=lengths, mask=np.ones((B, 5), bool))
+    out, lse = attend(**args, max_length=LONGEST)
+    want, want_lse = loop(**args)
+    assert want_lse.max() > 150  # exp of more than 88 overflows float32
+    np.testing.assert_allclose(lse, want_lse, rtol=1e-5)
+    np.testing.assert_allclose(out, want, atol=1e-3)
+
+
 def some_documents(seed):
     """starts, lengths [B, k] of distinct documents of a bank: three, one and two nothings, in any order."""
     rng = np.random.default_rng(seed)

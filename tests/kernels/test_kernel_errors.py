@@ -34,8 +34,8 @@ RANGES = np.zeros((2, 3), np.int32)
 def wrong(**changes):
     """Arguments with B 2, T 3, S 5, H 4, K 2, D 5, C 13, k 3, all of which fit but for `changes`."""
     own, bank = jnp.zeros((2, 5, 2, 5)), jnp.zeros((13, 2, 5))
-    floats = dict(q=jnp.zeros((2, 3, 4, 5)), k=own, v=own, bank_k=bank, bank_v=bank, bias=jnp.zeros((2, 3, 4)))
-    return floats | dict(starts=RANGES, lengths=RANGES, mask=np.ones((2, 5), bool)) | changes
+    fits = dict(q=jnp.zeros((2, 3, 4, 5)), k=own, v=own, bank_k=bank, bank_v=bank, bias=jnp.zeros((2, 3, 4)))
+    return fits | dict(starts=RANGES, lengths=RANGES, mask=np.ones((2, 5), bool)) | changes
 
 
 @pytest.mark.parametrize(
