@@ -1,0 +1,1 @@
+"""Timings. Every report is of ratios taken in one run."""
