@@ -6,6 +6,8 @@ C chunks, k documents, W = k * max_length gathered chunks.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -20,41 +22,51 @@ def gather_chunks(starts, lengths, max_length, num_chunks):
     return jnp.where(valid, starts[..., None] + offsets[None, None], num_chunks), valid
 
 
+def _attend(logits, allowed, values, top):
+    """Unnormalised weighted values [B, K, G, T, D] and weight sums [B, K, G, T, 1] of one part of the softmax."""
+    # `top` is far above MASKED, so that masked weights are exactly 0, in a row of nothing else too.
+    weights = jnp.exp(jnp.where(allowed, logits, MASKED) - top)
+    summed = jnp.einsum(
+        "bkgts,bskd->bkgtd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32
+    )
+    return summed, jnp.sum(weights, axis=-1, keepdims=True)
+
+
 def forward(q, k, v, bank_k, bank_v, starts, lengths, bias, mask, *, max_length):
-    """Out [B, T, H, D] in q's dtype and lse [B, T, H] float32. Softmax in float32."""
+    """Out [B, T, H, D] in q's dtype and lse [B, T, H] float32. Softmax in float32.
+
+    Bank and own tokens are two parts of one softmax under a common maximum: nothing is concatenated.
+    """
     b, t, h, d = q.shape
     s, kv = k.shape[1], k.shape[2]
-    scale = d**-0.5
     grouped = q.reshape(b, t, kv, h // kv, d)
 
     def logits_of(keys):
-        return scale * jnp.einsum("btkgd,bskd->bkgts", grouped, keys, preferred_element_type=jnp.float32)
+        return d**-0.5 * jnp.einsum("btkgd,bskd->bkgts", grouped, keys, preferred_element_type=jnp.float32)
 
     causal = jnp.arange(s)[None, :] <= jnp.arange(t)[:, None] + (s - t)
-    allowed = causal[None] & mask[:, None, :]
-    parts_v = [v]
-    logits = jnp.where(allowed[:, None, None], logits_of(k), MASKED)
+    parts = [(logits_of(k), (causal[None] & mask[:, None, :])[:, None, None], v)]
     if starts.shape[1] and max_length and bank_k.shape[0]:
-        num_docs = starts.shape[1]
+        chunks = starts.shape[1] * max_length
         index, valid = gather_chunks(starts, lengths, max_length, bank_k.shape[0])
-        flat = index.reshape(b, num_docs * max_length)
+        flat = index.reshape(b, chunks)
         # Zeros where there is no chunk: a weight of 0 would not keep a NaN of another document out.
-        take = lambda bank: jnp.take(bank, flat, axis=0, mode="fill", fill_value=0)  # noqa: E731
-        bank_logits = logits_of(take(bank_k))
+        take = lambda bank: jnp.take(bank, flat, axis=0, mode="fill", fill_value=0).astype(q.dtype)  # noqa: E731
+        logits = logits_of(take(bank_k))
         if bias is not None:
-            per_chunk = jnp.repeat(bias, max_length, axis=1)
-            per_chunk = per_chunk.reshape(b, num_docs * max_length, kv, h // kv).astype(jnp.float32)
-            bank_logits = bank_logits + jnp.transpose(per_chunk, (0, 2, 3, 1))[:, :, :, None, :]
-        bank_logits = jnp.where(valid.reshape(b, 1, 1, 1, -1), bank_logits, MASKED)
-        logits = jnp.concatenate([bank_logits, logits], axis=-1)
-        parts_v.insert(0, take(bank_v).astype(v.dtype))
-    values = jnp.concatenate(parts_v, axis=1)
-    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    weights = jnp.where(logits > MASKED / 2, jnp.exp(logits - top), 0.0)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
+            per_chunk = jnp.repeat(bias.astype(jnp.float32), max_length, axis=1)
+            per_chunk = per_chunk.reshape(b, chunks, kv, h // kv)
+            logits = logits + jnp.transpose(per_chunk, (0, 2, 3, 1))[:, :, :, None, :]
+        parts.append((logits, valid.reshape(b, 1, 1, 1, chunks), take(bank_v)))
+    tops = [jnp.max(jnp.where(allowed, logits, MASKED), axis=-1, keepdims=True) for logits, allowed, _ in parts]
+    top = jax.lax.stop_gradient(jnp.maximum(functools.reduce(jnp.maximum, tops), MASKED / 2))
+    sums = [_attend(logits, allowed, values, top) for logits, allowed, values in parts]
+    total = sum(weight for _, weight in sums)
     safe_total = jnp.where(total > 0, total, 1.0)
-    out = jnp.einsum(
-        "bkgts,bskd->btkgd", (weights / safe_total).astype(v.dtype), values, preferred_element_type=jnp.float32
+    out = sum(value for value, _ in sums) / safe_total
+    lse = jnp.where(total > 0, top + jnp.log(safe_total), MASKED)
+    order = (0, 3, 1, 2, 4)
+    return (
+        jnp.transpose(out, order).reshape(b, t, h, d).astype(q.dtype),
+        jnp.transpose(lse, order).reshape(b, t, h),
     )
-    lse = jnp.where(total > 0, top + jnp.log(safe_total), MASKED)[..., 0]
-    return out.reshape(b, t, h, d).astype(q.dtype), jnp.transpose(lse, (0, 3, 1, 2)).reshape(b, t, h)
