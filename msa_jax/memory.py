@@ -40,9 +40,19 @@ class DocumentLayout:
         """Derive the ranges from concrete `chunk_documents` [C].
 
         Raises:
-          ValueError: the chunks of a document are not consecutive.
+          ValueError: not integers [C] in 0..N, or the chunks of a document are not consecutive.
         """
         owners = np.asarray(chunk_documents)
+        if owners.ndim != 1 or (owners.size and not np.issubdtype(owners.dtype, np.integer)):
+            raise ValueError(
+                f"DocumentLayout: chunk_documents must be integers [C], got {owners.dtype} {owners.shape}."
+            )
+        if owners.size and not (0 <= owners.min() and owners.max() <= num_documents):
+            raise ValueError(
+                f"DocumentLayout: chunk_documents must lie in 0 to {num_documents}, where {num_documents} marks a "
+                f"chunk of no document; they lie in {owners.min()} to {owners.max()}."
+            )
+        owners = owners.astype(np.int32)
         used = owners[owners < num_documents]
         lengths = np.bincount(used, minlength=num_documents).astype(np.int32)
         starts = np.zeros(num_documents, np.int32)

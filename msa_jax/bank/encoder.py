@@ -93,5 +93,8 @@ def encode_bank(
         max_length=int(lengths.max(initial=1)),
     )
     return MemoryBank(
-        routing_keys=jnp.asarray(keys), content_k=jnp.asarray(content_k), content_v=jnp.asarray(content_v), layout=layout
+        routing_keys=jnp.asarray(keys),
+        content_k=jnp.asarray(content_k),
+        content_v=jnp.asarray(content_v),
+        layout=layout,
     )

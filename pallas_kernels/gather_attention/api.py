@@ -49,17 +49,22 @@ def gather_attention(
       NotImplementedError: the named implementation cannot run this.
     """
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"gather_attention: need q [B, T, H, D], k, v [B, S, K, D], got {q.shape}, {k.shape}, {v.shape}.")
+        raise ValueError(
+            f"gather_attention: need q [B, T, H, D], k, v [B, S, K, D], got {q.shape}, {k.shape}, {v.shape}."
+        )
     b, t, h, d = q.shape
     s, kv = k.shape[1], k.shape[2]
     if h % kv or s < t:
         raise ValueError(f"gather_attention: need H a multiple of K and S >= T, got H {h}, K {kv}, S {s}, T {t}.")
     if bank_k.shape != bank_v.shape or bank_k.ndim != 3 or bank_k.shape[1:] != (kv, d):
         raise ValueError(
-            f"gather_attention: bank_k, bank_v must be [C, K, D] with K {kv}, D {d}, got {bank_k.shape}, {bank_v.shape}."
+            f"gather_attention: bank_k, bank_v must be [C, K, D] with K {kv}, D {d}, "
+            f"got {bank_k.shape}, {bank_v.shape}."
         )
     if starts.shape != lengths.shape or starts.ndim != 2 or starts.shape[0] != b:
-        raise ValueError(f"gather_attention: starts, lengths must be [B, k] with B {b}, got {starts.shape}, {lengths.shape}.")
+        raise ValueError(
+            f"gather_attention: starts, lengths must be [B, k] with B {b}, got {starts.shape}, {lengths.shape}."
+        )
     if bias is not None and bias.shape != (*starts.shape, h):
         raise ValueError(f"gather_attention: bias must be [B, k, H] = {(*starts.shape, h)}, got {bias.shape}.")
     if mask is None:
