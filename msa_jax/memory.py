@@ -49,8 +49,8 @@ class DocumentLayout:
             )
         if owners.size and not (0 <= owners.min() and owners.max() <= num_documents):
             raise ValueError(
-                f"DocumentLayout: chunk_documents must lie in 0 to {num_documents}, where {num_documents} marks a "
-                f"chunk of no document; they lie in {owners.min()} to {owners.max()}."
+                f"DocumentLayout: chunk_documents must lie in 0 to {num_documents} ({num_documents} marks a chunk "
+                f"of no document), they lie in {owners.min()} to {owners.max()}."
             )
         owners = owners.astype(np.int32)
         used = owners[owners < num_documents]
@@ -59,7 +59,7 @@ class DocumentLayout:
         starts[owners[::-1][owners[::-1] < num_documents]] = np.flatnonzero(owners < num_documents)[::-1]
         changes = np.count_nonzero(np.diff(owners, prepend=-1)[owners < num_documents])
         if changes != np.count_nonzero(lengths):
-            raise ValueError("DocumentLayout: the chunks of a document must be consecutive in chunk_documents.")
+            raise ValueError("DocumentLayout: a document's chunks must be consecutive in chunk_documents.")
         return cls(
             chunk_documents=jnp.asarray(owners, jnp.int32),
             starts=jnp.asarray(starts),
