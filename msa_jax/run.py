@@ -21,9 +21,11 @@ from msa_jax.data import (
     LossWeights,
     NeedleSource,
     PythonDocsSource,
+    Renderer,
     Source,
     Template,
     Tokenizer,
+    cut_documents,
     frequent_words,
     training_texts,
 )
@@ -199,11 +201,13 @@ def _texts(data: DataConfig) -> Iterable[str]:
 
 
 def make_source(data: DataConfig, tokenizer: Tokenizer | None, split: Literal["train", "eval"]) -> Source:
-    """The source of a split; needles need the tokenizer."""
-    if data.source == "jsonl":
-        return JsonlSource(data.folder, split, data.eval_fraction)
-    if data.source == "python_docs":
-        return _python_docs(data, split)
+    """The source of a split, no document longer than `document_len`; uncut without a tokenizer, which needles need."""
+    if data.source != "needles":
+        jsonl = data.source == "jsonl"
+        corpus = JsonlSource(data.folder, split, data.eval_fraction) if jsonl else _python_docs(data, split)
+        if tokenizer is None:
+            return corpus
+        return cut_documents(corpus, tokenizer, Renderer(tokenizer, data.document_len).body_len)
     texts = _haystack(data)
     return NeedleSource(
         texts, frequent_words(texts, tokenizer, data.num_words), tokenizer,

@@ -11,6 +11,7 @@ from msa_jax.data.sources import (
     NeedleSource,
     PythonDocsSource,
     Source,
+    cut_documents,
     frequent_words,
     training_texts,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "Source",
     "Template",
     "Tokenizer",
+    "cut_documents",
     "frequent_words",
     "make_dataset",
     "pack_documents",

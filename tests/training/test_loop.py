@@ -16,7 +16,7 @@ from msa_jax.checkpoint import CheckpointError, Checkpoints
 from msa_jax.config import ConfigError
 from msa_jax.evaluation import evaluate, write_results
 from msa_jax.evaluation.evaluate import load_model
-from msa_jax.run import RunConfig, open_tokenizer
+from msa_jax.run import RunConfig, make_model, open_tokenizer
 from msa_jax.training.loop import TrainingDiverged, train
 
 
@@ -99,6 +99,25 @@ def test_a_run_learns_and_survives_every_interruption(root, settings, config_fil
     settings["data"]["num_documents"] = 17
     with pytest.raises(ConfigError, match=r"other settings of data.num_documents"):
         train(RunConfig.from_dict(settings), cut)
+
+
+def test_moving_average_is_kept_and_used(settings, tmp_path):
+    settings["training"]["phases"] = [{"steps": 2}]
+    settings["training"]["optimizer"]["ema_decay"] = 0.75
+    run = RunConfig.from_dict(settings)
+    train(run, tmp_path)
+    averaged = final_params(settings, tmp_path)
+    settings["training"]["optimizer"]["ema_decay"] = 0.0
+    last = final_params(settings, tmp_path)
+    start = jax.tree.leaves(nnx.as_pure(nnx.state(make_model(run, open_tokenizer(run, tmp_path, train=False)))))
+    moved = 0
+    for ema, new, old in zip(averaged, last, start, strict=True):
+        # After two steps the average holds the start with weight 0.75^2 and lies between it and the last.
+        low, high = np.minimum(old, new) - 1e-6, np.maximum(old, new) + 0.02
+        moved += np.abs(new - old).max() > 1e-3
+        assert (ema >= low - 0.02).all() and (ema <= high).all()
+        assert np.abs(ema - old).sum() < 0.6 * np.abs(new - old).sum() + 1e-6
+    assert moved > 10
 
 
 def test_nan_stops_the_run_and_names_the_step(settings, tmp_path):

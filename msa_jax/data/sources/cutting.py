@@ -1,0 +1,44 @@
+"""Long documents of a corpus cut into documents that fit, and questions pointed at the blocks that answer them."""
+
+import dataclasses
+
+from msa_jax.data.chunker import split_text
+from msa_jax.data.records import Document, Question
+from msa_jax.data.sources.base import CorpusSource
+from msa_jax.data.tokenizer import Tokenizer
+
+
+def cut_documents(source: CorpusSource, tokenizer: Tokenizer, max_tokens: int) -> CorpusSource:
+    """The same corpus with no text of more than `max_tokens` tokens.
+
+    A longer text becomes the documents `id/1`, `id/2`, ... of whole sentences (`split_text`), all with its
+    title. A question it supports is then supported by those blocks that hold one of the question's answers,
+    letter case aside, or if none does by the first block.
+    Raises DataError when `max_tokens` could not hold every single character.
+    """
+    documents: list[Document] = []
+    blocks: dict[str, list[Document]] = {}
+    sizes = map(len, tokenizer.encode_batch([" " + document.text for document in source.documents]))
+    for document, size in zip(source.documents, sizes, strict=True):
+        if size <= max_tokens:
+            documents.append(document)
+            continue
+        texts = [text for text in split_text(document.text, tokenizer, max_tokens) if text.strip()]
+        parts = [Document(f"{document.id}/{i}", document.title, text) for i, text in enumerate(texts, 1)]
+        blocks[document.id] = parts
+        documents += parts
+
+    def supporting(question: Question) -> tuple[str, ...]:
+        found: list[str] = []
+        for name in question.supporting_ids:
+            parts = blocks.get(name)
+            if parts is None:
+                found.append(name)
+                continue
+            answers = [answer.lower() for answer in question.answers]
+            holding = [part.id for part in parts if any(answer in part.text.lower() for answer in answers)]
+            found += holding or [parts[0].id]
+        return tuple(found)
+
+    questions = [dataclasses.replace(q, supporting_ids=supporting(q)) for q in source.questions]
+    return CorpusSource(documents, questions)
