@@ -15,22 +15,22 @@ def get_config() -> ConfigDict:
                 "chunk_size": 16,
                 "top_k": 16,
                 "router_bias": True,
-                "router_bias_init": 20.0,
+                "router_bias_init": 40.0,
             },
             "tokenizer": {"vocab_size": 4096, "template": "compact"},
             "data": {
                 "source": "needles",
                 "max_chars": 3_000_000,
-                "document_len": 64,
+                "document_len": 128,
                 "num_documents": 64,
                 "num_questions": 48,
-                "question_len": 128,
+                "question_len": 192,
                 "num_words": 256,
             },
             "training": {
                 "phases": [
                     {"steps": 60, "lm_weight": 0.1, "aux_weight": 1.0, "mean_over_tokens": True},
-                    {"steps": 340, "lm_weight": 1.0, "aux_weight": 0.5},
+                    {"steps": 240, "lm_weight": 1.0, "aux_weight": 0.5},
                 ],
                 "optimizer": {
                     "name": "muon",

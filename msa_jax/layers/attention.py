@@ -256,7 +256,12 @@ class MemorySparseAttention(SelfAttention):
         scores = None
         if selection is None:
             if route is None:
-                route = jnp.ones((b, t), bool) if mask is None else mask[:, -t:]
+                if mask is None:
+                    route = jnp.ones((b, t), bool)
+                elif slot is None:
+                    route = mask[:, -t:]
+                else:
+                    route = jax.lax.dynamic_slice_in_dim(mask, slot, t, axis=1)
             query = routing.routing_query(
                 self.router_q_proj(x).reshape(q.shape), num_kv_heads=c.num_kv_heads, score=c.routing_score
             )
