@@ -1,0 +1,194 @@
+"""Layers against NumPy in float64: norms, rotation, pooling, and a whole layer of Memory Sparse Attention."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from msa_jax import AttentionConfig, MemorySparseAttention, MSAConfig
+from msa_jax.data.batch import pack_documents
+from msa_jax.layers.attention import pool_chunks
+from msa_jax.layers.linear import linear
+from msa_jax.layers.mlp import SwiGLU
+from msa_jax.layers.norm import RMSNorm
+from msa_jax.layers.rope import rope
+from msa_jax.memory import DocumentLayout
+
+B, T, N, E, H, K, D, R, W = 2, 5, 4, 10, 6, 2, 4, 4, 12
+G = H // K
+CONFIG = AttentionConfig(
+    hidden_size=E, num_heads=H, num_kv_heads=K, head_dim=D, rope_theta=50.0, norm_eps=1e-4, chunk_size=4, top_k=2,
+    position_offset=7,
+)  # fmt: skip
+TABLE = np.random.default_rng(99).normal(size=(64, E)).astype(np.float32)
+seeds = st.integers(0, 2**31)
+lengths = st.lists(st.integers(1, 7), min_size=N, max_size=N)
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def numpy_rms(x, scale, eps):
+    return x / np.sqrt(np.mean(x * x, -1, keepdims=True) + eps) * scale
+
+
+def numpy_rope(x, positions, theta):
+    """Pairs (i, i + D / 2) of [T, heads, D] as complex numbers, turned by position * theta^(-i / (D / 2))."""
+    half = x.shape[-1] // 2
+    turn = np.exp(1j * np.multiply.outer(positions, theta ** (-np.arange(half) / half)))[:, None, :]
+    turned = (x[..., :half] + 1j * x[..., half:]) * turn
+    return np.concatenate([turned.real, turned.imag], axis=-1)
+
+
+def test_rms_norm_equals_numpy():
+    norm = RMSNorm(13, eps=0.1, dtype=jnp.float32, param_dtype=jnp.float32)
+    norm.scale[...] = jnp.asarray(normal(1, 13))
+    x = normal(0, 2, 3, 13)
+    np.testing.assert_allclose(norm(x), numpy_rms(x, normal(1, 13), 0.1), atol=1e-6)
+    half = RMSNorm(13, eps=0.1, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    assert half.scale[...].dtype == half(x).dtype == jnp.bfloat16
+    large = jnp.full((13,), 3e30, jnp.bfloat16)  # its square overflows
+    assert jnp.isfinite(half(jnp.asarray(x, jnp.bfloat16))).all() and not jnp.isnan(half(large)).any()
+
+
+@given(st.lists(st.integers(0, 5000), min_size=T, max_size=T), seeds)
+def test_rope_equals_a_rotation_of_complex_numbers(positions, seed):
+    x, positions = normal(seed, T, H, D), np.array(positions)
+    got = rope(jnp.asarray(x), jnp.asarray(positions), theta=1e4)
+    np.testing.assert_allclose(got, numpy_rope(x, positions, 1e4), atol=2e-3)
+    near = rope(jnp.asarray(x), jnp.asarray(positions % 50), theta=1e4)
+    np.testing.assert_allclose(near, numpy_rope(x, positions % 50, 1e4), atol=2e-5)
+    assert rope(jnp.asarray(x, jnp.bfloat16), jnp.asarray(positions), theta=1e4).dtype == jnp.bfloat16
+
+
+def test_swiglu_equals_numpy():
+    mlp = SwiGLU(MSAConfig(hidden_size=E, mlp_size=7), rngs=nnx.Rngs(0))
+    x = normal(0, 2, 3, E)
+    gate, up, down = (np.asarray(layer.kernel[...], np.float64) for layer in (mlp.gate, mlp.up, mlp.down))
+    np.testing.assert_allclose(mlp(x), (x @ gate / (1 + np.exp(-(x @ gate))) * (x @ up)) @ down, atol=1e-6)
+
+
+@pytest.mark.parametrize("leading", [(), (3,), (2, 3)])
+def test_linear_contracts_the_last_axis(leading):
+    layer = linear(E, 7, CONFIG, nnx.Rngs(0))
+    x = normal(0, *leading, E)
+    assert layer.bias is None
+    np.testing.assert_allclose(layer(x), x @ np.asarray(layer.kernel[...]), atol=1e-5)
+
+
+@given(lengths, seeds)
+def test_pooling_takes_the_mean_of_the_tokens_that_exist(lengths, seed):
+    """Every token counts once, in its own chunk; a ragged last chunk is the mean of what it has."""
+    rounded, chunk = jnp.asarray(normal(seed, R, W, K, D), jnp.bfloat16), 4
+    documents = pack_documents([np.arange(n) for n in lengths], chunk_size=chunk, row_len=W, num_rows=R)
+    want = np.zeros((R * W // chunk, K, D))
+    flat = np.asarray(rounded, np.float32).reshape(R * W, K, D)
+    for start, length in zip(documents.starts, lengths, strict=True):
+        for first in range(0, length, chunk):
+            tokens = flat[start * chunk + first : start * chunk + min(first + chunk, length)]
+            want[start + first // chunk] = tokens.mean(axis=0)
+    for x in (rounded, rounded.astype(jnp.float32)):
+        got = pool_chunks(x, jnp.asarray(documents.segment_ids), chunk)
+        assert got.dtype == jnp.float32
+        np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def weights(layer):
+    return {"/".join(map(str, path)): np.asarray(v[...], np.float64) for path, v in nnx.to_flat_state(nnx.state(layer))}
+
+
+def numpy_qkv(layer, x, positions):
+    w, c = weights(layer), layer.config
+    heads = lambda name: (x @ w[f"{name}_proj/kernel"]).reshape(len(x), -1, D)  # noqa: E731
+    q, k = (
+        numpy_rope(numpy_rms(heads(name), w[f"{name}_norm/scale"], c.norm_eps), positions, c.rope_theta)
+        for name in "qk"
+    )
+    return q, k, heads("v")
+
+
+def numpy_attention(layer, q, keys, values, bias, allowed):
+    """q [T, H, D]; keys, values [S, K, D]; bias [S, H]; allowed [T, S]: out [T, E]."""
+    keys, values = np.repeat(keys, G, axis=1), np.repeat(values, G, axis=1)
+    logits = np.einsum("thd,shd->ths", q, keys) / np.sqrt(D) + bias.T[None]
+    exp = np.where(allowed[:, None], np.exp(logits), 0)
+    out = np.einsum("ths,shd->thd", exp / exp.sum(-1, keepdims=True), values)
+    return out.reshape(len(q), -1) @ weights(layer)["o_proj/kernel"]
+
+
+def numpy_msa(layer, documents, x, positions, visible):
+    """The definition: out of every document alone, out of one question [T, E], its document scores [N]."""
+    w, c = weights(layer), layer.config
+    outs, chunks, scores = [], [], np.full(len(documents), -1e30)
+    unit = lambda y: y / np.linalg.norm(y, axis=-1, keepdims=True)  # noqa: E731
+    routing = unit((x @ w["router_q_proj/kernel"]).reshape(len(x), H, D))
+    for n, h in enumerate(documents):
+        size = len(h)
+        q, k, v = numpy_qkv(layer, h, np.arange(size))
+        outs.append(numpy_attention(layer, q, k, v, np.zeros((size, H)), np.tri(size, dtype=bool)))
+        router = (h @ w["router_k_proj/kernel"]).reshape(size, K, D)
+        split = lambda y: [y[i : i + c.chunk_size].mean(0) for i in range(0, len(y), c.chunk_size)]  # noqa: E731
+        chunks.append((np.stack(split(k)), np.stack(split(v))))
+        cosines = np.einsum("thd,chd->tch", routing, np.repeat(unit(np.stack(split(router))), G, axis=1)).mean(-1)
+        scores[n] = cosines.max() if visible[n] else -1e30
+    q, k, v = numpy_qkv(layer, x, positions)
+    parts, best = [(k, v, np.zeros((len(x), H)))], scores.max()
+    for n in np.argsort(-scores)[: c.top_k]:
+        if visible[n]:
+            bias = w["router_beta"] * (scores[n] - best) if c.router_bias else np.zeros(H)
+            parts.insert(0, (*chunks[n], np.broadcast_to(bias, (len(chunks[n][0]), H))))
+    keys, values, bias = (np.concatenate(p) for p in zip(*parts, strict=True))
+    read = len(keys) - len(x)
+    allowed = np.concatenate([np.ones((len(x), read), bool), np.tri(len(x), dtype=bool)], axis=1)
+    return outs, numpy_attention(layer, q, keys, values, bias, allowed), scores
+
+
+@functools.partial(jax.jit, static_argnames="graphdef")
+def run(graphdef, params, table, batch, x, positions, visible):
+    layer = nnx.merge(graphdef, params)
+    encoded, states = layer.encode(table[batch.tokens], positions=batch.positions, segment_ids=batch.segment_ids)
+    layout = DocumentLayout(batch.chunk_documents, batch.starts, batch.lengths, max_length=W // layer.config.chunk_size)
+    return encoded, layer(x, positions=positions, memory=layer.memory(states, layout), visible=visible)
+
+
+FORMS = {
+    # With P = 1 and every document selected this is dense attention over the concatenated documents.
+    "dense": dict(chunk_size=1, top_k=N),
+    "sparse": dict(),
+    "router bias": dict(router_bias=True, router_bias_init=3.0),
+}
+
+
+@functools.cache
+def layer_of(form):
+    layer = MemorySparseAttention(AttentionConfig(**(vars(CONFIG) | FORMS[form])), rngs=nnx.Rngs(5))
+    for i, norm in enumerate((layer.q_norm, layer.k_norm)):
+        norm.scale[...] = jnp.asarray(1 + 0.3 * normal(i, D))
+    return layer
+
+
+@pytest.mark.parametrize("form", FORMS)
+@settings(max_examples=8)
+@given(seed=seeds, lengths=lengths, visible=st.lists(st.booleans(), min_size=N, max_size=N))
+def test_memory_sparse_attention_equals_its_definition(form, seed, lengths, visible):
+    layer = layer_of(form)
+    visible = np.array([visible, [True] * N])
+    rng = np.random.default_rng(seed)
+    tokens = [rng.integers(0, len(TABLE), n) for n in lengths]
+    batch = pack_documents(tokens, chunk_size=layer.config.chunk_size, row_len=W, num_rows=R)
+    x, positions = normal(seed, B, T, E), np.stack([np.arange(T) + 7, np.arange(T) + 11])
+    encoded, result = run(*nnx.split(layer), TABLE, batch, x, positions, visible)
+    for b in range(B):
+        documents = [TABLE[t].astype(np.float64) for t in tokens]
+        outs, out, scores = numpy_msa(layer, documents, x[b].astype(np.float64), positions[b], visible[b])
+        np.testing.assert_allclose(result.document_scores[b], scores, atol=1e-5)
+        np.testing.assert_allclose(result.out[b], out, atol=2e-5)
+    flat = np.asarray(encoded).reshape(R * W, E)
+    for start, want in zip(batch.starts * layer.config.chunk_size, outs, strict=True):
+        np.testing.assert_allclose(flat[start : start + len(want)], want, atol=2e-5)
