@@ -175,19 +175,31 @@ def test_compute_dtype_and_storage_dtype():
     assert result.out.dtype == jnp.bfloat16 and result.document_scores.dtype == jnp.float32
 
 
-def test_a_stack_equals_its_layers_one_by_one():
-    config = MSAConfig(**(vars(CONFIG) | dict(vocab_size=5, mlp_size=7, num_layers=3)))
-    make = lambda rngs: DecoderBlock(config, router=False, rngs=rngs)  # noqa: E731
-    stacked = stack(make, 3, nnx.Rngs(3))
-    graphdef, state = nnx.split(stacked)
-    scales = normal(4, 3)
+BLOCKS = MSAConfig(**(vars(CONFIG) | dict(vocab_size=5, mlp_size=7, num_layers=3)))
+
+
+@jax.jit
+def _through_blocks(stacked, x, scales):
+    """The stack, and its blocks and their parts one by one."""
     body = lambda layer, x, scale: (layer(x * scale, positions=POSITIONS)[0], x)  # noqa: E731
-    got, inputs = jax.jit(lambda x: scan_stack(stacked, body, x, scales, remat="none"))(jnp.asarray(X))
-    x = jnp.asarray(X)
+    got = scan_stack(nnx.merge(*stacked), body, x, scales, remat="none")
+    blocks, parts = [x], [x]
     for i in range(3):
-        np.testing.assert_allclose(inputs[i], x, atol=1e-5)
-        x = _call(graphdef, jax.tree.map(lambda leaf, i=i: leaf[i], state), x * scales[i], POSITIONS, {})[0]
-    np.testing.assert_allclose(got, x, atol=1e-5)
+        block = nnx.merge(stacked[0], jax.tree.map(lambda leaf, i=i: leaf[i], stacked[1]))
+        blocks.append(block(blocks[-1] * scales[i], positions=POSITIONS)[0])
+        y = parts[-1] * scales[i]
+        y += block.attention(block.attention_norm(y), positions=POSITIONS).out
+        parts.append(y + block.mlp(block.mlp_norm(y)))
+    encoded = block.encode(blocks[-2] * scales[-1], positions=POSITIONS, segment_ids=jnp.ones((B, T), jnp.int32))[0]
+    return got, blocks, parts, encoded
+
+
+def test_a_stack_equals_its_blocks_and_a_block_its_parts():
+    stacked = stack(lambda rngs: DecoderBlock(BLOCKS, router=False, rngs=rngs), 3, nnx.Rngs(3))
+    (out, inputs), blocks, parts, encoded = _through_blocks(nnx.split(stacked), jnp.asarray(X), normal(4, 3))
+    np.testing.assert_allclose([*inputs, out], blocks, atol=1e-5)
+    np.testing.assert_allclose(blocks, parts, atol=1e-5)
+    np.testing.assert_allclose(encoded, out, atol=1e-5)
     kernels = stacked.attention.q_proj.kernel[...]
     assert np.abs(kernels[0] - kernels[1]).min() > 0  # each drawn on its own
 
