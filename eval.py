@@ -11,7 +11,8 @@ from msa_jax.checkpoint import CheckpointError
 from msa_jax.config import ConfigError
 from msa_jax.data import DataError
 from msa_jax.evaluation import evaluate, write_results
-from msa_jax.run import RunConfig, show_log
+from msa_jax.run import show_log
+from msa_jax.run_config import RunConfig
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config().", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.")

@@ -10,8 +10,9 @@ from ml_collections import config_flags
 from msa_jax.checkpoint import CheckpointError
 from msa_jax.config import ConfigError
 from msa_jax.data import DataError
-from msa_jax.run import RunConfig, show_log
-from msa_jax.training.loop import TrainingDiverged, train
+from msa_jax.run import show_log, train_run
+from msa_jax.run_config import RunConfig
+from msa_jax.training.loop import TrainingDiverged
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config().", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, tokenizer, logs.")
@@ -22,7 +23,7 @@ def main(argv):
         raise app.UsageError(f"Unknown arguments {argv[1:]}.")
     show_log()
     try:
-        result = train(RunConfig.from_dict(_CONFIG.value.to_dict()), _WORKDIR.value)
+        result = train_run(RunConfig.from_dict(_CONFIG.value.to_dict()), _WORKDIR.value)
     except (ConfigError, DataError, CheckpointError, TrainingDiverged) as error:
         raise SystemExit(f"train.py: {error}") from None
     shown = {name: round(result.metrics[name], 4) for name in ("loss", "recall@1") if name in result.metrics}

@@ -1,183 +1,38 @@
-"""A run: its settings, and what is made of them - tokenizer, sources, model. Shared by train.py and eval.py."""
+"""What is made of a run's settings: tokenizer, sources, model; and the run itself. For train.py and eval.py."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Literal
 
 import jax
 from absl import logging as absl_logging
 from flax import nnx
 
 from msa_jax import hf
-from msa_jax.config import ConfigError, MSAConfig
+from msa_jax.config import ConfigError
 from msa_jax.data import (
     JsonlSource,
-    LossWeights,
     NeedleSource,
     PythonDocsSource,
     Renderer,
     Source,
-    Template,
     Tokenizer,
     cut_documents,
     frequent_words,
+    make_dataset,
     training_texts,
 )
 from msa_jax.model import MSATransformer
-from msa_jax.training.config import TrainingConfig
+from msa_jax.run_config import DataConfig, RunConfig
 from msa_jax.training.init import copy_circuit, embedding_stream, tie_router
+from msa_jax.training.loop import TrainingResult, train
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Where documents and questions come from, and the shape of a batch.
-
-    Attributes:
-      source: "needles" in real text, "python_docs" (documentation of this Python installation), or "jsonl".
-      folder: of documents.jsonl, for "jsonl"; for "needles" the haystack, empty for Python's documentation.
-      packages: installed distributions whose documentation is read too; None reads all.
-      include_sources: read their source code too. max_chars: stop reading after so many characters.
-      document_len: tokens of a rendered document at most; longer texts are cut.
-      row_len: W of packed rows; default the documents' length, rounded up to whole chunks.
-      num_documents, num_questions: N and B of a training batch.
-      question_len: T, tokens of a question with its whole reply.
-      num_words: words that needle keys are made of. hard_fraction, needle_fraction: see `NeedleSource`.
-      eval_fraction: share of questions and passages held out.
-      loss_weights: of ids, answers and quoted ids; see `LossWeights`.
-    """
-
-    source: Literal["needles", "python_docs", "jsonl"] = "needles"
-    folder: str = ""
-    packages: tuple[str, ...] | None = ()
-    include_sources: bool = False
-    max_chars: int | None = None
-    document_len: int = 64
-    row_len: int | None = None
-    num_documents: int = 64
-    num_questions: int = 48
-    question_len: int = 128
-    num_words: int = 256
-    hard_fraction: float = 0.75
-    needle_fraction: float = 1.0
-    eval_fraction: float = 0.1
-    loss_weights: LossWeights = LossWeights()
-
-    def __post_init__(self):
-        if self.source not in ("needles", "python_docs", "jsonl"):
-            raise ConfigError(f"data.source must be needles, python_docs or jsonl, got {self.source!r}.")
-        if self.source == "jsonl" and not self.folder:
-            raise ConfigError('data.source "jsonl" needs data.folder, a folder with a documents.jsonl.')
-        for name in ("document_len", "num_documents", "num_questions", "question_len"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"data.{name} must be at least 1, got {getattr(self, name)}.")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TokenizerConfig:
-    """A tokenizer trained on the run's texts, or a checkpoint's own.
-
-    Attributes:
-      vocab_size: of a trained one, special tokens included.
-      path: folder of a tokenizer.json to use instead.
-      template: "compact" or "paper". numbers: "place" or "plain", how document numbers are spelt; empty
-        leaves it to the template.
-    """
-
-    vocab_size: int = 4096
-    path: str = ""
-    template: Literal["compact", "paper"] = "compact"
-    numbers: Literal["", "place", "plain"] = ""
-
-    def __post_init__(self):
-        if self.template not in ("compact", "paper"):
-            raise ConfigError(f"tokenizer.template must be compact or paper, got {self.template!r}.")
-
-    def make_template(self) -> Template:
-        make = Template.compact if self.template == "compact" else Template.paper
-        return make(**({"numbers": self.numbers} if self.numbers else {}))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-    """How a run is evaluated.
-
-    Attributes:
-      num_questions: asked of every memory. batch_size: asked together.
-      max_rounds, max_new_tokens: see `interleave`.
-      rows_per_step: packed rows that are encoded together.
-      seed: of memories and questions.
-    """
-
-    num_questions: int = 128
-    batch_size: int = 64
-    max_rounds: int = 2
-    max_new_tokens: int = 24
-    rows_per_step: int = 128
-    seed: int = 1
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """All settings of a run; `from_dict` takes what a file in `configs/` returns.
-
-    Attributes:
-      model: preset name and changes for `MSAConfig`; the vocabulary is the tokenizer's.
-      init_from: folder of a published checkpoint to start from, instead of random parameters.
-    """
-
-    model: Mapping[str, Any]
-    data: DataConfig
-    tokenizer: TokenizerConfig
-    training: TrainingConfig
-    evaluation: EvalConfig
-    init_from: str = ""
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
-        """Validate nested plain mappings; unknown names and bad values raise `ConfigError`."""
-        values = dict(values)
-        try:
-            data = dict(values.pop("data", {}))
-            if "loss_weights" in data:
-                data["loss_weights"] = LossWeights(**data["loss_weights"])
-            if data.get("packages") is not None:
-                data["packages"] = tuple(data["packages"])
-            run = cls(
-                model=dict(values.pop("model", {})),
-                data=DataConfig(**data),
-                tokenizer=TokenizerConfig(**dict(values.pop("tokenizer", {}))),
-                training=TrainingConfig.from_dict(values.pop("training")),
-                evaluation=EvalConfig(**dict(values.pop("evaluation", {}))),
-                **values,
-            )
-        except (TypeError, KeyError) as e:
-            raise ConfigError(f"Run settings: {e}.") from e
-        run.model_config(vocab_size=8)  # whatever is wrong with the model shows here, before any work
-        return run
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    def model_config(self, vocab_size: int) -> MSAConfig:
-        changes = dict(self.model)
-        if self.init_from:
-            changes.pop("preset", None)
-            return MSAConfig.from_checkpoint(self.init_from, **changes)
-        if changes.get("router_layers") is not None:
-            changes["router_layers"] = tuple(changes["router_layers"])
-        try:
-            return MSAConfig.preset(changes.pop("preset", "tiny"), **(changes | {"vocab_size": vocab_size}))
-        except TypeError as e:
-            raise ConfigError(f"Model settings: {e}.") from e
-
-    def row_len(self, chunk_size: int) -> int:
-        return self.data.row_len or -(-self.data.document_len // chunk_size) * chunk_size
+_LOG = logging.getLogger(__name__)
 
 
 def _haystack(data: DataConfig) -> list[str]:
@@ -296,3 +151,27 @@ def check_workdir(run: RunConfig, workdir: pathlib.Path) -> None:
     part = path.with_suffix(".part")
     part.write_text(json.dumps(mine, indent=2) + "\n")
     os.replace(part, path)
+
+
+def train_run(run: RunConfig, workdir: str | pathlib.Path) -> TrainingResult:
+    """Train, or go on with, the run in `workdir`; see `msa_jax.training.loop.train`.
+
+    Raises:
+      ConfigError, DataError, CheckpointError: something is wrong with the settings, the data, or `workdir`.
+      TrainingDiverged: the loss became NaN or infinite.
+    """
+    workdir = pathlib.Path(workdir)
+    check_workdir(run, workdir)
+    tokenizer = open_tokenizer(run, workdir, train=True)
+    source = make_source(run.data, tokenizer, "train")
+    model = make_model(run, tokenizer)
+    dataset = make_dataset(
+        source, tokenizer,
+        num_documents=run.data.num_documents, num_questions=run.data.num_questions,
+        chunk_size=model.config.chunk_size, row_len=run.row_len(model.config.chunk_size),
+        document_len=run.data.document_len, question_len=run.data.question_len,
+        loss_weights=run.data.loss_weights, seed=run.training.seed,
+        process_index=jax.process_index(), process_count=jax.process_count(),
+    )  # fmt: skip
+    _LOG.info("%s questions to train on", f"{len(source):,}")
+    return train(model, dataset, run.training, workdir, prefix=tuple(Renderer(tokenizer).prefix))

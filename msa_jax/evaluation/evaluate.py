@@ -23,7 +23,8 @@ from msa_jax.inference import Answer, interleave
 from msa_jax.metrics import exact_match, f1, precision_recall
 from msa_jax.model import MSATransformer
 from msa_jax.plots import plot_curve
-from msa_jax.run import RunConfig, make_model, make_source, open_tokenizer
+from msa_jax.run import make_model, make_source, open_tokenizer
+from msa_jax.run_config import RunConfig
 
 _LOG = logging.getLogger(__name__)
 _RECALL = (1, 5, 10, 16)

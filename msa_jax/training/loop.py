@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import logging
 import pathlib
 import signal
 import time
 
+import grain
 import jax
 import numpy as np
 from flax import nnx
@@ -15,9 +18,9 @@ from tqdm import tqdm
 
 from msa_jax.checkpoint import Checkpoints
 from msa_jax.config import ConfigError
-from msa_jax.data import Renderer, make_dataset
 from msa_jax.metrics import RunLog
-from msa_jax.run import RunConfig, check_workdir, make_model, make_source, open_tokenizer
+from msa_jax.model import MSATransformer
+from msa_jax.training.config import TrainingConfig
 from msa_jax.training.optimizer import make_optimizer
 from msa_jax.training.schedule import phase_at, phase_values
 from msa_jax.training.step import init_state, make_step
@@ -56,6 +59,19 @@ class _StopSignal:
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def _sole_writer(workdir: pathlib.Path):
+    """Hold the workdir for this process; the lock goes with the process, however it ends."""
+    with (workdir / f".lock-{jax.process_index()}").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(
+                f"{workdir}: another training process is at work here; wait for it, or use another workdir."
+            ) from None
+        yield
+
+
 def _to_host(pending: list[tuple[int, dict]]) -> dict[str, float]:
     """Latest of the pending metrics as floats, after making sure that none of them is NaN."""
     for step, metrics in (pending := jax.device_get(pending)):
@@ -67,33 +83,37 @@ def _to_host(pending: list[tuple[int, dict]]) -> dict[str, float]:
     return {name: float(value) for name, value in pending[-1][1].items()}
 
 
-def train(run: RunConfig, workdir: str | pathlib.Path) -> TrainingResult:
-    """Train, or go on with, the run in `workdir`.
+def train(
+    model: MSATransformer,
+    dataset: grain.IterDataset,
+    settings: TrainingConfig,
+    workdir: str | pathlib.Path,
+    *,
+    prefix: tuple[int, ...],
+) -> TrainingResult:
+    """Train `model`, or go on where the run in `workdir` stopped.
 
     Running it again after any interruption continues from the last checkpoint: with the same devices the
     result equals that of an uninterrupted run, bit for bit on CPU.
 
+    Args:
+      model: at the start of training; its arrays are given away.
+      dataset: of `Batch`es of one shape.
+      settings: what to do.
+      workdir: an existing folder; checkpoints and logs go there.
+      prefix: token ids of the template prefix.
+
     Raises:
-      ConfigError, DataError, CheckpointError: something is wrong with the settings, the data, or `workdir`.
+      ConfigError: another process trains in `workdir`, or a batch has more targets than `max_targets`.
+      CheckpointError: the checkpoint in `workdir` is another model's.
       TrainingDiverged: the loss became NaN or infinite.
     """
     workdir = pathlib.Path(workdir)
-    settings = run.training
+    with _sole_writer(workdir):
+        return _train(model, dataset, settings, workdir, prefix)
 
-    # Data, before anything expensive.
-    check_workdir(run, workdir)
-    tokenizer = open_tokenizer(run, workdir, train=True)
-    source = make_source(run.data, tokenizer, "train")
-    model = make_model(run, tokenizer)
-    config = model.config
-    dataset = make_dataset(
-        source, tokenizer,
-        num_documents=run.data.num_documents, num_questions=run.data.num_questions,
-        chunk_size=config.chunk_size, row_len=run.row_len(config.chunk_size),
-        document_len=run.data.document_len, question_len=run.data.question_len,
-        loss_weights=run.data.loss_weights, seed=settings.seed,
-        process_index=jax.process_index(), process_count=jax.process_count(),
-    )  # fmt: skip
+
+def _train(model, dataset, settings, workdir, prefix) -> TrainingResult:
     batches = iter(dataset)
 
     # Model and optimiser.
@@ -101,9 +121,7 @@ def train(run: RunConfig, workdir: str | pathlib.Path) -> TrainingResult:
     optimizer = make_optimizer(settings)
     state = init_state(nnx.as_pure(state), optimizer, settings)
     del model
-    _LOG.info(
-        "%s parameters, %s questions to train on", f"{_size(state.params):,}", f"{len(source):,}"
-    )
+    _LOG.info("%s parameters", f"{_size(state.params):,}")
 
     # Resume: no checkpoint, start; a checkpoint, go on behind it; a finished run, nothing to do.
     checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.keep_checkpoints)
@@ -113,7 +131,7 @@ def train(run: RunConfig, workdir: str | pathlib.Path) -> TrainingResult:
         first = int(state.step)
         _LOG.info("resumed after step %d", first)
     log = RunLog(workdir, resumed_step=first)
-    train_step = make_step(graphdef, optimizer, settings, tuple(Renderer(tokenizer).prefix))
+    train_step = make_step(graphdef, optimizer, settings, prefix)
 
     metrics: dict[str, float] = {}
     pending: list[tuple[int, dict]] = []

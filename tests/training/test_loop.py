@@ -16,8 +16,9 @@ from msa_jax.checkpoint import CheckpointError, Checkpoints
 from msa_jax.config import ConfigError
 from msa_jax.evaluation import evaluate, write_results
 from msa_jax.evaluation.evaluate import load_model
-from msa_jax.run import RunConfig, make_model, open_tokenizer
-from msa_jax.training.loop import TrainingDiverged, train
+from msa_jax.run import make_model, open_tokenizer, train_run
+from msa_jax.run_config import RunConfig
+from msa_jax.training.loop import TrainingDiverged
 
 
 def logged(workdir):
@@ -54,7 +55,7 @@ def test_a_run_learns_and_survives_every_interruption(root, settings, config_fil
     """Loss falls and recall rises beyond stated bounds; SIGTERM, SIGKILL and resuming change no bit."""
     run = RunConfig.from_dict(settings)
     whole = tmp_path / "whole"
-    result = train(run, whole)
+    result = train_run(run, whole)
     assert result.finished and result.step == 40
     rows = logged(whole)
     assert [r["step"] for r in rows] == list(range(1, 41))
@@ -67,6 +68,8 @@ def test_a_run_learns_and_survives_every_interruption(root, settings, config_fil
     cut = tmp_path / "cut"
     process = command(root, config_file, cut)
     wait_for_step(process, cut, 6)
+    with pytest.raises(ConfigError, match="another training process"):
+        train_run(run, cut)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
@@ -98,14 +101,14 @@ def test_a_run_learns_and_survives_every_interruption(root, settings, config_fil
     # A workdir is one run's.
     settings["data"]["num_documents"] = 17
     with pytest.raises(ConfigError, match=r"other settings of data.num_documents"):
-        train(RunConfig.from_dict(settings), cut)
+        train_run(RunConfig.from_dict(settings), cut)
 
 
 def test_moving_average_is_kept_and_used(settings, tmp_path):
     settings["training"]["phases"] = [{"steps": 2}]
     settings["training"]["optimizer"]["ema_decay"] = 0.75
     run = RunConfig.from_dict(settings)
-    train(run, tmp_path)
+    train_run(run, tmp_path)
     averaged = final_params(settings, tmp_path)
     settings["training"]["optimizer"]["ema_decay"] = 0.0
     last = final_params(settings, tmp_path)
@@ -124,7 +127,7 @@ def test_nan_stops_the_run_and_names_the_step(settings, tmp_path):
     settings["training"]["optimizer"] |= {"name": "adamw", "learning_rate": 1e30, "warmup_steps": 0}
     settings["training"]["checkpoint_every"] = 40
     with pytest.raises(TrainingDiverged, match=r"loss of step [23] is"):
-        train(RunConfig.from_dict(settings), tmp_path)
+        train_run(RunConfig.from_dict(settings), tmp_path)
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     assert checkpoints.latest_step is None
     checkpoints.close()
@@ -133,7 +136,7 @@ def test_nan_stops_the_run_and_names_the_step(settings, tmp_path):
 def test_more_targets_than_allowed_is_an_error(settings, tmp_path):
     settings["training"]["max_targets"] = 5
     with pytest.raises(ConfigError, match="max_targets is 5; raise it"):
-        train(RunConfig.from_dict(settings), tmp_path)
+        train_run(RunConfig.from_dict(settings), tmp_path)
 
 
 def test_evaluating_an_untrained_workdir_is_an_error(settings, tmp_path):
