@@ -113,8 +113,8 @@ def select(scores: jax.Array, layout: DocumentLayout, *, top_k: int) -> Selectio
     return Selection(
         documents=documents.astype(jnp.int32),
         scores=jnp.where(found, best, NO_SCORE),
-        starts=layout.starts[documents],
-        lengths=jnp.where(found, layout.lengths[documents], 0),
+        starts=jnp.asarray(layout.starts)[documents],
+        lengths=jnp.where(found, jnp.asarray(layout.lengths)[documents], 0),
     )
 
 
