@@ -4,14 +4,12 @@ For every size it encodes a memory of held-out text, asks its questions, lets th
 reports a table, eval.json and curve.png in the workdir.
 """
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
-from msa_jax.checkpoint import CheckpointError
+from msa_jax.command import run_command
 from msa_jax.config import ConfigError
-from msa_jax.data import DataError
 from msa_jax.evaluation import evaluate, write_results
-from msa_jax.run import show_log
 from msa_jax.run_config import RunConfig
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config().", lock_config=True)
@@ -29,19 +27,13 @@ def _sizes(values: list[str]) -> list[int]:
     return sizes
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown arguments {argv[1:]}.")
-    show_log()
-    try:
-        run = RunConfig.from_dict(_CONFIG.value.to_dict())
-        rows = evaluate(run, _WORKDIR.value, _sizes(_MEMORY_TOKENS.value))
-        text = write_results(rows, run, _WORKDIR.value)
-    except (ConfigError, DataError, CheckpointError) as error:
-        raise SystemExit(f"eval.py: {error}") from None
+def main():
+    run = RunConfig.from_dict(_CONFIG.value.to_dict())
+    rows = evaluate(run, _WORKDIR.value, _sizes(_MEMORY_TOKENS.value))
+    text = write_results(rows, run, _WORKDIR.value)
     print(f"\n{text}\n\n{_WORKDIR.value}/eval.json\n{_WORKDIR.value}/curve.png")
 
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    run_command(main)

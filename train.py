@@ -4,32 +4,23 @@ Every setting can be changed by flag, as in --config.training.optimizer.learning
 resumes a run that was interrupted.
 """
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
-from msa_jax.checkpoint import CheckpointError
-from msa_jax.config import ConfigError
-from msa_jax.data import DataError
-from msa_jax.run import show_log, train_run
+from msa_jax.command import run_command
+from msa_jax.run import train_run
 from msa_jax.run_config import RunConfig
-from msa_jax.training.loop import TrainingDiverged
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config().", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, tokenizer, logs.")
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown arguments {argv[1:]}.")
-    show_log()
-    try:
-        result = train_run(RunConfig.from_dict(_CONFIG.value.to_dict()), _WORKDIR.value)
-    except (ConfigError, DataError, CheckpointError, TrainingDiverged) as error:
-        raise SystemExit(f"train.py: {error}") from None
+def main():
+    result = train_run(RunConfig.from_dict(_CONFIG.value.to_dict()), _WORKDIR.value)
     shown = {name: round(result.metrics[name], 4) for name in ("loss", "recall@1") if name in result.metrics}
     print({"step": result.step, "finished": result.finished, **shown})
 
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    run_command(main)

@@ -6,9 +6,11 @@
 
 from ml_collections import ConfigDict
 
+from msa_jax.run_config import full_config
+
 
 def get_config() -> ConfigDict:
-    return ConfigDict(
+    return full_config(
         {
             "model": {
                 "preset": "tiny",

@@ -12,7 +12,7 @@ from flax import nnx
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is missing or belongs to another model; the message says which and what to do."""
+    """A checkpoint that is missing, unreadable or another model's; the message names all that is at fault."""
 
 
 def _abstract(tree):

@@ -19,6 +19,7 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from msa_jax.checkpoint import CheckpointError
 from msa_jax.config import MSAConfig
 from msa_jax.model import MSATransformer
 from msa_jax.published import PublishedTensor, published_config, published_tensors, published_value, skeleton
@@ -31,10 +32,6 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 _ROUTER = (".router_q_proj.0.weight", ".router_k_proj.0.weight", ".router_beta")
 
 _log = logging.getLogger(__name__)
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or written; the message names every tensor at fault."""
 
 
 def _read_json(path: pathlib.Path) -> Any:

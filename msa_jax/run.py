@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from typing import Literal
 
 import jax
-from absl import logging as absl_logging
 from flax import nnx
 
 from msa_jax import hf
@@ -111,18 +110,6 @@ def make_model(run: RunConfig, tokenizer: Tokenizer) -> MSATransformer:
 
     skeleton = nnx.eval_shape(lambda: MSATransformer(config, rngs=nnx.Rngs(0)))
     return nnx.merge(nnx.graphdef(skeleton), create())
-
-
-def show_log() -> None:
-    """Print this project's log lines to stderr, and of its libraries only warnings; for commands."""
-    absl_logging.set_verbosity(absl_logging.WARNING)
-    log = logging.getLogger("msa_jax")
-    log.setLevel(logging.INFO)
-    if not log.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-        log.addHandler(handler)
-        log.propagate = False
 
 
 def check_workdir(run: RunConfig, workdir: pathlib.Path) -> None:

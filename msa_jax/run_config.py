@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import types
+import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from ml_collections import ConfigDict, config_dict
+
 from msa_jax.config import ConfigError, MSAConfig
 from msa_jax.data import LossWeights, Template
-from msa_jax.training.config import TrainingConfig
+from msa_jax.training.config import OptimizerConfig, Phase, TrainingConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,7 +146,7 @@ class RunConfig:
         return dataclasses.asdict(self)
 
     def model_config(self, vocab_size: int) -> MSAConfig:
-        changes = dict(self.model)
+        changes = {name: value for name, value in self.model.items() if value is not None}
         if self.init_from:
             changes.pop("preset", None)
             return MSAConfig.from_checkpoint(self.init_from, **changes)
@@ -155,3 +159,51 @@ class RunConfig:
 
     def row_len(self, chunk_size: int) -> int:
         return self.data.row_len or -(-self.data.document_len // chunk_size) * chunk_size
+
+
+def _field(hint: Any, value: Any) -> Any:
+    """A value that a flag can replace: None becomes a placeholder of the type in the hint."""
+    if value is not None:
+        return value
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    kinds = [typing.get_origin(o) or o for o in options if o is not types.NoneType]
+    return config_dict.placeholder(str if kinds[0] is Literal else kinds[0])
+
+
+def _filled(kind: type, values: Mapping[str, Any], *, unset: bool = False) -> dict[str, Any]:
+    """Every field of a dataclass: as given, else its default; with `unset`, else a placeholder of its type."""
+    hints = typing.get_type_hints(kind)
+    given = dict(values)
+    fields = {}
+    for field in dataclasses.fields(kind):
+        default = None if unset or field.default is dataclasses.MISSING else field.default
+        fields[field.name] = _field(hints[field.name], given.pop(field.name, default))
+    return fields | given
+
+
+def full_config(values: Mapping[str, Any]) -> ConfigDict:
+    """Settings of a run with all their fields, so that each can be changed by flag; for files in `configs/`.
+
+    Fields of the model that are not given stay unset, and are then the preset's.
+    """
+    unknown = sorted(set(values) - {field.name for field in dataclasses.fields(RunConfig)})
+    if unknown:
+        raise ConfigError(f"Run settings: unknown {unknown}.")
+    values = {name: dict(part) if isinstance(part, Mapping) else part for name, part in values.items()}
+    training = values.get("training", {})
+    data = values.get("data", {})
+    filled = {
+        "model": {"preset": "tiny"} | _filled(MSAConfig, values.get("model", {}), unset=True),
+        "data": _filled(DataConfig, data)
+        | {"loss_weights": dataclasses.asdict(LossWeights(**data.get("loss_weights", {})))},
+        "tokenizer": _filled(TokenizerConfig, values.get("tokenizer", {})),
+        "training": _filled(TrainingConfig, training)
+        | {
+            "phases": [_filled(Phase, phase) for phase in training.get("phases", [])],
+            "optimizer": _filled(OptimizerConfig, training.get("optimizer", {})),
+        },
+        "evaluation": _filled(EvalConfig, values.get("evaluation", {})),
+        "init_from": values.get("init_from", ""),
+    }
+    del filled["model"]["vocab_size"]  # the tokenizer's
+    return ConfigDict(filled)

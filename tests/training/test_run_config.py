@@ -1,0 +1,76 @@
+"""Every field of a run can be changed by flag, and what files in configs/ return is valid."""
+
+import importlib.util
+import sys
+
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from msa_jax.config import ConfigError
+from msa_jax.run_config import RunConfig, full_config
+
+
+@pytest.fixture
+def parse(settings, monkeypatch):
+    """The run that a command line makes of the settings."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["prog", *arguments])  # config_flags looks for overrides there
+        values = flags.FlagValues()
+        holder = config_flags.DEFINE_config_dict("config", full_config(settings), flag_values=values)
+        values(sys.argv)
+        return RunConfig.from_dict(holder.value.to_dict())
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["demo", "jsonl", "python_docs"])
+def test_shipped_configs_are_valid(root, name, monkeypatch):
+    monkeypatch.syspath_prepend(root)
+    path = root / "configs" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"config_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert f"--config=configs/{name}.py" in module.__doc__
+    config = module.get_config()
+    if name == "jsonl":
+        config.data.folder = "somewhere"
+    run = RunConfig.from_dict(config.to_dict())
+    assert run.training.steps > 100 and run.model_config(vocab_size=99).vocab_size == 99
+
+
+def test_what_is_not_given_is_the_default(settings):
+    assert RunConfig.from_dict(full_config(settings).to_dict()).data == RunConfig.from_dict(settings).data
+    full, given = full_config(settings).to_dict(), RunConfig.from_dict(settings)
+    assert RunConfig.from_dict(full).training == given.training
+    assert RunConfig.from_dict(full).model_config(vocab_size=64) == given.model_config(vocab_size=64)
+
+
+def test_every_kind_of_field_can_be_set_by_flag(parse):
+    run = parse(
+        "--config.model.num_layers=6",
+        "--config.model.router_layers=(1, 5)",
+        "--config.model.dtype=bfloat16",
+        "--config.data.max_chars=1000",
+        "--config.data.packages=('numpy',)",
+        "--config.data.loss_weights.id=2.5",
+        "--config.training.phases[1].steps=7",
+        "--config.training.optimizer.ema_decay=0.5",
+        "--config.training.tied_router=false",
+        "--config.init_from=",
+        "--config.evaluation.seed=9",
+    )
+    model = run.model_config(vocab_size=64)
+    assert (model.num_layers, model.router_layers, model.dtype) == (6, (1, 5), "bfloat16")
+    assert (run.data.max_chars, run.data.packages, run.data.loss_weights.id) == (1000, ("numpy",), 2.5)
+    assert [p.steps for p in run.training.phases] == [20, 7]
+    assert run.training.optimizer.ema_decay == 0.5 and not run.training.tied_router
+    assert run.evaluation.seed == 9
+
+
+def test_unknown_parts_are_refused(settings, parse):
+    with pytest.raises(ConfigError, match="optimiser"):
+        full_config(settings | {"optimiser": {}})
+    with pytest.raises(AttributeError, match="nosuch"):
+        parse("--config.training.nosuch=1")
