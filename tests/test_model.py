@@ -79,6 +79,7 @@ def test_prefill_then_decode_equals_one_pass():
     mask = np.concatenate([ones, route[:, :T]], axis=1)
     step = forward(tokens=tokens[:, :T], positions=positions[:, :T], mask=mask, past=past, bank=bank)
     selection = step.selection
+    close(step.document_scores, whole.document_scores)
     np.testing.assert_array_equal(selection.documents, whole.selection.documents)
     for b in range(B):
         close(step.hidden[b, : sizes[b]], whole.hidden[b, : sizes[b]])
