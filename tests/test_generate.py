@@ -114,7 +114,7 @@ def test_a_right_padded_batch_equals_each_prompt_alone(row):
 
 def test_a_stop_token_ends_each_text_where_it_is_written():
     free = np.asarray(run(bank=bank_of(), visible=VISIBLE).tokens)
-    stops = (V - 1, int(free[2, 2]))
+    stops = (next(token for token in range(V) if token not in free), int(free[2, 2]))
     got = np.asarray(run(bank=bank_of(), visible=VISIBLE, stop_tokens=stops).tokens)
     ends = [next((i + 1 for i, token in enumerate(row) if token in stops), NEW) for row in free]
     assert ends == [2, NEW, 3]  # at a token that the first text has twice, never, and in between
