@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import operator
 import pathlib
 from typing import Any, Literal
 
@@ -26,6 +27,16 @@ class ConfigError(ValueError):
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _require_sizes(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(_is_int(value) and value >= 1, f"{name} must be an integer of at least 1, got {value!r}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,20 +81,19 @@ class AttentionConfig:
     param_dtype: str = "float32"
 
     def __post_init__(self):
-        for name in ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "chunk_size", "top_k"):
-            value = getattr(self, name)
-            _require(
-                isinstance(value, int) and not isinstance(value, bool) and value >= 1,
-                f"{name} must be an integer of at least 1, got {value!r}.",
-            )
+        _require_sizes(self, "hidden_size", "num_heads", "num_kv_heads", "head_dim", "chunk_size", "top_k")
         _require(
             self.num_heads % self.num_kv_heads == 0,
             f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads}).",
         )
         _require(self.head_dim % 2 == 0, f"head_dim must be even for RoPE, got {self.head_dim}.")
-        _require(self.rope_theta > 0, f"rope_theta must be positive, got {self.rope_theta}.")
-        _require(self.norm_eps > 0, f"norm_eps must be positive, got {self.norm_eps}.")
-        _require(self.position_offset >= 0, f"position_offset must not be negative, got {self.position_offset}.")
+        for name in ("rope_theta", "norm_eps"):
+            value = getattr(self, name)
+            _require(isinstance(value, int | float) and value > 0, f"{name} must be positive, got {value!r}.")
+        _require(
+            _is_int(self.position_offset) and self.position_offset >= 0,
+            f"position_offset must be an integer of at least 0, got {self.position_offset!r}.",
+        )
         _require(
             self.routing_score in ROUTING_SCORES,
             f"routing_score must be one of {ROUTING_SCORES}, got {self.routing_score!r}.",
@@ -135,13 +145,14 @@ class MSAConfig(AttentionConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("vocab_size", "num_layers", "mlp_size"):
-            value = getattr(self, name)
-            _require(isinstance(value, int) and value >= 1, f"{name} must be an integer of at least 1, got {value!r}.")
+        _require_sizes(self, "vocab_size", "num_layers", "mlp_size")
         layers = self.router_layers
         if layers is None:
             layers = tuple(range(self.num_layers // 2, self.num_layers))
-        layers = tuple(int(i) for i in layers)
+        try:
+            layers = tuple(operator.index(i) for i in layers)
+        except TypeError as e:
+            raise ConfigError(f"router_layers must be integers, got {layers!r}.") from e
         _require(
             layers == tuple(sorted(set(layers))) and len(layers) > 0,
             f"router_layers must be sorted, distinct and not empty, got {layers}.",
