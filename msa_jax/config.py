@@ -188,9 +188,6 @@ class MSAConfig(AttentionConfig):
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         _require(not unknown, f"Unknown model settings {unknown}; known ones are {sorted(known)}.")
-        values = dict(values)
-        if values.get("router_layers") is not None:
-            values["router_layers"] = tuple(values["router_layers"])
         return cls(**values)
 
     @classmethod

@@ -124,7 +124,9 @@ CONFIGS = [
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_round_trip_through_json(config):
-    assert MSAConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    values = config.to_dict()
+    assert values["router_layers"] == list(config.router_layers)
+    assert json.loads(json.dumps(values)) == values and MSAConfig.from_dict(values) == config
 
 
 def test_from_dict_names_what_it_does_not_know():
