@@ -154,6 +154,16 @@ def test_gradients_reach_documents_through_selected_content_and_through_scores()
     assert (np.abs(grads).sum((1, 2)) > 0).all()
 
 
+@pytest.mark.parametrize("router_bias", [False, True])
+def test_the_output_trains_the_router_with_a_router_bias_alone(router_bias):
+    layer = MemorySparseAttention(dataclasses.replace(CONFIG, router_bias=router_bias), rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(layer)
+    loss = lambda params: jnp.sum(_call(graphdef, params, X, POSITIONS, dict(memory=memory())).out ** 2)  # noqa: E731
+    grads = jax.jit(jax.grad(loss))(params)
+    assert np.any(grads["router_q_proj"]["kernel"][...]) == router_bias
+    assert not router_bias or np.any(grads["router_beta"][...])
+
+
 def test_dot_routing_depends_on_the_length_of_vectors():
     dot = MemorySparseAttention(dataclasses.replace(CONFIG, routing_score="dot"), rngs=nnx.Rngs(0))
 
