@@ -109,11 +109,15 @@ def train(
       TrainingDiverged: the loss became NaN or infinite.
     """
     workdir = pathlib.Path(workdir)
-    with _sole_writer(workdir):
-        return _train(model, dataset, settings, workdir, prefix)
+    keep = settings.keep_checkpoints
+    with (
+        _sole_writer(workdir),
+        contextlib.closing(Checkpoints(workdir / "checkpoints", keep=keep)) as checkpoints,
+    ):
+        return _train(model, dataset, settings, workdir, prefix, checkpoints)
 
 
-def _train(model, dataset, settings, workdir, prefix) -> TrainingResult:
+def _train(model, dataset, settings, workdir, prefix, checkpoints) -> TrainingResult:
     batches = iter(dataset)
 
     # Model and optimiser.
@@ -124,19 +128,18 @@ def _train(model, dataset, settings, workdir, prefix) -> TrainingResult:
     _LOG.info("%s parameters", f"{_size(state.params):,}")
 
     # Resume: no checkpoint, start; a checkpoint, go on behind it; a finished run, nothing to do.
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.keep_checkpoints)
     first = 0
     if checkpoints.latest_step is not None:
         state = checkpoints.restore(state, batches)
         first = int(state.step)
         _LOG.info("resumed after step %d", first)
-    log = RunLog(workdir, resumed_step=first)
     train_step = make_step(graphdef, optimizer, settings, prefix)
 
     metrics: dict[str, float] = {}
     pending: list[tuple[int, dict]] = []
     step = first
     with (
+        contextlib.closing(RunLog(workdir, resumed_step=first)) as log,
         _StopSignal() as stop,
         tqdm(total=settings.steps, initial=first, desc="train", unit="step", mininterval=1.0) as bar,
     ):
@@ -171,8 +174,6 @@ def _train(model, dataset, settings, workdir, prefix) -> TrainingResult:
         checkpoints.wait()
     if stop.received:
         _LOG.info("%s: saved step %d; the same command goes on from here", stop.received, step)
-    checkpoints.close()
-    log.close()
     return TrainingResult(step=step, finished=step >= settings.steps, metrics=metrics)
 
 

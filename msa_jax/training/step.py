@@ -129,7 +129,7 @@ def make_step(
         params = optax.apply_updates(state.params, updates)
         decay = training.optimizer.ema_decay
         ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params) if decay else None
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
         return dataclasses.replace(
             state, step=state.step + 1, params=params, opt_state=opt_state, ema=ema
         ), metrics

@@ -25,19 +25,19 @@ SETTINGS = {
         "top_k": 4,
         "router_bias": True,
     },
-    "tokenizer": {"vocab_size": 512},
+    "tokenizer": {"vocab_size": 640},
     "data": {
         "source": "needles",
         "document_len": 80,
         "num_documents": 16,
         "num_questions": 12,
         "question_len": 176,
-        "num_words": 24,
+        "num_words": 16,
     },
     "training": {
         "phases": [
-            {"steps": 20, "lm_weight": 0.1, "aux_weight": 1.0, "mean_over_tokens": True},
-            {"steps": 20, "lm_weight": 1.0, "aux_weight": 0.5},
+            {"steps": 50, "lm_weight": 0.1, "aux_weight": 1.0, "mean_over_tokens": True},
+            {"steps": 70, "lm_weight": 1.0, "aux_weight": 0.5},
         ],
         "optimizer": {
             "name": "muon",
@@ -51,7 +51,7 @@ SETTINGS = {
         "copy_scale": 0.5,
         "max_targets": 44,
         "log_every": 1,
-        "checkpoint_every": 4,
+        "checkpoint_every": 10,
     },
     "evaluation": {"num_questions": 8, "batch_size": 8, "rows_per_step": 16},
 }
@@ -71,7 +71,7 @@ def haystack(tmp_path_factory):
 
 @pytest.fixture
 def settings(haystack):
-    """Settings of a run of 40 steps, free to be changed."""
+    """Settings of a run of 120 steps, free to be changed."""
     values = copy.deepcopy(SETTINGS)
     values["data"]["folder"] = str(haystack)
     return values

@@ -56,18 +56,18 @@ def test_a_run_learns_and_survives_every_interruption(root, settings, config_fil
     run = RunConfig.from_dict(settings)
     whole = tmp_path / "whole"
     result = train_run(run, whole)
-    assert result.finished and result.step == 40
+    assert result.finished and result.step == 120
     rows = logged(whole)
-    assert [r["step"] for r in rows] == list(range(1, 41))
-    early = np.mean([r["recall@1"] for r in rows[:3]])
-    late = np.mean([r["recall@1"] for r in rows[-3:]])
-    assert early < 0.5 and late > 0.9, (early, late)
+    assert [r["step"] for r in rows] == list(range(1, 121))
+    early = np.mean([r["recall@1"] for r in rows[:10]])
+    late = np.mean([r["recall@1"] for r in rows[-10:]])
+    assert early < 0.35 and late > 0.6, (early, late)  # one of 16 documents
     assert rows[-1]["lm_loss"] < 0.75 * rows[0]["lm_loss"]
     assert rows[-1]["aux_loss"] < 0.5 * rows[0]["aux_loss"]
 
     cut = tmp_path / "cut"
     process = command(root, config_file, cut)
-    wait_for_step(process, cut, 6)
+    wait_for_step(process, cut, 16)
     with pytest.raises(ConfigError, match="another training process"):
         train_run(run, cut)
     process.send_signal(signal.SIGTERM)
@@ -76,7 +76,7 @@ def test_a_run_learns_and_survives_every_interruption(root, settings, config_fil
     assert "'finished': False" in output
 
     process = command(root, config_file, cut)
-    wait_for_step(process, cut, 22)
+    wait_for_step(process, cut, 63)
     process.kill()
     process.communicate()
     process = command(root, config_file, cut)
@@ -125,7 +125,7 @@ def test_moving_average_is_kept_and_used(settings, tmp_path):
 
 def test_nan_stops_the_run_and_names_the_step(settings, tmp_path):
     settings["training"]["optimizer"] |= {"name": "adamw", "learning_rate": 1e30, "warmup_steps": 0}
-    settings["training"]["checkpoint_every"] = 40
+    settings["training"]["checkpoint_every"] = 100
     with pytest.raises(TrainingDiverged, match=r"loss of step [23] is"):
         train_run(RunConfig.from_dict(settings), tmp_path)
     checkpoints = Checkpoints(tmp_path / "checkpoints")
@@ -149,7 +149,7 @@ def test_evaluating_an_untrained_workdir_is_an_error(settings, tmp_path):
 @pytest.mark.parametrize(
     "line, fault",
     [
-        ('{"id": "x", "title": "t", "text": ""}', "empty"),
+        ('{"id": "x", "title": "t", "text": ""}', "no text"),
         ('{"id": "x", "title":', "JSON"),
         ('{"id": "0", "title": "t", "text": "again"}', "already"),
     ],

@@ -64,7 +64,7 @@ def test_every_kind_of_field_can_be_set_by_flag(parse):
     model = run.model_config(vocab_size=64)
     assert (model.num_layers, model.router_layers, model.dtype) == (6, (1, 5), "bfloat16")
     assert (run.data.max_chars, run.data.packages, run.data.loss_weights.id) == (1000, ("numpy",), 2.5)
-    assert [p.steps for p in run.training.phases] == [20, 7]
+    assert [p.steps for p in run.training.phases] == [50, 7]
     assert run.training.optimizer.ema_decay == 0.5 and not run.training.tied_router
     assert run.evaluation.seed == 9
 
