@@ -22,6 +22,7 @@ from msa_jax.data import (
     Source,
     Tokenizer,
     cut_documents,
+    fitting_questions,
     frequent_words,
     make_dataset,
     training_texts,
@@ -61,7 +62,9 @@ def make_source(data: DataConfig, tokenizer: Tokenizer | None, split: Literal["t
         corpus = JsonlSource(data.folder, split, data.eval_fraction) if jsonl else _python_docs(data, split)
         if tokenizer is None:
             return corpus
-        return cut_documents(corpus, tokenizer, Renderer(tokenizer, data.document_len).body_len)
+        renderer = Renderer(tokenizer, data.document_len)
+        corpus = cut_documents(corpus, tokenizer, renderer.body_len)
+        return fitting_questions(corpus, renderer, data.question_len) if split == "train" else corpus
     texts = _haystack(data)
     return NeedleSource(
         texts, frequent_words(texts, tokenizer, data.num_words), tokenizer,

@@ -12,6 +12,7 @@ from msa_jax.data.sources import (
     PythonDocsSource,
     Source,
     cut_documents,
+    fitting_questions,
     frequent_words,
     training_texts,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "Template",
     "Tokenizer",
     "cut_documents",
+    "fitting_questions",
     "frequent_words",
     "make_dataset",
     "pack_documents",

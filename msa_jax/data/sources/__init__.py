@@ -1,7 +1,7 @@
 """Where documents and questions come from."""
 
 from msa_jax.data.sources.base import CorpusSource, Source
-from msa_jax.data.sources.cutting import cut_documents
+from msa_jax.data.sources.cutting import cut_documents, fitting_questions
 from msa_jax.data.sources.jsonl import JsonlSource
 from msa_jax.data.sources.keys import frequent_words
 from msa_jax.data.sources.needles import NeedleSource, training_texts
@@ -14,6 +14,7 @@ __all__ = [
     "PythonDocsSource",
     "Source",
     "cut_documents",
+    "fitting_questions",
     "frequent_words",
     "training_texts",
 ]

@@ -1,19 +1,23 @@
 """Long documents of a corpus cut into documents that fit, and questions pointed at the blocks that answer them."""
 
 import dataclasses
+import logging
 
 from msa_jax.data.chunker import split_text
-from msa_jax.data.records import Document, Question
+from msa_jax.data.records import DataError, Document, Question
+from msa_jax.data.samples import Renderer
 from msa_jax.data.sources.base import CorpusSource
 from msa_jax.data.tokenizer import Tokenizer
+
+_LOG = logging.getLogger(__name__)
 
 
 def cut_documents(source: CorpusSource, tokenizer: Tokenizer, max_tokens: int) -> CorpusSource:
     """The same corpus with no text of more than `max_tokens` tokens.
 
     A longer text becomes the documents `id/1`, `id/2`, ... of whole sentences (`split_text`), all with its
-    title. A question it supports is then supported by those blocks that hold one of the question's answers,
-    letter case aside, or if none does by the first block.
+    title. A question it supports is then supported by the first block that holds one of the question's
+    answers, letter case aside, or if none does by the first block.
     Raises DataError when `max_tokens` could not hold every single character.
     """
     documents: list[Document] = []
@@ -36,9 +40,34 @@ def cut_documents(source: CorpusSource, tokenizer: Tokenizer, max_tokens: int) -
                 found.append(name)
                 continue
             answers = [answer.lower() for answer in question.answers]
-            holding = [part.id for part in parts if any(answer in part.text.lower() for answer in answers)]
-            found += holding or [parts[0].id]
+            holding = (part.id for part in parts if any(answer in part.text.lower() for answer in answers))
+            found.append(next(holding, parts[0].id))
         return tuple(found)
 
     questions = [dataclasses.replace(q, supporting_ids=supporting(q)) for q in source.questions]
     return CorpusSource(documents, questions)
+
+
+def fitting_questions(source: CorpusSource, renderer: Renderer, question_len: int) -> CorpusSource:
+    """The same corpus with those questions whose whole training sample has at most `question_len` tokens.
+
+    Raises DataError when none is left; what is left out is logged.
+    """
+    documents = {document.id: document for document in source.documents}
+
+    def length(question: Question) -> int:
+        return len(renderer.sample(question, [(documents[i], 0) for i in question.supporting_ids]).tokens)
+
+    lengths = list(map(length, source.questions))
+    kept = [q for q, size in zip(source.questions, lengths, strict=True) if size <= question_len]
+    if not kept:
+        raise DataError(
+            f"none of {len(lengths)} questions fits question_len {question_len} with its reply, the shortest takes "
+            f"{min(lengths)} tokens; raise question_len"
+        )
+    if len(kept) < len(lengths):
+        _LOG.warning(
+            "%d of %d questions do not fit question_len %d with their reply and are left out; the longest takes %d",
+            len(lengths) - len(kept), len(lengths), question_len, max(lengths),
+        )  # fmt: skip
+    return CorpusSource(source.documents, kept)
