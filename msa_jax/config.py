@@ -24,7 +24,8 @@ class ConfigError(ValueError):
     """A configuration that cannot work; the message names the field and the remedy."""
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """Raise `ConfigError` with the message unless the condition holds."""
     if not condition:
         raise ConfigError(message)
 
@@ -36,7 +37,7 @@ def _is_int(value: Any) -> bool:
 def _require_sizes(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        _require(_is_int(value) and value >= 1, f"{name} must be an integer of at least 1, got {value!r}.")
+        require(_is_int(value) and value >= 1, f"{name} must be an integer of at least 1, got {value!r}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,24 +83,24 @@ class AttentionConfig:
 
     def __post_init__(self):
         _require_sizes(self, "hidden_size", "num_heads", "num_kv_heads", "head_dim", "chunk_size", "top_k")
-        _require(
+        require(
             self.num_heads % self.num_kv_heads == 0,
             f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads}).",
         )
-        _require(self.head_dim % 2 == 0, f"head_dim must be even for RoPE, got {self.head_dim}.")
+        require(self.head_dim % 2 == 0, f"head_dim must be even for RoPE, got {self.head_dim}.")
         for name in ("rope_theta", "norm_eps"):
             value = getattr(self, name)
-            _require(isinstance(value, int | float) and value > 0, f"{name} must be positive, got {value!r}.")
-        _require(
+            require(isinstance(value, int | float) and value > 0, f"{name} must be positive, got {value!r}.")
+        require(
             _is_int(self.position_offset) and self.position_offset >= 0,
             f"position_offset must be an integer of at least 0, got {self.position_offset!r}.",
         )
-        _require(
+        require(
             self.routing_score in ROUTING_SCORES,
             f"routing_score must be one of {ROUTING_SCORES}, got {self.routing_score!r}.",
         )
         for name in ("dtype", "param_dtype"):
-            _require(
+            require(
                 getattr(self, name) in DTYPES, f"{name} must be one of {DTYPES}, got {getattr(self, name)!r}."
             )
 
@@ -153,16 +154,16 @@ class MSAConfig(AttentionConfig):
             layers = tuple(operator.index(i) for i in layers)
         except TypeError as e:
             raise ConfigError(f"router_layers must be integers, got {layers!r}.") from e
-        _require(
+        require(
             layers == tuple(sorted(set(layers))) and len(layers) > 0,
             f"router_layers must be sorted, distinct and not empty, got {layers}.",
         )
-        _require(
+        require(
             0 <= layers[0] and layers[-1] < self.num_layers,
             f"router_layers must lie in 0..{self.num_layers - 1} (num_layers {self.num_layers}), got {layers}.",
         )
         object.__setattr__(self, "router_layers", layers)
-        _require(self.remat in REMAT_POLICIES, f"remat must be one of {REMAT_POLICIES}, got {self.remat!r}.")
+        require(self.remat in REMAT_POLICIES, f"remat must be one of {REMAT_POLICIES}, got {self.remat!r}.")
 
     @property
     def layer_groups(self) -> tuple[tuple[bool, int, int], ...]:
@@ -187,13 +188,13 @@ class MSAConfig(AttentionConfig):
         """Build from `to_dict` output or a flat mapping; unknown names raise `ConfigError`."""
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
-        _require(not unknown, f"Unknown model settings {unknown}; known ones are {sorted(known)}.")
+        require(not unknown, f"Unknown model settings {unknown}; known ones are {sorted(known)}.")
         return cls(**values)
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> MSAConfig:
         """A named size: "tiny", "small", "qwen3_0_6b" or "qwen3_4b", with `changes` on top."""
-        _require(name in PRESETS, f"Unknown preset {name!r}; choose one of {sorted(PRESETS)}.")
+        require(name in PRESETS, f"Unknown preset {name!r}; choose one of {sorted(PRESETS)}.")
         return cls(**(PRESETS[name] | changes))
 
     @classmethod
@@ -216,28 +217,28 @@ class MSAConfig(AttentionConfig):
 
     @classmethod
     def _from_published(cls, raw: dict[str, Any], where: str, **changes: Any) -> MSAConfig:
-        _require(isinstance(raw, dict), f"{where}: must hold a JSON object, holds a {type(raw).__name__}.")
+        require(isinstance(raw, dict), f"{where}: must hold a JSON object, holds a {type(raw).__name__}.")
         required = (
             "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
             "num_attention_heads", "num_key_value_heads",
         )  # fmt: skip
         missing = [name for name in required if not isinstance(raw.get(name), int)]
-        _require(not missing, f"{where}: {missing} must be integers; a Qwen3 or MSA config.json has them.")
-        _require(not raw.get("attention_bias"), f"{where}: attention_bias is true; MSA and Qwen3 have no biases.")
-        _require(
+        require(not missing, f"{where}: {missing} must be integers; a Qwen3 or MSA config.json has them.")
+        require(not raw.get("attention_bias"), f"{where}: attention_bias is true; MSA and Qwen3 have no biases.")
+        require(
             raw.get("hidden_act", "silu") == "silu", f"{where}: hidden_act {raw.get('hidden_act')!r}, need 'silu'."
         )
-        _require(
+        require(
             not raw.get("rope_scaling"), f"{where}: rope_scaling is set; only plain RoPE is computed here."
         )
         msa = raw.get("msa_config") or {}
-        _require(isinstance(msa, dict), f"{where}: msa_config must be an object, is {msa!r}.")
+        require(isinstance(msa, dict), f"{where}: msa_config must be an object, is {msa!r}.")
         for name, only in PUBLISHED_ONLY:
-            _require(
+            require(
                 msa.get(name, only) == only, f"{where}: msa_config.{name} is {msa.get(name)!r}, need {only!r}."
             )
         top_k = msa.get("top_k_docs", 16)
-        _require(isinstance(top_k, int), f"{where}: msa_config.top_k_docs must be an integer, is {top_k!r}.")
+        require(isinstance(top_k, int), f"{where}: msa_config.top_k_docs must be an integer, is {top_k!r}.")
         layers = msa.get("router_layer_idx")
         if layers == "all":
             layers = range(raw["num_hidden_layers"])
@@ -273,7 +274,7 @@ class MSAConfig(AttentionConfig):
         # What the published form has no name for, `msa_jax.published` writes under a prefix.
         values |= {name.removeprefix("jax_"): msa[name] for name in msa if name.startswith("jax_")}
         unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
-        _require(not unknown, f"{where}: msa_config has settings unknown to this version: {unknown}.")
+        require(not unknown, f"{where}: msa_config has settings unknown to this version: {unknown}.")
         return cls(**(values | changes))
 
 

@@ -109,7 +109,7 @@ def evaluate(run: RunConfig, workdir: str | pathlib.Path, memory_tokens: Sequenc
         jax.block_until_ready(bank)
         encoded = time.monotonic()
         answers = interleave(
-            model, bank, memory.library, [q.question for q in memory.questions], renderer,
+            model, bank, memory.originals, [q.question for q in memory.questions], renderer,
             max_rounds=settings.max_rounds, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size,
         )  # fmt: skip
         progress = tqdm(answers, total=len(memory.questions), desc="ask", unit="question", mininterval=1.0)

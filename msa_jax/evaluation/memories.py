@@ -19,7 +19,7 @@ class Memory:
 
     Attributes:
       packed: its documents, rendered and packed.
-      library: original text by document number.
+      originals: document by number, with its original text.
       numbers: number of the document at each index of the bank.
       place: index in the bank by document id.
       questions: what is asked.
@@ -27,7 +27,7 @@ class Memory:
     """
 
     packed: DocumentBatch
-    library: dict[int, Document]
+    originals: dict[int, Document]
     numbers: list[int]
     place: dict[str, int]
     questions: list[Question]
@@ -61,16 +61,16 @@ def build_memory(
             "questions about different ones; ask for more memory, or lower evaluation.num_questions"
         )
     questions, blocks = source.memory(num_documents, num_questions, rng, id_digits=id_digits)
-    tokens, library, numbers, place = [], {}, [], {}
+    tokens, originals, numbers, place = [], {}, [], {}
     for documents, some in blocks:
         for document, number in zip(documents, some, strict=True):
             tokens.append(np.asarray(renderer.render_document(document, number), np.int32))
-            library[number] = document
+            originals[number] = document
             place[document.id] = len(numbers)
             numbers.append(number)
     return Memory(
         packed=pack_documents(tokens, chunk_size=chunk_size, row_len=row_len, pad_id=renderer.tokenizer.pad_id),
-        library=library,
+        originals=originals,
         numbers=numbers,
         place=place,
         questions=questions,

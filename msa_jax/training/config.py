@@ -5,16 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-from msa_jax.config import ConfigError
+from msa_jax.config import ConfigError, require
 
 AUX_LOSSES = ("infonce", "infonce_decoupled", "infonce_focal", "infonce_decoupled_focal")
 OPTIMIZERS = ("adamw", "muon")
 DECAYS = ("constant", "linear", "cosine")
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,8 +30,8 @@ class Phase:
     mean_over_tokens: bool = False
 
     def __post_init__(self):
-        _require(self.steps >= 0, f"phase.steps must not be negative, got {self.steps}.")
-        _require(
+        require(self.steps >= 0, f"phase.steps must not be negative, got {self.steps}.")
+        require(
             self.lm_weight >= 0 and self.aux_weight >= 0 and self.lr_scale >= 0,
             f"lm_weight, aux_weight and lr_scale must not be negative, got {self}.",
         )
@@ -73,14 +68,14 @@ class OptimizerConfig:
     ema_decay: float = 0.0
 
     def __post_init__(self):
-        _require(self.name in OPTIMIZERS, f"optimizer.name must be one of {OPTIMIZERS}, got {self.name!r}.")
-        _require(self.decay in DECAYS, f"optimizer.decay must be one of {DECAYS}, got {self.decay!r}.")
+        require(self.name in OPTIMIZERS, f"optimizer.name must be one of {OPTIMIZERS}, got {self.name!r}.")
+        require(self.decay in DECAYS, f"optimizer.decay must be one of {DECAYS}, got {self.decay!r}.")
         for name in ("learning_rate", "adam_learning_rate", "clip_norm"):
-            _require(getattr(self, name) > 0, f"optimizer.{name} must be positive, got {getattr(self, name)}.")
+            require(getattr(self, name) > 0, f"optimizer.{name} must be positive, got {getattr(self, name)}.")
         for name in ("b1", "b2", "ema_decay"):
-            _require(0 <= getattr(self, name) < 1, f"optimizer.{name} must lie in [0, 1), got {getattr(self, name)}.")
-        _require(self.accumulate >= 1, f"optimizer.accumulate must be at least 1, got {self.accumulate}.")
-        _require(self.warmup_steps >= 0, f"optimizer.warmup_steps must not be negative, got {self.warmup_steps}.")
+            require(0 <= getattr(self, name) < 1, f"optimizer.{name} must lie in [0, 1), got {getattr(self, name)}.")
+        require(self.accumulate >= 1, f"optimizer.accumulate must be at least 1, got {self.accumulate}.")
+        require(self.warmup_steps >= 0, f"optimizer.warmup_steps must not be negative, got {self.warmup_steps}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,11 +113,11 @@ class TrainingConfig:
     keep_checkpoints: int = 2
 
     def __post_init__(self):
-        _require(self.aux_loss in AUX_LOSSES, f"aux_loss must be one of {AUX_LOSSES}, got {self.aux_loss!r}.")
-        _require(self.temperature > 0, f"temperature must be positive, got {self.temperature}.")
-        _require(self.steps > 0, "phases must hold at least one step.")
+        require(self.aux_loss in AUX_LOSSES, f"aux_loss must be one of {AUX_LOSSES}, got {self.aux_loss!r}.")
+        require(self.temperature > 0, f"temperature must be positive, got {self.temperature}.")
+        require(self.steps > 0, "phases must hold at least one step.")
         for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
-            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}.")
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}.")
 
     @property
     def steps(self) -> int:
