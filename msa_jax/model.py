@@ -178,11 +178,8 @@ class MSATransformer(nnx.Module):
           ValueError: shapes that do not fit together.
         """
         c = self.config
-        expected = tokens.shape if past is None or slot is not None else (
-            tokens.shape[0], past.k.shape[2] + tokens.shape[1]
-        )  # fmt: skip
-        if slot is not None and past is not None:
-            expected = (tokens.shape[0], past.k.shape[2])
+        new = tokens.shape[1] if slot is None or past is None else 0  # a slot's token is within the cache
+        expected = (tokens.shape[0], new + (0 if past is None else past.k.shape[2]))
         if mask is not None and mask.shape != expected:
             raise ValueError(f"MSATransformer: mask must be [B, S] = {expected}, got {mask.shape}.")
         x = self.embed(tokens)
