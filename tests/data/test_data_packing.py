@@ -76,7 +76,8 @@ def test_rows_needed_is_enough_whatever_the_lengths(case, extra):
     chunk, row_len, sizes, _, _ = case
     longest = min(max(sizes, default=1) + extra, row_len)
     rows = rows_needed(len(sizes), longest, chunk, row_len)
-    pack_documents(tokens_of(sizes), chunk_size=chunk, row_len=row_len, num_rows=rows)
+    packed = pack_documents(tokens_of(sizes), chunk_size=chunk, row_len=row_len, num_rows=rows)
+    assert packed.tokens.shape == (rows, row_len) and (packed.segment_ids > 0).sum() == sum(sizes)
 
 
 def test_rows_needed_is_exact_for_documents_of_full_length():
