@@ -2,27 +2,80 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+from types import ModuleType
+
+import jax
+from absl import logging
+
+# The one private import: JAX has no public word for "are Pallas kernels interpreted here".
+from jax._src import config as _jax_config
+
 IMPLEMENTATIONS = ("xla", "tpu", "gpu")
 
 
-def resolve(op: str, implementation: str | None, available: tuple[str, ...]) -> str:
-    """Name of the implementation to run.
+def device() -> tuple[str, str]:
+    """Platform ("cpu", "tpu", "gpu") and kind of the device that a program traced here is meant for.
+
+    A mesh in scope decides (`jax.set_mesh`; so programs compile for chips that this host lacks), else JAX's
+    default device.
+    """
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract is not None:
+        return {"cuda": "gpu", "rocm": "gpu"}.get(abstract.platform, abstract.platform), abstract.device_kind
+    default = jax.config.jax_default_device
+    if default is None:
+        default = jax.devices()[0]
+    if isinstance(default, str):
+        default = jax.devices(default)[0]
+    return default.platform, default.device_kind
+
+
+def interpreted() -> bool:
+    """Whether Pallas kernels are interpreted in this scope (`force_tpu_interpret_mode` and its GPU twin)."""
+    return bool(_jax_config.pallas_tpu_interpret_mode_context_manager.value)
+
+
+def choose(op: str, implementation: str | None, **case) -> ModuleType:
+    """The module that runs `op`: its `reference`, `tpu` or `gpu`.
 
     Args:
-      op: name of the operation, for messages.
-      implementation: a name, or None for the best that `available` holds.
-      available: implementations of this operation, best last.
+      op: name of the operation, a package of `pallas_kernels`.
+      implementation: "xla", "tpu" or "gpu"; None is the kernel of the platform where it can run the case,
+        else "xla", with the reason in the log, once.
+      **case: what the module's `unsupported` takes: arrays, or anything with their shape and dtype.
 
     Raises:
       ValueError: a name nobody knows.
-      NotImplementedError: a known name that this operation does not have.
+      NotImplementedError: the named implementation cannot run the case, or not on this platform.
     """
-    if implementation is None:
-        return available[-1]
-    if implementation not in IMPLEMENTATIONS:
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"{op}: implementation must be None or one of {IMPLEMENTATIONS}, got {implementation!r}.")
-    if implementation not in available:
+    platform, kind = device()
+    name = platform if implementation is None else implementation
+    if name not in ("tpu", "gpu"):
+        return _module(op, "reference")
+    if name != platform and not interpreted():
         raise NotImplementedError(
-            f"{op}: no {implementation!r} kernel exists; available: {available}, or None for the best of them."
+            f"{op}: the {name!r} kernel does not run on {platform} ({kind}); take implementation=None, or compile "
+            f"for a {name} under jax.set_mesh of its devices."
         )
-    return implementation
+    module = _module(op, name)
+    reason = module.unsupported(**case)
+    if reason is None:
+        return module
+    if implementation is not None:
+        raise NotImplementedError(f"{op}: the {name!r} kernel cannot run this: {reason}")
+    _log_once(f"{op}: the {name!r} kernel cannot run this, 'xla' does: {reason}")
+    return _module(op, "reference")
+
+
+def _module(op: str, name: str) -> ModuleType:
+    # Imported on demand: a CPU program never loads Pallas.
+    return importlib.import_module(f"pallas_kernels.{op}.{name}")
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    logging.warning(message)

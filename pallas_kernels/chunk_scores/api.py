@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import dispatch
 from pallas_kernels.chunk_scores import reference
-from pallas_kernels.dispatch import resolve
 
 NO_SCORE = reference.NO_SCORE
 
@@ -19,6 +19,7 @@ def chunk_scores(
     keys: jax.Array,
     *,
     query_mask: jax.Array | None = None,
+    query_scale: jax.Array | None = None,
     key_scale: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
@@ -26,13 +27,15 @@ def chunk_scores(
 
     The mean over heads of the paper commutes with the dot product, so `query` is summed over the heads of a
     group and divided by H beforehand, and nothing per head is computed. Memory is O(B·C) beyond the keys.
-    Differentiable in `query` and in float `keys`: a chunk's gradient goes to its winning token only (the
+    Differentiable in float `query` and float `keys`: a chunk's gradient goes to its winning token only (the
     first of equals).
 
     Args:
-      query: [B, T, M] float, group-summed routing queries.
+      query: [B, T, M] float, group-summed routing queries; or int8 (then `query_scale` is needed, and `keys`
+        must be int8: the product is of integers, twice as fast where the hardware has it).
       keys: [C, M] float32, bfloat16, or int8 (then `key_scale` is needed).
       query_mask: [B, T] bool, True where a token routes; default all.
+      query_scale: [B, T] float32: a query is `query[b, t] * query_scale[b, t]`. No gradient reaches it.
       key_scale: [C] float32, positive: a key is `keys[c] * key_scale[c]`. No gradient reaches it.
       implementation: None for the best of the platform, or "xla", "tpu", "gpu", which never falls back.
 
@@ -47,8 +50,12 @@ def chunk_scores(
         raise ValueError(f"chunk_scores: need query [B, T, M] and keys [C, M], got {query.shape} and {keys.shape}.")
     if keys.dtype == jnp.int8 and key_scale is None:
         raise ValueError("chunk_scores: int8 keys need key_scale [C].")
+    if query.dtype == jnp.int8 and (query_scale is None or keys.dtype != jnp.int8):
+        raise ValueError(f"chunk_scores: an int8 query needs query_scale [B, T] and int8 keys, got {keys.dtype} keys.")
     if key_scale is not None and key_scale.shape != keys.shape[:1]:
         raise ValueError(f"chunk_scores: key_scale must be [C] = {keys.shape[:1]}, got {key_scale.shape}.")
+    if query_scale is not None and query_scale.shape != query.shape[:2]:
+        raise ValueError(f"chunk_scores: query_scale must be [B, T] = {query.shape[:2]}, got {query_scale.shape}.")
     if query_mask is None:
         query_mask = jnp.ones(query.shape[:2], bool)
     if query_mask.shape != query.shape[:2] or query_mask.dtype != jnp.bool_:
@@ -56,30 +63,40 @@ def chunk_scores(
             f"chunk_scores: query_mask must be bool [B, T] = {query.shape[:2]}, "
             f"got {query_mask.dtype} {query_mask.shape}."
         )
-    resolve("chunk_scores", implementation, ("xla",))
-    tile = reference.tile_size(query.shape[0], query.shape[1], keys.shape[0])
-    return _chunk_scores(tile, query, keys, query_mask, key_scale)
+    module = dispatch.choose("chunk_scores", implementation, query=query, keys=keys)
+    return _chunk_scores(module, query, keys, query_mask, query_scale, key_scale)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunk_scores(tile, query, keys, query_mask, key_scale):
-    return reference.forward(query, keys, query_mask, key_scale, tile=tile)[0]
+def _chunk_scores(module, query, keys, query_mask, query_scale, key_scale):
+    return module.forward(query, keys, query_mask, query_scale, key_scale, winners=False)[0]
 
 
-def _fwd(tile, query, keys, query_mask, key_scale):
-    scores, winners = reference.forward(query, keys, query_mask, key_scale, tile=tile)
-    return scores, (query, keys, query_mask, key_scale, winners)
+def _fwd(module, query, keys, query_mask, query_scale, key_scale):
+    scores, winners = module.forward(query, keys, query_mask, query_scale, key_scale, winners=True)
+    return scores, (query, keys, query_mask, query_scale, key_scale, winners)
 
 
-def _bwd(tile, residuals, grad):
-    query, keys, query_mask, key_scale, winners = residuals
+def _bwd(module, residuals, grad):
+    query, keys, query_mask, query_scale, key_scale, winners = residuals
+    grad = jnp.where(jnp.any(query_mask, axis=1)[:, None], grad, 0.0)
     if key_scale is not None:
         grad = grad * key_scale[None, :]
-    grad_query, grad_keys = reference.backward(query, keys, query_mask, winners, grad, tile=tile)
-    if not jnp.issubdtype(keys.dtype, jnp.floating):
-        grad_keys = np.zeros(keys.shape, jax.dtypes.float0)
-    grad_scale = None if key_scale is None else jnp.zeros_like(key_scale)
-    return grad_query, grad_keys, np.zeros(query_mask.shape, jax.dtypes.float0), grad_scale
+    if query_scale is not None:
+        grad = grad * jnp.take_along_axis(query_scale, winners, axis=1)
+    grad_query = _no_gradient(query)
+    grad_keys = _no_gradient(keys)
+    floats = tuple(jnp.issubdtype(x.dtype, jnp.floating) for x in (query, keys))
+    if any(floats):
+        computed = module.backward(query, keys, winners, grad, wanted=floats)
+        grad_query = computed[0] if floats[0] else grad_query
+        grad_keys = computed[1] if floats[1] else grad_keys
+    zero = lambda scale: None if scale is None else jnp.zeros_like(scale)  # noqa: E731
+    return grad_query, grad_keys, _no_gradient(query_mask), zero(query_scale), zero(key_scale)
+
+
+def _no_gradient(x):
+    return np.zeros(x.shape, jax.dtypes.float0)
 
 
 _chunk_scores.defvjp(_fwd, _bwd)

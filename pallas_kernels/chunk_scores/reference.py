@@ -16,19 +16,27 @@ NO_SCORE = -1e30
 _TILE_ELEMENTS = 1 << 24
 
 
+def unsupported(*, query, keys) -> str | None:
+    """Why a case cannot run, or None: this form runs every one."""
+    del query, keys
+    return None
+
+
 def _products(query, keys):
     """[B, T, M] x [c, M] -> [B, T, c] float32, as one two-dimensional matrix product."""
     b, t, m = query.shape
-    if keys.dtype == jnp.int8:
-        keys = keys.astype(query.dtype)
-    dtype = jnp.promote_types(query.dtype, keys.dtype)
+    if query.dtype == jnp.int8:
+        accumulator, dtype = jnp.int32, jnp.int8
+    else:
+        keys = keys.astype(query.dtype) if keys.dtype == jnp.int8 else keys
+        accumulator, dtype = jnp.float32, jnp.promote_types(query.dtype, keys.dtype)
     out = jax.lax.dot_general(
         query.astype(dtype).reshape(b * t, m),
         keys.astype(dtype),
         (((1,), (1,)), ((), ())),
-        preferred_element_type=jnp.float32,
+        preferred_element_type=accumulator,
     )
-    return out.reshape(b, t, keys.shape[0])
+    return out.astype(jnp.float32).reshape(b, t, keys.shape[0])
 
 
 def _over_tiles(tile_fn, init, num_chunks, tile):
@@ -47,42 +55,54 @@ def tile_size(batch: int, tokens: int, num_chunks: int) -> int:
     return max(1, min(num_chunks, max(256, _TILE_ELEMENTS // max(1, batch * tokens))))
 
 
-@functools.partial(jax.jit, static_argnames="tile")
-def forward(query, keys, query_mask, key_scale, *, tile):
-    """Scores [B, C] float32 and the token that won each chunk, [B, C] int32; peak memory O(B·T·tile + B·C)."""
+@functools.partial(jax.jit, static_argnames="winners")
+def forward(query, keys, query_mask, query_scale, key_scale, *, winners):
+    """Scores [B, C] float32 and the token that won each chunk, [B, C] int32 or None; O(B·T·tile + B·C) memory."""
     b, t, _ = query.shape
     num_chunks = keys.shape[0]
+    tile = tile_size(b, t, num_chunks)
 
     def score(part):
-        products = jnp.where(query_mask[:, :, None], _products(query, part), NO_SCORE)
-        return jnp.max(products, axis=1), jnp.argmax(products, axis=1).astype(jnp.int32)
+        products = _products(query, part)
+        if query_scale is not None:
+            products = products * query_scale[:, :, None]
+        products = jnp.where(query_mask[:, :, None], products, NO_SCORE)
+        won = (jnp.argmax(products, axis=1).astype(jnp.int32),) if winners else ()
+        return (jnp.max(products, axis=1), *won)
 
     def body(carry, start, size):
-        scores, winners = carry
-        part_scores, part_winners = score(jax.lax.dynamic_slice_in_dim(keys, start, size))
-        return (
-            jax.lax.dynamic_update_slice_in_dim(scores, part_scores, start, axis=1),
-            jax.lax.dynamic_update_slice_in_dim(winners, part_winners, start, axis=1),
+        parts = score(jax.lax.dynamic_slice_in_dim(keys, start, size))
+        return tuple(
+            jax.lax.dynamic_update_slice_in_dim(whole, part, start, axis=1)
+            for whole, part in zip(carry, parts, strict=True)
         )
 
     if tile >= num_chunks:
-        scores, winners = score(keys)
+        carry = score(keys)
     else:
         init = (jnp.zeros((b, num_chunks), jnp.float32), jnp.zeros((b, num_chunks), jnp.int32))
-        scores, winners = _over_tiles(body, init, num_chunks, tile)
-    if key_scale is not None:
-        # A scale is positive, so it commutes with the max.
-        scores = jnp.where(scores > NO_SCORE / 2, scores * key_scale[None, :], NO_SCORE)
-    return scores, winners
+        carry = _over_tiles(body, init if winners else init[:1], num_chunks, tile)
+    return scale_scores(carry[0], key_scale), carry[1] if winners else None
 
 
-@functools.partial(jax.jit, static_argnames="tile")
-def backward(query, keys, query_mask, winners, grad, *, tile):
-    """Gradients of query and float keys: each chunk's gradient goes to its winning token alone."""
+def scale_scores(scores, key_scale):
+    """Scores times the positive scale of their chunk, which commutes with the max over tokens."""
+    if key_scale is None:
+        return scores
+    return jnp.where(scores > NO_SCORE / 2, scores * key_scale[None, :], NO_SCORE)
+
+
+@functools.partial(jax.jit, static_argnames="wanted")
+def backward(query, keys, winners, grad, *, wanted):
+    """Gradients of query and keys: each chunk's gradient goes to its winning token alone.
+
+    Args:
+      query: [B, T, M], keys: [C, M], winners: [B, C] int32, as of `forward`.
+      grad: [B, C] float32, the scores' gradient times the scales that apply.
+      wanted: whether the gradient of query, of keys is needed; None stands for one that is not.
+    """
     b, t, m = query.shape
     tokens = jnp.arange(t, dtype=jnp.int32)
-    has_tokens = jnp.any(query_mask, axis=1)
-    grad = jnp.where(has_tokens[:, None], grad, 0.0)
     flat_query = query.astype(jnp.float32).reshape(b * t, m)
 
     def body(carry, start, size):
@@ -92,10 +112,19 @@ def backward(query, keys, query_mask, winners, grad, *, tile):
         part_grad = jax.lax.dynamic_slice_in_dim(grad, start, size, axis=1)
         routed = jnp.where(won[:, None, :] == tokens[None, :, None], part_grad[:, None, :], 0.0)
         routed = routed.reshape(b * t, size)
-        grad_query = grad_query + jnp.dot(routed, part, preferred_element_type=jnp.float32)
-        part_keys = jnp.dot(routed.T, flat_query, preferred_element_type=jnp.float32)
-        return grad_query, jax.lax.dynamic_update_slice_in_dim(grad_keys, part_keys, start, axis=0)
+        if wanted[0]:
+            grad_query = grad_query + jnp.dot(routed, part, preferred_element_type=jnp.float32)
+        if wanted[1]:
+            part_keys = jnp.dot(routed.T, flat_query, preferred_element_type=jnp.float32)
+            grad_keys = jax.lax.dynamic_update_slice_in_dim(grad_keys, part_keys, start, axis=0)
+        return grad_query, grad_keys
 
-    init = (jnp.zeros((b * t, m), jnp.float32), jnp.zeros(keys.shape, jnp.float32))
-    grad_query, grad_keys = _over_tiles(body, init, keys.shape[0], tile)
-    return grad_query.reshape(b, t, m).astype(query.dtype), grad_keys.astype(keys.dtype)
+    init = (
+        jnp.zeros((b * t, m), jnp.float32) if wanted[0] else None,
+        jnp.zeros(keys.shape, jnp.float32) if wanted[1] else None,
+    )
+    grad_query, grad_keys = _over_tiles(body, init, keys.shape[0], tile_size(b, t, keys.shape[0]))
+    return (
+        grad_query.reshape(b, t, m).astype(query.dtype) if wanted[0] else None,
+        grad_keys.astype(keys.dtype) if wanted[1] else None,
+    )

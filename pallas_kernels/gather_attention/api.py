@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from pallas_kernels.dispatch import resolve
-from pallas_kernels.gather_attention import reference
+from pallas_kernels import dispatch
+from pallas_kernels.gather_attention.reference import MASKED, Operands
 
 
 def gather_attention(
@@ -18,6 +22,8 @@ def gather_attention(
     bank_v: jax.Array,
     starts: jax.Array,
     lengths: jax.Array,
+    bank_k_scale: jax.Array | None = None,
+    bank_v_scale: jax.Array | None = None,
     bias: jax.Array | None = None,
     mask: jax.Array | None = None,
     max_length: int | None = None,
@@ -26,13 +32,17 @@ def gather_attention(
     """One softmax over the chunks of the selected documents and the own tokens, causal.
 
     Own tokens are aligned at the end: query t of T sees own tokens up to S - T + t, so a template prefix or a
-    cache comes first in `k`, `v`. Logits are scaled by 1/sqrt(D). Differentiable in all float arguments.
+    cache comes first in `k`, `v`. Logits are scaled by 1/sqrt(D). Differentiable in all float arguments but
+    the scales.
 
     Args:
       q: [B, T, H, D].
-      k, v: [B, S, K, D], S >= T, own tokens; H is a multiple of K.
-      bank_k, bank_v: [C, K, D], pooled content of every chunk.
-      starts, lengths: [B, k] int32, range of chunks of each selected document; length 0 selects nothing.
+      k, v: [B, S, K, D], own tokens, S >= T, or S = 0 for the bank alone; H is a multiple of K.
+      bank_k, bank_v: [C, K, D], pooled content of every chunk, float or int8 (then the scales are needed).
+      starts, lengths: [B, k] int32, range of chunks of each selected document; length 0 selects nothing. What
+        a range has outside of the bank does not count.
+      bank_k_scale, bank_v_scale: [K, C] float32: content is `bank_k[c, h] * bank_k_scale[h, c]`. Chunks are
+        the last axis, so that a kernel reads the scales of a range as one contiguous piece per head.
       bias: [B, k, H] float32, added to the logits of all chunks of a document.
       mask: [B, S] bool, own tokens that exist; default all.
       max_length: the most chunks a document has (a static bound on `lengths`); the XLA form gathers
@@ -42,10 +52,10 @@ def gather_attention(
 
     Returns:
       out [B, T, H, D] in q's dtype and lse [B, T, H] float32, the log of the softmax denominator, by which
-      partial results merge. A token with nothing to attend to gets out 0 and lse -1e30.
+      partial results merge (`merge`). A token with nothing to attend to gets out 0 and lse -1e30.
 
     Raises:
-      ValueError: shapes that do not fit together.
+      ValueError: shapes or dtypes that do not fit together.
       NotImplementedError: the named implementation cannot run this.
     """
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
@@ -54,12 +64,26 @@ def gather_attention(
         )
     b, t, h, d = q.shape
     s, kv = k.shape[1], k.shape[2]
-    if h % kv or s < t:
-        raise ValueError(f"gather_attention: need H a multiple of K and S >= T, got H {h}, K {kv}, S {s}, T {t}.")
+    if kv == 0 or h % kv or 0 < s < t:
+        raise ValueError(
+            f"gather_attention: need H a multiple of K and S >= T or S = 0, got H {h}, K {kv}, S {s}, T {t}."
+        )
     if bank_k.shape != bank_v.shape or bank_k.ndim != 3 or bank_k.shape[1:] != (kv, d):
         raise ValueError(
             f"gather_attention: bank_k, bank_v must be [C, K, D] with K {kv}, D {d}, "
             f"got {bank_k.shape}, {bank_v.shape}."
+        )
+    scales = (bank_k_scale, bank_v_scale)
+    if bank_k.dtype != bank_v.dtype or any((bank_k.dtype == jnp.int8) != (scale is not None) for scale in scales):
+        raise ValueError(
+            "gather_attention: bank_k and bank_v need one dtype, and bank_k_scale, bank_v_scale if it is int8 and "
+            f"only then; got {bank_k.dtype}, {bank_v.dtype}."
+        )
+    num_chunks = bank_k.shape[0]
+    if any(scale is not None and scale.shape != (kv, num_chunks) for scale in scales):
+        raise ValueError(
+            f"gather_attention: bank_k_scale, bank_v_scale must be [K, C] = {(kv, num_chunks)}, "
+            f"got {bank_k_scale.shape}, {bank_v_scale.shape}."
         )
     if starts.shape != lengths.shape or starts.ndim != 2 or starts.shape[0] != b:
         raise ValueError(
@@ -71,6 +95,71 @@ def gather_attention(
         mask = jnp.ones((b, s), bool)
     if mask.shape != (b, s) or mask.dtype != jnp.bool_:
         raise ValueError(f"gather_attention: mask must be bool [B, S] = {(b, s)}, got {mask.dtype} {mask.shape}.")
-    resolve("gather_attention", implementation, ("xla",))
-    max_length = bank_k.shape[0] if max_length is None else max_length
-    return reference.forward(q, k, v, bank_k, bank_v, starts, lengths, bias, mask, max_length=max_length)
+    max_length = num_chunks if max_length is None else min(max_length, num_chunks)
+    # A range that begins before the bank loses what lies there; one that ends after it is cut.
+    ends = jnp.clip(starts + jnp.minimum(lengths, max_length), 0, num_chunks)
+    starts = jnp.clip(starts, 0, num_chunks)
+    operands = Operands(
+        q=q,
+        k=k,
+        v=v,
+        bank_k=bank_k,
+        bank_v=bank_v,
+        bank_k_scale=bank_k_scale,
+        bank_v_scale=bank_v_scale,
+        starts=starts.astype(jnp.int32),
+        lengths=jnp.maximum(ends - starts, 0).astype(jnp.int32),
+        bias=bias,
+        mask=mask,
+    )
+    module = dispatch.choose("gather_attention", implementation, operands=operands)
+    return _gather_attention(module, max_length, operands)
+
+
+def merge(outs: Sequence[jax.Array] | jax.Array, lses: Sequence[jax.Array] | jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The attention over the union of disjoint parts, from the attention over each.
+
+    Args:
+      outs: n arrays [B, T, H, D], or one [n, B, T, H, D].
+      lses: n arrays [B, T, H] float32, or one [n, B, T, H].
+
+    Returns:
+      out [B, T, H, D] in the dtype of `outs` and lse [B, T, H], as one call over all parts gives them, to
+      rounding. Where no part had anything to attend to: 0 and -1e30.
+    """
+    lses = jnp.stack(list(lses)) if not isinstance(lses, jax.Array) else lses
+    outs = jnp.stack(list(outs)) if not isinstance(outs, jax.Array) else outs
+    if outs.shape[:-1] != lses.shape:
+        raise ValueError(f"merge: need outs [n, B, T, H, D] and lses [n, B, T, H], got {outs.shape}, {lses.shape}.")
+    top = jnp.maximum(jnp.max(lses, axis=0), MASKED / 2)
+    weights = jnp.exp(lses - top)
+    total = jnp.sum(weights, axis=0)
+    safe_total = jnp.where(total > 0, total, 1.0)
+    out = jnp.sum(outs.astype(jnp.float32) * weights[..., None], axis=0) / safe_total[..., None]
+    return out.astype(outs.dtype), jnp.where(total > 0, top + jnp.log(safe_total), MASKED)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gather_attention(module, max_length, operands):
+    return module.forward(operands, max_length=max_length)
+
+
+def _fwd(module, max_length, operands):
+    out, lse = module.forward(operands, max_length=max_length)
+    return (out, lse), (operands, out, lse)
+
+
+def _bwd(module, max_length, residuals, grads):
+    operands, out, lse = residuals
+    gradients = module.backward(operands, out, lse, *grads, max_length=max_length)._asdict()
+    return (Operands(*(_gradient(gradients.get(name), x) for name, x in operands._asdict().items())),)
+
+
+def _gradient(gradient, x):
+    if x is None or gradient is not None:
+        return gradient
+    floating = jnp.issubdtype(x.dtype, jnp.floating)
+    return jnp.zeros_like(x) if floating else np.zeros(x.shape, jax.dtypes.float0)
+
+
+_gather_attention.defvjp(_fwd, _bwd)

@@ -16,6 +16,8 @@ Q, K = jnp.zeros((2, 3, 4)), jnp.zeros((5, 4))
         ((Q, K[0]), {}, "got (2, 3, 4) and (4,)"),
         ((Q, jnp.zeros((5, 3))), {}, "got (2, 3, 4) and (5, 3)"),
         ((Q, K.astype(jnp.int8)), {}, "int8 keys need key_scale [C]"),
+        ((Q.astype(jnp.int8), K), {}, "int8 query needs query_scale [B, T] and int8 keys, got float32 keys"),
+        ((Q, K), {"query_scale": jnp.ones(3)}, "query_scale must be [B, T] = (2, 3), got (3,)"),
         ((Q, K), {"key_scale": jnp.ones(4)}, "key_scale must be [C] = (5,), got (4,)"),
         ((Q, K), {"query_mask": jnp.ones((2, 4), bool)}, "bool [B, T] = (2, 3), got bool (2, 4)"),
         ((Q, K), {"query_mask": jnp.ones((2, 3))}, "bool [B, T] = (2, 3), got float32 (2, 3)"),
@@ -29,6 +31,9 @@ def test_chunk_scores_says_what_is_wrong(args, kwargs, message):
 
 
 RANGES = np.zeros((2, 3), np.int32)
+
+
+INT8 = dict.fromkeys(("bank_k", "bank_v"), jnp.zeros((13, 2, 5), jnp.int8)) | dict(bank_v_scale=jnp.ones((2, 13)))
 
 
 def wrong(**changes):
@@ -45,11 +50,14 @@ def wrong(**changes):
         (dict(q=jnp.zeros((3, 3, 4, 5))), "got (3, 3, 4, 5), (2, 5, 2, 5)"),
         (dict(q=jnp.zeros((2, 3, 4, 4))), "got (2, 3, 4, 4), (2, 5, 2, 5)"),
         (dict(v=jnp.zeros((2, 4, 2, 5))), "(2, 5, 2, 5), (2, 4, 2, 5)"),
-        (dict(q=jnp.zeros((2, 3, 3, 5))), "H a multiple of K and S >= T, got H 3, K 2, S 5, T 3"),
-        (dict(q=jnp.zeros((2, 6, 4, 5))), "H a multiple of K and S >= T, got H 4, K 2, S 5, T 6"),
+        (dict(q=jnp.zeros((2, 3, 3, 5))), "H a multiple of K and S >= T or S = 0, got H 3, K 2, S 5, T 3"),
+        (dict(q=jnp.zeros((2, 6, 4, 5))), "H a multiple of K and S >= T or S = 0, got H 4, K 2, S 5, T 6"),
         (dict(bank_k=jnp.zeros((13, 1, 5))), "[C, K, D] with K 2, D 5, got (13, 1, 5), (13, 2, 5)"),
         (dict(bank_v=jnp.zeros((12, 2, 5))), "got (13, 2, 5), (12, 2, 5)"),
         (dict(bank_k=jnp.zeros((13, 3, 5)), bank_v=jnp.zeros((13, 3, 5))), "got (13, 3, 5), (13, 3, 5)"),
+        (dict(bank_k=jnp.zeros((13, 2, 5), jnp.int8)), "one dtype, and bank_k_scale, bank_v_scale if it is int8"),
+        (dict(bank_k_scale=jnp.ones((2, 13))), "if it is int8 and only then; got float32, float32"),
+        (INT8 | dict(bank_k_scale=jnp.ones((13, 2))), "must be [K, C] = (2, 13), got (13, 2), (2, 13)"),
         (dict(starts=RANGES[:, :2]), "[B, k] with B 2, got (2, 2), (2, 3)"),
         (dict(starts=RANGES[:, 0], lengths=RANGES[:, 0]), "got (2,), (2,)"),
         (dict(bias=jnp.zeros((2, 3, 2))), "bias must be [B, k, H] = (2, 3, 4), got (2, 3, 2)"),
@@ -71,6 +79,6 @@ def test_a_kernel_asked_for_by_name_never_falls_back(op, implementation):
         "chunk_scores": lambda **kwargs: chunk_scores(Q, K, **kwargs),
         "gather_attention": lambda **kwargs: gather_attention(**wrong(**kwargs))[0],
     }[op]
-    with pytest.raises(NotImplementedError, match=f"{op}: no '{implementation}' kernel"):
+    with pytest.raises(NotImplementedError, match=f"{op}: the '{implementation}' kernel does not run on cpu"):
         call(implementation=implementation)
     np.testing.assert_array_equal(call(implementation="xla"), call())
