@@ -55,25 +55,26 @@ def choose(op: str, implementation: str | None, **case) -> ModuleType:
     platform, kind = device()
     name = platform if implementation is None else implementation
     if name not in ("tpu", "gpu"):
-        return _module(op, "reference")
+        return module(op, "xla")
     if name != platform and not interpreted():
         raise NotImplementedError(
             f"{op}: the {name!r} kernel does not run on {platform} ({kind}); take implementation=None, or compile "
             f"for a {name} under jax.set_mesh of its devices."
         )
-    module = _module(op, name)
-    reason = module.unsupported(**case)
+    found = module(op, name)
+    reason = found.unsupported(**case)
     if reason is None:
-        return module
+        return found
     if implementation is not None:
         raise NotImplementedError(f"{op}: the {name!r} kernel cannot run this: {reason}")
     _log_once(f"{op}: the {name!r} kernel cannot run this, 'xla' does: {reason}")
-    return _module(op, "reference")
+    return module(op, "xla")
 
 
-def _module(op: str, name: str) -> ModuleType:
+def module(op: str, name: str) -> ModuleType:
+    """The module of `op` that is of implementation `name`."""
     # Imported on demand: a CPU program never loads Pallas.
-    return importlib.import_module(f"pallas_kernels.{op}.{name}")
+    return importlib.import_module(f"pallas_kernels.{op}.{'reference' if name == 'xla' else name}")
 
 
 @functools.cache

@@ -88,6 +88,8 @@ def _bwd(module, residuals, grad):
     grad_keys = _no_gradient(keys)
     floats = tuple(jnp.issubdtype(x.dtype, jnp.floating) for x in (query, keys))
     if any(floats):
+        # A token that does not route may hold anything, and 0 * NaN is NaN.
+        query = jnp.where(query_mask[:, :, None], query, 0)
         computed = module.backward(query, keys, winners, grad, wanted=floats)
         grad_query = computed[0] if floats[0] else grad_query
         grad_keys = computed[1] if floats[1] else grad_keys

@@ -1,0 +1,43 @@
+"""The implementations that the contract suites run, and how each runs without its hardware."""
+
+import contextlib
+
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import dispatch
+
+IMPLEMENTATIONS = ("xla", "tpu")
+
+
+@contextlib.contextmanager
+def running(name: str):
+    """A scope in which `implementation=name` runs on this machine: interpreted, if it is a kernel.
+
+    Races between threads and copies, and reads out of bounds, raise; memory nobody has written holds NaN.
+    """
+    if name == "xla":
+        yield
+        return
+    if name == "tpu":
+        params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")
+        with pltpu.force_tpu_interpret_mode(params):
+            yield
+        from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+        races = interpret_pallas_call.races
+        assert races is None or not races.races_found, "the kernel has a race"
+        return
+    params = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")
+    with plgpu.force_gpu_interpret_mode(params):
+        yield
+
+
+def skip_unless_supported(op: str, name: str, **case) -> None:
+    """Skip a case that the kernel declares it cannot run, once it has raised when asked for it by name."""
+    reason = dispatch.module(op, name).unsupported(**case)
+    if reason is not None:
+        with pytest.raises(NotImplementedError, match=r"cannot run this"), running(name):
+            dispatch.choose(op, name, **case)
+        pytest.skip(f"{name}: {reason}")
