@@ -11,6 +11,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 ROUTING_SCORES = ("cosine", "dot")
+TOP_K_METHODS = ("exact", "approximate")
 # Settings of a published msa_config that choose between forms, and the form that is computed here.
 PUBLISHED_ONLY = (
     ("chunk_reduce_method", "max"), ("decouple_pooling_mode", "mean"), ("head_reduce_method", "mean"),
@@ -55,6 +56,9 @@ class AttentionConfig:
       norm_eps: epsilon inside the square root of every RMSNorm.
       chunk_size: P, tokens pooled into one chunk of the memory bank.
       top_k: k, documents that a router layer selects.
+      top_k_method: "exact", or "approximate" (`jax.lax.approx_max_k`), which is faster on TPU when documents are
+        many, and misses some; the same as exact on other platforms.
+      top_k_recall: what "approximate" aims at: the part of the k best documents that is found, on average.
       position_offset: position of the first token of the active context. A constant of the model (the
         published code uses template length + k in training), so that k may change at inference.
       routing_score: "cosine" (the paper, and training), or "dot" (scaled dot products), which serves
@@ -74,6 +78,8 @@ class AttentionConfig:
     norm_eps: float = 1e-6
     chunk_size: int = 64
     top_k: int = 16
+    top_k_method: Literal["exact", "approximate"] = "exact"
+    top_k_recall: float = 0.95
     position_offset: int = 19
     routing_score: Literal["cosine", "dot"] = "cosine"
     router_bias: bool = False
@@ -98,6 +104,15 @@ class AttentionConfig:
         require(
             self.routing_score in ROUTING_SCORES,
             f"routing_score must be one of {ROUTING_SCORES}, got {self.routing_score!r}.",
+        )
+        require(
+            self.top_k_method in TOP_K_METHODS,
+            f"top_k_method must be one of {TOP_K_METHODS}, got {self.top_k_method!r}.",
+        )
+        recall = self.top_k_recall
+        require(
+            isinstance(recall, int | float) and 0 < recall <= 1,
+            f"top_k_recall must be above 0 and at most 1, got {recall!r}.",
         )
         for name in ("dtype", "param_dtype"):
             require(

@@ -77,7 +77,7 @@ def test_document_scores_equal_a_loop(score, seed, owners, route, visible, mean)
 @pytest.mark.parametrize("mean", [False, True])
 def test_the_mean_over_tokens_may_be_static_or_traced(mean):
     query, keys, route = normal(0, B, T, M), normal(1, C, M), np.array([[1, 0, 1], [1, 1, 0]], bool)
-    layout = layout_of(np.repeat(np.arange(N + 1), 4)[:C])
+    layout = DocumentLayout.from_chunk_documents(np.repeat(np.arange(N + 1), 4)[:C], N)
     score = functools.partial(routing.document_scores, jnp.asarray(query), jnp.asarray(keys), layout)
     static = score(route=route, mean_over_tokens=mean)
     traced = jax.jit(lambda mean: score(route=route, mean_over_tokens=mean))(mean)

@@ -269,7 +269,9 @@ class MemorySparseAttention(SelfAttention):
                 query, memory.routing_keys, memory.layout,
                 route=route, visible=visible, mean_over_tokens=mean_over_tokens, implementation=implementation,
             )  # fmt: skip
-            selection = routing.select(scores, memory.layout, top_k=c.top_k)
+            selection = routing.select(
+                scores, memory.layout, top_k=c.top_k, method=c.top_k_method, recall=c.top_k_recall
+            )
         out, _ = gather_attention(
             q, k, v,
             bank_k=memory.content_k, bank_v=memory.content_v,
