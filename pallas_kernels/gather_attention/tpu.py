@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch, tpu_chip
-from pallas_kernels.gather_attention import config, tpu_forward
-from pallas_kernels.gather_attention.reference import Operands
+from pallas_kernels.gather_attention import config, tpu_backward, tpu_forward, tpu_owners
+from pallas_kernels.gather_attention.reference import Gradients, Operands, shifted_delta
 
 _FLOATS = (jnp.float32, jnp.bfloat16)
 # Bytes of scalar memory (SMEM) that the tables and biases may take.
@@ -42,6 +44,32 @@ def _blocks(operands: Operands, max_length: int) -> config.Blocks | None:
 def forward(operands: Operands, *, max_length: int):
     """Out [B, T, H, D] and lse [B, T, H]. See `reference.forward`."""
     return tpu_forward.forward(operands, blocks=_blocks(operands, max_length), cores=_cores())
+
+
+def backward(operands: Operands, out, lse, grad_out, grad_lse, *, max_length: int) -> Gradients:
+    """See `reference.backward`."""
+    q, k, starts = operands.q, operands.k, operands.starts
+    blocks = _blocks(operands, max_length)
+    delta = shifted_delta(out, grad_out, grad_lse)
+    grad_q, grad_bias = tpu_backward.backward(operands, lse, delta, grad_out, blocks=blocks, cores=_cores())
+    if operands.bias is None or not starts.size:
+        grad_bias = None if operands.bias is None else jnp.zeros_like(operands.bias)
+    owners = functools.partial(tpu_owners.backward, lse=lse, delta=delta, grad_out=grad_out, blocks=blocks)
+    b, s = k.shape[:2]
+    own = jnp.zeros_like(k), jnp.zeros_like(operands.v)
+    if s:
+        flat = (x.reshape(b * s, *x.shape[2:]) for x in (k, operands.v))
+        each = jnp.arange(b, dtype=jnp.int32)[:, None] * s
+        mask = operands.mask.reshape(-1)
+        grads = owners(q, *flat, each, jnp.full_like(each, s), None, mask, causal=True)
+        own = tuple(x.reshape(k.shape) for x in grads)
+    bank = None, None
+    if jnp.issubdtype(operands.bank_k.dtype, jnp.floating):
+        bank = jnp.zeros_like(operands.bank_k), jnp.zeros_like(operands.bank_v)
+        if starts.size and operands.bank_k.shape[0]:
+            ranges = starts, operands.lengths, operands.bias, None
+            bank = owners(q, operands.bank_k, operands.bank_v, *ranges, causal=False)
+    return Gradients(grad_q, *own, *bank, None if grad_bias is None else grad_bias.astype(operands.bias.dtype))
 
 
 def _cores() -> int:

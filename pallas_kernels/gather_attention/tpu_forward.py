@@ -274,7 +274,7 @@ def forward(operands: Operands, *, blocks, cores: int):
             jax.ShapeDtypeStruct((shape.questions, kv, rows_total, shape.head_dim), operands.q.dtype),
             jax.ShapeDtypeStruct((shape.questions, rows_total, kv), jnp.float32),
         ],
-        compiler_params=params(),
+        compiler_params=params("parallel", "arbitrary"),
         name="gather_attention_forward",
     )(*call.arguments)
     group = blocks.group
@@ -285,7 +285,5 @@ def i_block(call: Call, index):
     return call.query_spec.index_map(*index)[2]
 
 
-def params():
-    return pltpu.CompilerParams(
-        dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=tpu_chip.vmem_budget()
-    )
+def params(*semantics: str):
+    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=tpu_chip.vmem_budget())

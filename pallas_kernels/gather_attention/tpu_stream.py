@@ -165,8 +165,9 @@ class Stream:
 
     def own_blocks(self, step):
         """Blocks of own tokens that the last query of the step may see."""
-        last = self.shape.own - self.shape.tokens + (step % self.shape.steps_per_question + 1) * self.shape.blocks.tokens
-        return pl.cdiv(jnp.minimum(last, self.shape.own), self.shape.blocks.own)
+        seen = (step % self.shape.steps_per_question + 1) * self.shape.blocks.tokens
+        last = jnp.minimum(seen + self.shape.own - self.shape.tokens, self.shape.own)
+        return pl.cdiv(last, self.shape.blocks.own)
 
     def _fetch_first(self, step, slot):
         question = step // self.shape.steps_per_question
