@@ -5,18 +5,14 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
-import json
-import pathlib
-import statistics
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
+from benchmarks.measure import environment, median_seconds, write_json
 from msa_jax import routing
 from msa_jax.memory import DocumentLayout
 from pallas_kernels import chunk_scores
@@ -32,7 +28,7 @@ _JSON = flags.DEFINE_string("json", None, "File to write the figures to.")
 
 
 def _forms(query, per_head, keys, layout):
-    """Name -> function without arguments that blocks until its result is there."""
+    """Name -> function without arguments."""
     m = keys.shape[1]
     route = jnp.ones(query.shape[:2], bool)
 
@@ -57,15 +53,14 @@ def _forms(query, per_head, keys, layout):
         "chunk_scores + document max + top-k": lambda: route_and_select(query, keys),
         "per-head scores": lambda: naive(per_head, keys),
     }
-    blocking = {name: (lambda f=f: jax.block_until_ready(f())) for name, f in forms.items()}
     if importlib.util.find_spec("faiss"):
         import faiss
 
         index = faiss.IndexFlatIP(m)
         index.add(np.asarray(keys, np.float32))
         vectors = np.asarray(query[0], np.float32)
-        blocking["FAISS flat inner product, k 16"] = lambda: index.search(vectors, 16)
-    return blocking
+        forms["FAISS flat inner product, k 16"] = lambda: index.search(vectors, 16)
+    return forms
 
 
 def main(argv):
@@ -82,30 +77,16 @@ def main(argv):
     owners = np.arange(_CHUNKS.value) // _DOCUMENT_CHUNKS.value
     layout = DocumentLayout.from_chunk_documents(owners, int(owners[-1]) + 1)
     forms = _forms(query, per_head, keys, layout)
-    times = {name: [] for name in forms}
-    for call in forms.values():
-        call()
-    for _ in range(_REPEATS.value):
-        for name, call in forms.items():
-            begin = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - begin)
-    medians = {name: statistics.median(values) for name, values in times.items()}
+    medians = median_seconds(forms, _REPEATS.value)
     ours = medians["chunk_scores + document max + top-k"]
-    device = jax.devices()[0]
-    sizes = f"T {_TOKENS.value}, C {_CHUNKS.value}, M {kv * d}, H {h}"
-    print(f"{device.platform} {device.device_kind}, jax {jax.__version__}, {sizes}")
+    where = environment()
+    print(f"{where['device']}, jax {jax.__version__}, T {_TOKENS.value}, C {_CHUNKS.value}, M {kv * d}, H {h}")
     print(f"{'':38s} {'median ms':>10s} {'of routing':>11s}")
     for name, seconds in medians.items():
         print(f"{name:38s} {1e3 * seconds:10.2f} {seconds / ours:10.2f}x")
     if _JSON.value:
-        record = {
-            "device": f"{device.platform} {device.device_kind}",
-            "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")},
-            "sizes": {"T": _TOKENS.value, "C": _CHUNKS.value, "M": kv * d, "H": h},
-            "median_seconds": medians,
-        }
-        pathlib.Path(_JSON.value).write_text(json.dumps(record, indent=2) + "\n")
+        sizes = {"T": _TOKENS.value, "C": _CHUNKS.value, "M": kv * d, "H": h}
+        write_json(_JSON.value, where | {"sizes": sizes, "median_seconds": medians})
 
 
 if __name__ == "__main__":
