@@ -44,7 +44,7 @@ def gather_attention(
       bank_k_scale, bank_v_scale: [K, C] float32: content is `bank_k[c, h] * bank_k_scale[h, c]`. Chunks are
         the last axis, so that a kernel reads the scales of a range as one contiguous piece per head.
       bias: [B, k, H] float32, added to the logits of all chunks of a document.
-      mask: [B, S] bool, own tokens that exist; default all.
+      mask: [B, S] bool, own tokens that exist; default all. The others must hold finite numbers.
       max_length: the most chunks a document has (a static bound on `lengths`); the XLA form gathers
         k * max_length chunks a question. Default C: always right, seldom what you want. A range longer than
         this is cut off.
@@ -132,7 +132,7 @@ def merge(outs: Sequence[jax.Array] | jax.Array, lses: Sequence[jax.Array] | jax
     if outs.shape[:-1] != lses.shape:
         raise ValueError(f"merge: need outs [n, B, T, H, D] and lses [n, B, T, H], got {outs.shape}, {lses.shape}.")
     top = jnp.maximum(jnp.max(lses, axis=0), MASKED / 2)
-    weights = jnp.exp(lses - top)
+    weights = jnp.exp(lses - top[None])
     total = jnp.sum(weights, axis=0)
     safe_total = jnp.where(total > 0, total, 1.0)
     out = jnp.sum(outs.astype(jnp.float32) * weights[..., None], axis=0) / safe_total[..., None]

@@ -9,8 +9,11 @@ from pallas_kernels.tpu_chip import LANES, lanes, sublanes
 
 # Rows (token and head of a group) of queries held at once; what pays for reading a chunk.
 _MAX_ROWS = 512
-# Chunks read at once: enough bytes to hide the start of a copy, few enough that short documents waste little.
-_MAX_CHUNKS = 128
+# Chunks and own tokens read at once: enough bytes to hide the start of a copy, few enough that the weights of many
+# rows fit. With few rows (decoding) there is little work behind which to hide, so larger pieces are read.
+_MAX_CHUNKS, _MAX_OWN = 128, 128
+_FEW_ROWS = 64
+_MAX_CHUNKS_DECODING, _MAX_OWN_DECODING = 256, 512
 # Tokens packed in one sublane-tile of bfloat16.
 _ROW_TILE = 16
 
@@ -56,22 +59,34 @@ class Blocks:
 
 
 def choose(
-    tokens: int, group: int, kv_heads: int, head_dim: int, longest: int, bytes_q: int, bytes_bank: int, budget: int
+    tokens: int,
+    own: int,
+    group: int,
+    kv_heads: int,
+    head_dim: int,
+    longest: int,
+    bytes_q: int,
+    bytes_bank: int,
+    budget: int,
 ) -> Blocks | None:
     """The largest blocks whose `vmem_bytes` fit in `budget`, or None.
 
     Args:
-      tokens: T; longest: the most chunks a document has.
+      tokens, own: T, S; longest: the most chunks a document has.
     """
     step = _ROW_TILE // math.gcd(_ROW_TILE, group)
-    chunks = min(_MAX_CHUNKS, max(_ROW_TILE, -(-longest // _ROW_TILE) * _ROW_TILE))
+    decoding = tokens * group <= _FEW_ROWS
+    most_chunks, most_own = (_MAX_CHUNKS_DECODING, _MAX_OWN_DECODING) if decoding else (_MAX_CHUNKS, _MAX_OWN)
+    chunks = min(most_chunks, max(_ROW_TILE, -(-longest // _ROW_TILE) * _ROW_TILE))
+    # A cache is padded, that is copied, unless it is a multiple of what is read at once.
+    own_block = math.gcd(most_own, lanes(own)) if own else LANES
     most = -(-tokens // step) * step
     block = max(step, min(most, _MAX_ROWS // group // step * step))
     while True:
         # Blocks of one size: as few as `block` allows, then as small as that many allow.
         count = -(-tokens // block)
         even = -(-tokens // (count * step)) * step
-        blocks = Blocks(tokens=even, group=group, chunks=chunks, own=LANES, tile=LANES)
+        blocks = Blocks(tokens=even, group=group, chunks=chunks, own=own_block, tile=LANES)
         if blocks.vmem_bytes(kv_heads, head_dim, bytes_q, bytes_bank) <= budget:
             return blocks
         if block == step:

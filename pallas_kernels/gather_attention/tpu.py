@@ -38,7 +38,7 @@ def _blocks(operands: Operands, max_length: int) -> config.Blocks | None:
     _, t, h, d = operands.q.shape
     kv = operands.k.shape[2]
     sizes = operands.q.dtype.itemsize, operands.bank_k.dtype.itemsize
-    return config.choose(t, h // kv, kv, d, max_length, *sizes, tpu_chip.vmem_budget())
+    return config.choose(t, operands.k.shape[1], h // kv, kv, d, max_length, *sizes, tpu_chip.vmem_budget())
 
 
 def forward(operands: Operands, *, max_length: int):

@@ -2,6 +2,7 @@
 
 import contextlib
 
+import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
@@ -41,3 +42,11 @@ def skip_unless_supported(op: str, name: str, **case) -> None:
         with pytest.raises(NotImplementedError, match=r"cannot run this"), running(name):
             dispatch.choose(op, name, **case)
         pytest.skip(f"{name}: {reason}")
+
+
+def at_most_twice(got, want, plain) -> None:
+    """The largest error is at most twice that of the plain form, and a hair for where that is exact."""
+    got, plain, want = (np.asarray(x, np.float64) for x in (got, plain, want))
+    if want.size:
+        bound = 2 * np.abs(plain - want).max() + 1e-6 * max(1.0, np.abs(want).max())
+        assert np.abs(got - want).max() <= bound

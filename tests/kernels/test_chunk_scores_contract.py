@@ -9,7 +9,7 @@ import pytest
 
 from pallas_kernels import chunk_scores, dispatch
 from pallas_kernels.chunk_scores.api import NO_SCORE
-from tests.kernels.implementations import IMPLEMENTATIONS, running, skip_unless_supported
+from tests.kernels.implementations import IMPLEMENTATIONS, at_most_twice, running, skip_unless_supported
 
 # Names say what a case is there for. B, T, C, M, dtype of query, of keys.
 CASES = {
@@ -62,19 +62,13 @@ def products(query, keys, kwargs):
 
 def naive(query, keys, kwargs):
     """The definition in the dtype of the operands: what the error of an implementation is compared with."""
-    scale = {name: kwargs[name][..., None].astype(jnp.float32) for name in ("query_scale", "key_scale") if name in kwargs}
+    names = [name for name in ("query_scale", "key_scale") if name in kwargs]
+    scale = {name: kwargs[name][..., None].astype(jnp.float32) for name in names}
     dtype = jnp.float32 if query.dtype == jnp.int8 else query.dtype
     query = (query * scale["query_scale"]).astype(dtype) if "query_scale" in scale else query
     keys = (keys * scale["key_scale"]).astype(dtype) if "key_scale" in scale else keys
     scored = jnp.einsum("btm,cm->btc", query, keys)
     return jnp.max(jnp.where(kwargs["query_mask"][:, :, None], scored.astype(jnp.float32), NO_SCORE), axis=1)
-
-
-def at_most_twice(got, want, plain):
-    """The largest error is at most twice that of the plain form, and a hair for where that is exact."""
-    got, plain = (np.asarray(x.astype(jnp.float32), np.float64) for x in (got, plain))
-    bound = 2 * np.abs(plain - want).max() + 1e-6 * np.abs(want).max()
-    assert np.abs(got - want).max() <= bound
 
 
 def supported(implementation, query, keys):
