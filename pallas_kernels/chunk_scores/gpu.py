@@ -1,0 +1,274 @@
+"""`chunk_scores` for Hopper GPUs, in Pallas Mosaic GPU: one pass over the keys, a max over tokens in registers.
+
+One memory warpgroup a block fills a ring of shared-memory stages with tiles of keys (tensor copy engine); two
+more take them to registers, dequantise them there and multiply them with the query on the tensor cores (wgmma).
+Blocks are persistent: each takes every n-th tile, and the ring never drains between tiles. Keys pass through
+registers because rows of shared memory that wgmma reads itself must come in eights, and C need not divide by 8.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import dispatch
+from pallas_kernels.chunk_scores import gpu_config, reference
+
+NO_SCORE = reference.NO_SCORE
+backward = reference.backward
+
+
+def unsupported(*, query, keys) -> str | None:
+    """Why the kernel cannot run a case, or None; judged from shapes, dtypes and the device traced for."""
+    return gpu_config.unsupported(query, keys)
+
+
+@functools.partial(jax.jit, static_argnames="winners")
+def forward(query, keys, query_mask, query_scale, key_scale, *, winners):
+    """Scores [B, C] float32 and the token that won each chunk, [B, C] int32 or None; as `reference.forward`."""
+    b, t, _ = query.shape
+    num_chunks = keys.shape[0]
+    if b == 0 or t == 0 or num_chunks == 0:
+        return reference.forward(query, keys, query_mask, query_scale, key_scale, winners=winners)
+    query = jnp.where(query_mask[:, :, None], query, jnp.zeros((), query.dtype))
+    if query.dtype not in (jnp.int8, jnp.bfloat16):
+        query = query.astype(jnp.float32)
+    cut = gpu_config.plan(query, keys, winners)
+    # Columns beyond the tokens and the questions there are, and tokens that do not route, never win.
+    floor = _columns(jnp.where(query_mask, 0.0, NO_SCORE)[..., None], cut, NO_SCORE)[..., 0]
+    scale = None if query_scale is None else _columns(query_scale.astype(jnp.float32)[..., None], cut, 0)[..., 0]
+    out = _call(cut, _query_blocks(query, cut), keys, floor, scale, winners)
+    scores, won = (x[:b, :num_chunks] for x in (out if winners else (out[0], out[0])))
+    return reference.scale_scores(scores, key_scale), jnp.clip(won, 0, t - 1) if winners else None
+
+
+def _columns(x, cut, fill):
+    """[B, T, ...] in the order of accumulator columns: [groups * blocks, columns, ...]."""
+    short = (cut.groups * cut.questions - x.shape[0], cut.blocks * cut.tokens - x.shape[1])
+    x = jnp.pad(x, [(0, short[0]), (0, short[1]), (0, 0)], constant_values=fill)
+    x = x.reshape(cut.groups, cut.questions, cut.blocks, cut.tokens, -1)
+    x = x.transpose((0, 2, 3, 1, 4) if cut.by_token else (0, 2, 1, 3, 4))
+    return x.reshape(cut.groups * cut.blocks, cut.columns, -1)
+
+
+def _query_blocks(query, cut):
+    """[strips, groups * blocks, pieces * columns, sub]: what one copy to shared memory takes is contiguous."""
+    width = cut.steps * cut.copies * cut.strip
+    query = _columns(jnp.pad(query, [(0, 0), (0, 0), (0, width - query.shape[2])]), cut, 0)
+    terms = jnp.concatenate(gpu_config.split(query) if cut.pieces == 3 else [query], axis=1)
+    units, rows, _ = terms.shape
+    return terms.reshape(units, rows, width // cut.sub, cut.sub).transpose(2, 0, 1, 3)
+
+
+def _call(cut, query, keys, floor, scale, winners):
+    """Scores, and winners if asked for: [groups * questions, C to a multiple of 4]."""
+    num_chunks = keys.shape[0]
+    tile = gpu_config.WARPGROUPS * cut.rows
+    tiles = pl.cdiv(num_chunks, tile)
+    grid = min(gpu_config.multiprocessors(), tiles)
+    # Rows of what the copy engine writes start at multiples of 16 bytes, and a transposed tile is 8 x 8.
+    multiple = 8 if cut.by_token else 4
+    out = (cut.groups * cut.questions, pl.cdiv(num_chunks, multiple) * multiple)
+    out_transforms = (plgpu.TilingTransform((8, 8)), plgpu.SwizzleTransform(32)) if cut.by_token else ()
+    out_type = [jax.ShapeDtypeStruct(out, dtype) for dtype in (jnp.float32, jnp.int32)[: 1 + winners]]
+    held = (cut.questions, cut.rows)
+    query_itemsize = query.dtype.itemsize
+    query_transforms = (
+        plgpu.TilingTransform((8, cut.sub)),
+        plgpu.SwizzleTransform(cut.sub * query_itemsize),
+    )
+    strips, units, query_rows, sub = query.shape
+    per_step = strips // cut.steps
+    copies = cut.copies + (0 if cut.resident else per_step)
+    query_shape = (strips, units) if cut.resident else (cut.stages, per_step)
+    scratch = dict(
+        ring=plgpu.SMEM(
+            (cut.stages, cut.copies, tile, cut.strip),
+            keys.dtype,
+            # One row a tile: then a bank of any size can be copied. Within a strip the bytes are the same.
+            transforms=(
+                plgpu.TilingTransform((1, cut.strip)),
+                plgpu.SwizzleTransform(cut.strip * keys.dtype.itemsize),
+            ),
+        ),
+        query_smem=plgpu.SMEM((*query_shape, query_rows, sub), query.dtype, transforms=query_transforms),
+        out_smem=[plgpu.SMEM((gpu_config.WARPGROUPS, *held), t.dtype, transforms=out_transforms) for t in out_type],
+        full=plgpu.Barrier(num_arrivals=copies, num_barriers=cut.stages),
+        empty=plgpu.Barrier(num_arrivals=gpu_config.WARPGROUPS, num_barriers=cut.stages),
+        query_here=plgpu.Barrier(num_arrivals=strips * units if cut.resident else 1),
+        operand=None,
+    )
+    if dispatch.interpreted():  # the interpreter multiplies what is in shared memory only
+        scratch["operand"] = plgpu.SMEM((gpu_config.WARPGROUPS, cut.rows, sub), query.dtype)
+    kernel = plgpu.kernel(
+        functools.partial(_kernel, cut=cut, tiles=tiles, grid=grid, scaled=scale is not None),
+        out_type=out_type,
+        scratch_types=scratch,
+        grid=(grid,),
+        grid_names=("block",),
+        num_threads=gpu_config.WARPGROUPS + 1,
+        thread_name="warpgroup",
+    )
+    return kernel(keys, query, floor, *(() if scale is None else (scale,)))
+
+
+def _kernel(
+    keys, query, floor, *refs, cut, tiles, grid, scaled, ring, query_smem, out_smem, full, empty, query_here, operand
+):
+    scale, outs = (refs[0], refs[1:]) if scaled else (None, refs)
+    block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
+    strips, units = query.shape[:2]
+    per_step = strips // cut.steps
+    # Work of this block: its tiles, for each all column blocks, for each all steps along M.
+    mine = lax.div(tiles - block + grid - 1, grid)
+    tile = gpu_config.WARPGROUPS * cut.rows
+
+    @pl.when(warpgroup == gpu_config.WARPGROUPS)
+    def _copy():
+        plgpu.set_max_registers(40, action="decrease")
+        if cut.resident:
+
+            @pl.loop(0, strips)
+            def _(s):
+                for unit in range(units):
+                    plgpu.copy_gmem_to_smem(query.at[s, unit], query_smem.at[s, unit], query_here)
+
+        total = mine * units * cut.steps
+
+        @pl.loop(0, total)
+        def _(i):
+            slot, step = lax.rem(i, cut.stages), lax.rem(i, cut.steps)
+            start = (block + lax.div(i, units * cut.steps) * grid) * tile
+
+            @pl.when(i >= cut.stages)
+            def _():
+                plgpu.barrier_wait(empty.at[slot])
+
+            for j in range(cut.copies):
+                column = (step * cut.copies + j) * cut.strip
+                source = keys.at[pl.ds(start, tile), pl.ds(column, cut.strip)]
+                plgpu.copy_gmem_to_smem(source, ring.at[slot, j], full.at[slot])
+            if not cut.resident:
+                unit = lax.rem(lax.div(i, cut.steps), units)
+                for j in range(per_step):
+                    source = query.at[step * per_step + j, unit]
+                    plgpu.copy_gmem_to_smem(source, query_smem.at[slot, j], full.at[slot])
+
+        # Leave no arrival unseen.
+        @pl.loop(lax.max(total - cut.stages, 0), total)
+        def _(i):
+            plgpu.barrier_wait(empty.at[lax.rem(i, cut.stages)])
+
+    @pl.when(warpgroup < gpu_config.WARPGROUPS)
+    def _multiply():
+        plgpu.set_max_registers(232, action="increase")
+        if cut.resident:
+            plgpu.barrier_wait(query_here)
+
+        def products(first, unit):
+            """[rows, columns]: this warpgroup's rows of the tile whose steps in the ring start at `first`."""
+
+            def accumulate(acc):
+                @pl.loop(0, cut.steps)
+                def _(step):
+                    slot = lax.rem(first + step, cut.stages)
+                    plgpu.barrier_wait(full.at[slot])
+                    for j in range(cut.copies):
+                        part = plgpu.load(ring.at[slot, j, pl.ds(warpgroup * cut.rows, cut.rows)])
+                        for k in range(cut.strip // cut.sub):
+                            s = j * (cut.strip // cut.sub) + k
+                            where = (step * per_step + s, unit) if cut.resident else (slot, s)
+                            part_k = part[:, k * cut.sub : (k + 1) * cut.sub]
+                            through = None if operand is None else operand.at[warpgroup]
+                            _multiply_add(acc, part_k, query_smem.at[where], cut, through)
+                    plgpu.barrier_arrive(empty.at[slot])
+
+                return acc[...]
+
+            dtype = jnp.int32 if query.dtype == jnp.int8 else jnp.float32
+            return pl.run_scoped(accumulate, plgpu.ACC((cut.rows, cut.columns), dtype)).astype(jnp.float32)
+
+        @pl.loop(0, mine * cut.groups)
+        def _(i):
+            group = lax.rem(i, cut.groups)
+            best = None
+            for n in range(cut.blocks):
+                unit = group * cut.blocks + n
+                acc = products((i * cut.blocks + n) * cut.steps, unit)
+                column = lambda ref: _along_rows(plgpu.load(ref.at[unit], layout=_COLUMNS, optimized=False), cut)  # noqa: B023, E731
+                if scaled:
+                    acc = acc * column(scale)
+                acc = jnp.where(column(floor) == 0.0, acc, NO_SCORE)
+                best = _fold(best, acc, n * cut.tokens, cut, len(outs) == 2)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            start = (block + lax.div(i, cut.groups) * grid) * tile + warpgroup * cut.rows
+            for result, smem in zip(best, out_smem, strict=True):
+                if cut.by_token:
+                    smem.at[warpgroup].T[...] = plgpu.layout_cast(result, plgpu.Layout.WGMMA_TRANSPOSED)
+                else:
+                    for q, row in enumerate(result):
+                        smem[warpgroup, q] = row
+            plgpu.commit_smem()
+            for smem, out in zip(out_smem, outs, strict=True):
+                rows = pl.ds(group * cut.questions, cut.questions)
+                plgpu.copy_smem_to_gmem(smem.at[warpgroup], out.at[rows, pl.ds(start, cut.rows)])
+
+        plgpu.wait_smem_to_gmem(0)
+
+
+_COLUMNS = plgpu.Layout.WGMMA.reduce(0)
+
+
+def _along_rows(x, cut):
+    return lax.broadcast_in_dim(x, (cut.rows, cut.columns), (1,))
+
+
+def _multiply_add(acc, part, query, cut, through):
+    """acc += part @ queryᵀ, both as sums of bfloat16 terms, of which products below 2^-24 are left out."""
+    if cut.pieces == 1 and part.dtype == query.dtype:
+        terms = [part]
+    else:
+        terms = gpu_config.split(part) if part.dtype == jnp.float32 else [part.astype(jnp.bfloat16)]
+    pairs = [(i, j) for i in range(len(terms)) for j in range(cut.pieces) if i + j <= 2]
+    for i, j in sorted(pairs, key=sum, reverse=True):  # small ones first
+        term = terms[i]
+        if through is not None:
+            through[...], term = term, through
+        plgpu.wgmma(acc, term, query.at[pl.ds(j * cut.columns, cut.columns)].T)
+    plgpu.wgmma_wait(0)
+
+
+def _fold(best, acc, first, cut, winners):
+    """The running (max, [winner]) of each question with the columns of one block, whose first token is `first`."""
+    if cut.by_token:
+        for n in range(cut.tokens):
+            slab = acc[:, n * cut.questions : (n + 1) * cut.questions]
+            best = _better(best, slab, lax.full_like(slab, first + n, jnp.int32) if winners else None)
+        return best
+    scores, tokens = [], []
+    for q in range(cut.questions):
+        part = acc[:, q * cut.tokens : (q + 1) * cut.tokens]
+        top = jnp.max(part, axis=1)
+        won = None
+        if winners:
+            token = plgpu.broadcasted_iota(jnp.int32, part.shape, 1, layout=plgpu.Layout.WGMMA)
+            here = part == lax.broadcast_in_dim(top, part.shape, (0,))
+            won = jnp.min(jnp.where(here, token, cut.tokens), axis=1) + first
+        previous = None if best is None else tuple(of[q] for of in best)
+        top, *won = _better(previous, top, won)
+        scores.append(top)
+        tokens += won
+    return (scores, tokens) if winners else (scores,)
+
+
+def _better(best, score, token):
+    if best is None:
+        return (score,) if token is None else (score, token)
+    if token is None:
+        return (jnp.maximum(best[0], score),)
+    return jnp.maximum(best[0], score), jnp.where(score > best[0], token, best[1])
