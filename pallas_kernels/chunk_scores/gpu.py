@@ -16,11 +16,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import dispatch
-from pallas_kernels.chunk_scores import gpu_config, reference
+from pallas_kernels.chunk_scores import gpu_backward, gpu_config, gpu_terms, reference
 
 NO_SCORE = reference.NO_SCORE
-backward = reference.backward
+backward = gpu_backward.backward
 
 
 def unsupported(*, query, keys) -> str | None:
@@ -60,7 +59,7 @@ def _query_blocks(query, cut):
     """[strips, groups * blocks, pieces * columns, sub]: what one copy to shared memory takes is contiguous."""
     width = cut.steps * cut.copies * cut.strip
     query = _columns(jnp.pad(query, [(0, 0), (0, 0), (0, width - query.shape[2])]), cut, 0)
-    terms = jnp.concatenate(gpu_config.split(query) if cut.pieces == 3 else [query], axis=1)
+    terms = jnp.concatenate(gpu_terms.split(query) if cut.pieces == 3 else [query], axis=1)
     units, rows, _ = terms.shape
     return terms.reshape(units, rows, width // cut.sub, cut.sub).transpose(2, 0, 1, 3)
 
@@ -101,10 +100,8 @@ def _call(cut, query, keys, floor, scale, winners):
         full=plgpu.Barrier(num_arrivals=copies, num_barriers=cut.stages),
         empty=plgpu.Barrier(num_arrivals=gpu_config.WARPGROUPS, num_barriers=cut.stages),
         query_here=plgpu.Barrier(num_arrivals=strips * units if cut.resident else 1),
-        operand=None,
+        operand=gpu_terms.operand((gpu_config.WARPGROUPS, cut.rows, sub), query.dtype),
     )
-    if dispatch.interpreted():  # the interpreter multiplies what is in shared memory only
-        scratch["operand"] = plgpu.SMEM((gpu_config.WARPGROUPS, cut.rows, sub), query.dtype)
     kernel = plgpu.kernel(
         functools.partial(_kernel, cut=cut, tiles=tiles, grid=grid, scaled=scale is not None),
         out_type=out_type,
@@ -167,6 +164,7 @@ def _kernel(
     @pl.when(warpgroup < gpu_config.WARPGROUPS)
     def _multiply():
         plgpu.set_max_registers(232, action="increase")
+        through = None if operand is None else operand.at[warpgroup]
         if cut.resident:
             plgpu.barrier_wait(query_here)
 
@@ -183,9 +181,10 @@ def _kernel(
                         for k in range(cut.strip // cut.sub):
                             s = j * (cut.strip // cut.sub) + k
                             where = (step * per_step + s, unit) if cut.resident else (slot, s)
-                            part_k = part[:, k * cut.sub : (k + 1) * cut.sub]
-                            through = None if operand is None else operand.at[warpgroup]
-                            _multiply_add(acc, part_k, query_smem.at[where], cut, through)
+                            left = gpu_terms.terms_of(part[:, k * cut.sub : (k + 1) * cut.sub], query.dtype)
+                            terms = [pl.ds(n * cut.columns, cut.columns) for n in range(cut.pieces)]
+                            right = [query_smem.at[(*where, columns)].T for columns in terms]
+                            gpu_terms.multiply_add(acc, left, right, through)
                     plgpu.barrier_arrive(empty.at[slot])
 
                 return acc[...]
@@ -226,21 +225,6 @@ _COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 
 def _along_rows(x, cut):
     return lax.broadcast_in_dim(x, (cut.rows, cut.columns), (1,))
-
-
-def _multiply_add(acc, part, query, cut, through):
-    """acc += part @ queryᵀ, both as sums of bfloat16 terms, of which products below 2^-24 are left out."""
-    if cut.pieces == 1 and part.dtype == query.dtype:
-        terms = [part]
-    else:
-        terms = gpu_config.split(part) if part.dtype == jnp.float32 else [part.astype(jnp.bfloat16)]
-    pairs = [(i, j) for i in range(len(terms)) for j in range(cut.pieces) if i + j <= 2]
-    for i, j in sorted(pairs, key=sum, reverse=True):  # small ones first
-        term = terms[i]
-        if through is not None:
-            through[...], term = term, through
-        plgpu.wgmma(acc, term, query.at[pl.ds(j * cut.columns, cut.columns)].T)
-    plgpu.wgmma_wait(0)
 
 
 def _fold(best, acc, first, cut, winners):

@@ -170,14 +170,3 @@ def _plan(query, keys, outputs, sizes, rows, resident):
         resident,
         stages,
     )
-
-
-def split(x):
-    """Three bfloat16 arrays whose sum is float32 `x`; by cutting bits, as compilers drop a rounding and its undoing."""
-    terms = []
-    for _ in range(2):
-        bits = jax.lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-65536)
-        term = jax.lax.bitcast_convert_type(bits, jnp.float32)
-        terms.append(term.astype(jnp.bfloat16))
-        x = x - term
-    return [*terms, x.astype(jnp.bfloat16)]
