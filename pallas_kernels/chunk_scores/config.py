@@ -58,10 +58,10 @@ def choose(
 ) -> Blocks | None:
     """The largest blocks whose `vmem_bytes` fit in `budget`, or None."""
     token_rows, question_rows = tokens * sublanes(batch), batch * sublanes(tokens)
-    token_major = token_rows < question_rows
+    token_major = token_rows < question_rows and tokens * SUBLANES <= _MAX_ROWS
     if token_major:
-        per_block = max(SUBLANES, _MAX_ROWS // tokens // SUBLANES * SUBLANES)
-        questions, tokens = min(sublanes(batch), per_block), tokens
+        per_block = _MAX_ROWS // tokens // SUBLANES * SUBLANES
+        questions = min(sublanes(batch), per_block)
     else:
         tokens = sublanes(tokens)
         blocks = math.ceil(batch / max(1, _MAX_ROWS // tokens))

@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu_chip
 from pallas_kernels.chunk_scores import config
-from pallas_kernels.chunk_scores.reference import NO_SCORE, scale_scores
+from pallas_kernels.chunk_scores.reference import NO_SCORE
 
 _FLOATS = (jnp.float32, jnp.bfloat16)
 
@@ -37,11 +37,12 @@ def _blocks(query, keys):
 
 
 def _product(a, b, dimensions):
-    """Matrix product on the matrix unit: float32 in full precision, integers exactly."""
-    if jnp.issubdtype(a.dtype, jnp.integer):
-        return jax.lax.dot_general(a, b, (dimensions, ((), ())), preferred_element_type=jnp.int32).astype(jnp.float32)
+    """Matrix product on the matrix unit, float32: of float32 in full precision, of integers exactly."""
+    # Named, so that a program's default precision does not reach types that know only one.
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    return jax.lax.dot_general(a, b, (dimensions, ((), ())), precision=precision, preferred_element_type=jnp.float32)
+    sums = jnp.int32 if jnp.issubdtype(a.dtype, jnp.integer) else jnp.float32
+    product = jax.lax.dot_general(a, b, (dimensions, ((), ())), precision=precision, preferred_element_type=sums)
+    return product.astype(jnp.float32)
 
 
 def _common(query, keys):
@@ -71,14 +72,20 @@ def by_question(blocks: config.Blocks, x: jax.Array) -> tuple[jax.Array, int]:
     return x.reshape(blocks.questions, blocks.tokens, x.shape[-1]), 1
 
 
-def _forward_kernel(blocks, scaled, query_ref, rows_ref, keys_ref, scores_ref, winners_ref=None):
+def _forward_kernel(blocks, scaled, query_ref, rows_ref, keys_ref, *refs):
+    key_scale_ref, *refs = refs if scaled[1] else (None, *refs)
+    scores_ref, winners_ref = (*refs, None)[:2]
     query, keys = _common(query_ref[0], keys_ref[...])
     products = _product(query, keys, ((1,), (1,)))
-    if scaled:
+    if scaled[0]:
         products = products * rows_ref[0][:, 1:2]
     products, axis = by_question(blocks, jnp.where(rows_ref[0][:, :1] > 0, products, NO_SCORE))
     best = jnp.max(products, axis=axis, keepdims=True)
-    scores_ref[0] = jnp.squeeze(best, axis)
+    scores = jnp.squeeze(best, axis)
+    if scaled[1]:
+        # A scale is positive, so it commutes with the max.
+        scores = jnp.where(scores > NO_SCORE / 2, scores * key_scale_ref[...], NO_SCORE)
+    scores_ref[0] = scores
     if winners_ref is not None:
         # The first of equals. Small integers are exact in float32, whose reductions the chip has.
         token = jax.lax.broadcasted_iota(jnp.int32, products.shape, axis).astype(jnp.float32)
@@ -92,14 +99,15 @@ def forward(query, keys, query_mask, query_scale, key_scale, *, winners):
     b, t, m = query.shape
     num_chunks = keys.shape[0]
     blocks = _blocks(query, keys)
-    scaled = query_scale is not None
+    scaled = query_scale is not None, key_scale is not None
     # Column 0: does the token route; column 1: its scale.
-    columns = [query_mask.astype(jnp.float32)] + ([query_scale] if scaled else [])
+    columns = [query_mask.astype(jnp.float32)] + ([query_scale] if scaled[0] else [])
     rows = to_rows(blocks, jnp.stack(columns, axis=-1))
     query = to_rows(blocks, query)
     tile = blocks.tile
     out_shape = (query.shape[0], blocks.questions, num_chunks)
     out_spec = pl.BlockSpec((1, blocks.questions, tile), lambda i, j: (j, 0, i))
+    scales = [key_scale[None, :]] if scaled[1] else []
     outs = pl.pallas_call(
         functools.partial(_forward_kernel, blocks, scaled),
         grid=(pl.cdiv(num_chunks, tile), query.shape[0]),  # keys outside: each tile is read once
@@ -107,6 +115,7 @@ def forward(query, keys, query_mask, query_scale, key_scale, *, winners):
             pl.BlockSpec((1, blocks.rows, m), lambda i, j: (j, 0, 0)),
             pl.BlockSpec((1, blocks.rows, len(columns)), lambda i, j: (j, 0, 0)),
             pl.BlockSpec((tile, m), lambda i, j: (i, 0)),
+            *[pl.BlockSpec((1, tile), lambda i, j: (0, i))] * len(scales),
         ],
         out_specs=[out_spec] * (1 + winners),
         out_shape=[jax.ShapeDtypeStruct(out_shape, jnp.float32), jax.ShapeDtypeStruct(out_shape, jnp.int32)][
@@ -119,9 +128,9 @@ def forward(query, keys, query_mask, query_scale, key_scale, *, winners):
             transcendentals=0,
         ),
         name="chunk_scores_forward",
-    )(query, rows, keys)
+    )(query, rows, keys, *scales)
     scores, *won = (out.reshape(-1, num_chunks)[:b] for out in outs)
-    return scale_scores(scores, key_scale), won[0] if winners else None
+    return scores, won[0] if winners else None
 
 
 def _params(*semantics):

@@ -1,0 +1,77 @@
+"""The TPU kernels compiled by the real compiler for real chips, none of which is here. Needs libtpu (`make tpu`)."""
+
+import os
+
+import pytest
+
+# Before libtpu is loaded: there is no metadata server to ask, and other processes may compile as well.
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+pytest.importorskip("libtpu", reason="libtpu is not installed: `make tpu` installs it, and the TPU compiler with it")
+
+import jax  # noqa: E402
+
+from benchmarks import tpu as programs  # noqa: E402
+from pallas_kernels import tpu_chip  # noqa: E402
+from pallas_kernels.chunk_scores import tpu as chunk_scores_tpu  # noqa: E402
+from pallas_kernels.gather_attention import tpu as gather_attention_tpu  # noqa: E402
+from pallas_kernels.gather_attention.reference import Operands  # noqa: E402
+
+MIB = 2**20
+
+
+@pytest.mark.parametrize("chip", programs.TOPOLOGIES)
+@pytest.mark.parametrize("name", programs.CASES)
+def test_the_executable_holds_the_kernels(name, chip):
+    case = programs.CASES[name]
+    executable = programs.compiled(case, chip)
+    text = executable.as_text()
+    for kernel in case.kernels:
+        assert kernel in text, f"no {kernel} in the executable"
+    assert text.count('custom_call_target="tpu_custom_call"') == len(case.kernels)
+    sizes = programs.memory(executable)
+    print(f"{chip}: {name}: " + ", ".join(f"{what} {size / MIB:.1f} MiB" for what, size in sizes.items()))
+
+
+@pytest.mark.parametrize("chip", programs.TOPOLOGIES)
+@pytest.mark.parametrize("name", [name for name in programs.CASES if name.startswith("routing 4B")])
+def test_routing_takes_the_keys_and_what_it_returns(name, chip):
+    case = programs.CASES[name]
+    keys = case.c * case.m * (1 if case.keys == "int8" else 2)
+    sizes = programs.memory(programs.compiled(case, chip))
+    assert sizes["arguments"] < keys + 8 * case.b * case.c + 130 * MIB
+    # Nothing of size B x T x C. At most the scores in other layouts; in training a few more of size B x C.
+    assert sizes["temporaries"] <= 4 * case.b * case.c * (8 if case.backward else 2) + MIB
+
+
+@pytest.mark.parametrize("chip", programs.TOPOLOGIES)
+@pytest.mark.parametrize("name", ["attention 4B, prefill", "attention 4B, decoding 32 questions"])
+def test_neither_the_bank_nor_a_cache_is_copied(name, chip):
+    # 1.5 GiB of bank, 512 MiB of cache.
+    assert programs.memory(programs.compiled(programs.CASES[name], chip))["temporaries"] < 8 * MIB
+
+
+def budget_of(case) -> int:
+    """What the kernels say that a case takes of VMEM."""
+    function, arrays = case.program()
+    args = {name: jax.ShapeDtypeStruct(*array) for name, array in arrays.items()}
+    if isinstance(case, programs.Routing):
+        blocks = chunk_scores_tpu._blocks(args["query"], args["keys"])
+        return blocks.vmem_bytes(case.m, args["query"].dtype.itemsize, args["keys"].dtype.itemsize)
+    operands = Operands(**{name: args.get(name) for name in Operands._fields})
+    blocks = gather_attention_tpu._blocks(operands, case.longest)
+    return blocks.vmem_bytes(case.kv, case.d, operands.q.dtype.itemsize, operands.bank_k.dtype.itemsize)
+
+
+@pytest.mark.parametrize("name", programs.CASES)
+def test_the_description_of_vmem_bounds_what_the_compiler_uses(name, monkeypatch):
+    case = programs.CASES[name]
+    with jax.set_mesh(programs.mesh_of("v5e")):
+        described = budget_of(case)
+        monkeypatch.setattr(tpu_chip, "vmem_budget", lambda: described)
+        # It is asked before the longest document is known, and so fears for more.
+        monkeypatch.setattr(gather_attention_tpu, "unsupported", lambda **_: None)
+        assert budget_of(case) == described
+    jax.clear_caches()
+    programs.compiled(case, "v5e")
+    jax.clear_caches()
