@@ -1,0 +1,139 @@
+"""`gather_attention` on NVIDIA Hopper: what it can run, the arrangement of its operands, and its two directions."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch
+from pallas_kernels.gather_attention import gpu_config, gpu_forward, gpu_tiles
+from pallas_kernels.gather_attention.gpu_config import ALIGNMENT, COLUMNS
+from pallas_kernels.gather_attention.reference import MASKED, Operands
+
+HOPPER = ("H100", "H200", "H800", "H20")  # in the names of devices, "GH200" among them
+
+
+def _capability() -> str | None:
+    """Why the device in scope cannot run the kernels, or None; interpreted, or lowered from a CPU, every one can."""
+    platform, kind = dispatch.device()
+    if dispatch.interpreted() or platform != "gpu":
+        return None
+    here = [d.compute_capability for d in jax.devices() if d.device_kind == kind and hasattr(d, "compute_capability")]
+    if here[0] == "9.0" if here else any(name in kind for name in HOPPER):
+        return None
+    return f"it is written for Hopper (compute capability 9.0), not for {kind}."
+
+
+def unsupported(*, operands: Operands) -> str | None:
+    """Why a case cannot run here, in one sentence, or None."""
+    d, num_chunks = operands.q.shape[3], operands.bank_k.shape[0]
+    dtypes = {str(jnp.dtype(x.dtype)) for x in (operands.q, operands.k, operands.v)}
+    if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float32"}:
+        return f"q, k and v must be bfloat16 or float32, all three the same; they are {sorted(dtypes)}."
+    if str(jnp.dtype(operands.bank_k.dtype)) not in ("bfloat16", "float32", "int8"):
+        return f"the bank must be bfloat16, float32 or int8; it is {operands.bank_k.dtype}."
+    unit = 32 if operands.bank_k.dtype == jnp.int8 else 16
+    if d % unit or d > 128:
+        return f"the head dim must be a multiple of {unit} up to 128, as TMA and wgmma take it; it is {d}."
+    if num_chunks % ALIGNMENT:
+        return f"the chunks of the bank must be a multiple of {ALIGNMENT}, a TMA tile: pad it; there are {num_chunks}."
+    return _capability()
+
+
+def _case(operands: Operands, max_length: int, **extra):
+    b, t, h, d = operands.q.shape
+    s, kv = operands.k.shape[1], operands.k.shape[2]
+    documents = operands.starts.shape[1] if operands.bank_k.shape[0] else 0
+    tiles = documents * -(-(max_length + ALIGNMENT - 1) // COLUMNS) + -(-s // COLUMNS)
+    sizes = gpu_config.choose(
+        rows=t * (h // kv),
+        others=b * kv,
+        tiles=tiles,
+        head_dim=d,
+        dtype=operands.q.dtype,
+        bank_dtype=operands.bank_k.dtype,
+        **extra,
+    )
+    return gpu_tiles.Case(
+        sizes=sizes,
+        tokens=t,
+        own=s,
+        group=h // kv,
+        head_dim=d,
+        documents=documents,
+        dtype=operands.q.dtype,
+        bank_dtype=operands.bank_k.dtype,
+        biased=operands.bias is not None and documents > 0,
+        clean_keys=False,
+    )
+
+
+def _to_rows(x, kv, rows):
+    """[B, T, H, ...] -> [B, K, rows, ...], a row being a (token, head of the group) pair; zeros at the end."""
+    b, t, h = x.shape[:3]
+    x = jnp.moveaxis(x.reshape(b, t, kv, h // kv, *x.shape[3:]), 2, 1)
+    x = x.reshape(b, kv, t * (h // kv), *x.shape[4:])
+    return jnp.pad(x, ((0, 0), (0, 0), (0, rows - x.shape[2]), *((0, 0),) * (x.ndim - 3)))
+
+
+def _from_rows(x, t, h):
+    """[..., B, K, rows, *rest] -> [B, T, H, *rest], for x [B, K, rows, *rest]."""
+    b, kv = x.shape[:2]
+    x = x[:, :, : t * (h // kv)].reshape(b, kv, t, h // kv, *x.shape[3:])
+    return jnp.moveaxis(x, 1, 2).reshape(b, t, h, *x.shape[4:])
+
+
+def _pieces(x):
+    """[p, ...] bfloat16: the numbers that stand for one of x in a product."""
+    if x.dtype == jnp.bfloat16:
+        return x[None]
+    parts = []
+    for _ in range(gpu_config.pieces(x.dtype)):
+        # Not a cast there and back, which the compiler may take for nothing.
+        parts.append(jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7))
+        x = x - parts[-1]
+    return jnp.stack(parts).astype(jnp.bfloat16)
+
+
+def _gmem(case, operands: Operands):
+    b, t, h, _ = operands.q.shape
+    kv = operands.k.shape[2]
+    rows = -(-t * case.group // case.sizes.rows) * case.sizes.rows
+    gmem = dict(plan=gpu_tiles.plan(operands), q=_pieces(_to_rows(operands.q, kv, rows)))
+    if case.own:
+        padding = ((0, 0), (0, -case.own % COLUMNS))
+        # Only a number of own tokens that is no multiple of 8 costs a copy.
+        whole = ((0, 0), (0, -case.own % ALIGNMENT), (0, 0), (0, 0))
+        gmem |= dict(k=_pieces(jnp.pad(operands.k, whole)), v=_pieces(jnp.pad(operands.v, whole)))
+        gmem["mask"] = jnp.pad(operands.mask.astype(jnp.float32), padding)
+    if case.documents:
+        gmem |= dict(bank_k=operands.bank_k, bank_v=operands.bank_v)
+        if case.int8:
+            gmem |= dict(scale_k=operands.bank_k_scale.reshape(-1), scale_v=operands.bank_v_scale.reshape(-1))
+        if case.biased:
+            bias = jnp.broadcast_to(operands.bias[:, None], (b, t, *operands.bias.shape[1:]))
+            bias = jnp.moveaxis(bias, 2, 3).astype(jnp.float32)  # [B, T, H, k]
+            gmem["bias"] = jnp.moveaxis(_to_rows(bias, kv, rows), 3, 2)
+    return gmem
+
+
+def forward(operands: Operands, *, max_length: int) -> tuple[jax.Array, jax.Array]:
+    """Out [B, T, H, D] in q's dtype and lse [B, T, H] float32; see `reference.forward`."""
+    q = operands.q
+    b, t, h, d = q.shape
+    case = _case(operands, max_length)
+    if not (case.documents or case.own):
+        return jnp.zeros_like(q), jnp.full(q.shape[:3], MASKED, jnp.float32)
+    out, lse = gpu_forward.launch(case, _gmem(case, operands))
+    out, lse = (out[0], lse[0]) if case.sizes.splits == 1 else _merge(out, lse)
+    return _from_rows(out, t, h).astype(q.dtype), _from_rows(lse, t, h)
+
+
+def _merge(out, lse):
+    """The softmax over all splits from those over each, [splits, B, K, R, D] and [splits, B, K, R]."""
+    top = jnp.maximum(jnp.max(lse, axis=0, keepdims=True), MASKED / 2)
+    weights = jnp.exp(lse - top)
+    total = jnp.sum(weights, axis=0)
+    safe_total = jnp.where(total > 0, total, 1.0)
+    out = jnp.sum(out * weights[..., None], axis=0) / safe_total[..., None]
+    return out, jnp.where(total > 0, top[0] + jnp.log(safe_total), MASKED)

@@ -1,0 +1,83 @@
+"""Sizes of the GPU kernels, from one description of a Hopper multiprocessor: its shared memory and registers."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+
+WARPGROUP_ROWS = 64  # rows of one wgmma: what a consumer warpgroup owns
+MULTIPROCESSORS = 132  # of an H100 or H200
+SHARED_MEMORY = 227 * 1024  # bytes a block may have
+REGISTERS = 512  # per thread, to be shared by the warpgroups of a block: 65,536 / 128
+COLUMNS = 64  # chunks or tokens of a tile: one wgmma deep in P V, and no more waste at a short document's end
+ALIGNMENT = 8  # rows of the smallest tile that wgmma reads: TMA copies begin at a multiple of it
+MOST_STAGES = 4  # tiles in flight: 2 cover the latency of memory, 1 is being cleaned, 1 is being used
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Static sizes of one kernel launch."""
+
+    consumers: int  # warpgroups that compute, each with its own 64 rows
+    stages: int  # tiles of the pipeline
+    lag: int  # tiles that are loading while the producer makes an earlier one ready
+    splits: int  # blocks that share the columns of one set of rows; merged afterwards
+
+    @property
+    def rows(self) -> int:
+        """Rows of a block."""
+        return self.consumers * WARPGROUP_ROWS
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Registers a thread of a consumer and of the producer gets; multiples of 8."""
+        producer = 104
+        return min(240, (REGISTERS - producer) // self.consumers // 8 * 8), producer
+
+
+def pieces(dtype) -> int:
+    """How many bfloat16 numbers stand for one of `dtype` in a product: float32 needs three to lose nothing."""
+    return 3 if jnp.dtype(dtype) == jnp.float32 else 1
+
+
+def bank_is_converted(dtype, bank_dtype) -> bool:
+    """Whether content is loaded as it lies and made into tiles of the pieces of `dtype` by the producer."""
+    return jnp.dtype(bank_dtype) != jnp.bfloat16 or pieces(dtype) > 1
+
+
+def row_bytes(head_dim: int, dtype) -> int:
+    """Shared memory that each query row keeps for one operand (q, or grad_out)."""
+    return head_dim * 2 * pieces(dtype)
+
+
+def tile_bytes(head_dim: int, dtype, bank_dtype) -> int:
+    """Shared memory of a stage: key and value tile, the raw tiles if converted, and its vectors."""
+    raw = jnp.dtype(bank_dtype).itemsize if bank_is_converted(dtype, bank_dtype) else 0
+    return 2 * COLUMNS * head_dim * (2 * pieces(dtype) + raw) + 4 * (3 * COLUMNS + 2 * WARPGROUP_ROWS)
+
+
+def choose(*, rows: int, others: int, tiles: int, head_dim: int, dtype, bank_dtype, row_operands: int = 1) -> Sizes:
+    """Sizes for `others` (questions times key/value heads) sets of `rows` rows over at most `tiles` tiles.
+
+    Args:
+      rows: T * G.
+      others: B * K.
+      tiles: upper bound of the tiles that a row meets: a split without a tile would be idle.
+      head_dim: D.
+      dtype, bank_dtype: of q and of the bank.
+      row_operands: operands kept per row: 1 forward, 2 (q and grad_out) backward.
+
+    Raises:
+      ValueError: one stage does not fit into shared memory.
+    """
+    free = SHARED_MEMORY - 8 * 1024  # barriers, the plan, scratch of the reductions
+    stage = tile_bytes(head_dim, dtype, bank_dtype)
+    per_consumer = row_operands * WARPGROUP_ROWS * row_bytes(head_dim, dtype)
+    consumers = 2 if rows > WARPGROUP_ROWS and 2 * per_consumer + 2 * stage <= free else 1
+    stages = min(MOST_STAGES, (free - consumers * per_consumer) // stage)
+    if stages < 1:
+        raise ValueError(f"head dim {head_dim} in {jnp.dtype(dtype)} does not fit into shared memory.")
+    blocks = -(-rows // (consumers * WARPGROUP_ROWS)) * others
+    splits = max(1, min(tiles, MULTIPROCESSORS // max(1, blocks)))
+    return Sizes(consumers=consumers, stages=stages, lag=min(2, stages - 1), splits=splits)
