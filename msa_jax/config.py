@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
+from pallas_kernels.dispatch import IMPLEMENTATIONS
+
 ROUTING_SCORES = ("cosine", "dot")
 TOP_K_METHODS = ("exact", "approximate")
 # Settings of a published msa_config that choose between forms, and the form that is computed here.
@@ -66,6 +68,8 @@ class AttentionConfig:
       router_bias: add `beta * (s_d - max s)` to the logits of document d's chunks, beta learned per head.
         Not in the paper; off for parity.
       router_bias_init: initial beta.
+      implementation: of the operations on the bank, see `pallas_kernels`: None for the best of the platform, or
+        "xla", "tpu", "gpu", which never falls back.
       dtype: compute dtype. Softmax, pooling, norms and scores are float32 whatever it is.
       param_dtype: dtype in which parameters are stored.
     """
@@ -84,6 +88,7 @@ class AttentionConfig:
     routing_score: Literal["cosine", "dot"] = "cosine"
     router_bias: bool = False
     router_bias_init: float = 20.0
+    implementation: Literal["xla", "tpu", "gpu"] | None = None
     dtype: str = "float32"
     param_dtype: str = "float32"
 
@@ -113,6 +118,10 @@ class AttentionConfig:
         require(
             isinstance(recall, int | float) and 0 < recall <= 1,
             f"top_k_recall must be above 0 and at most 1, got {recall!r}.",
+        )
+        require(
+            self.implementation in (None, *IMPLEMENTATIONS),
+            f"implementation must be None or one of {IMPLEMENTATIONS}, got {self.implementation!r}.",
         )
         for name in ("dtype", "param_dtype"):
             require(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 from types import ModuleType
@@ -35,6 +36,22 @@ def device() -> tuple[str, str]:
 def interpreted() -> bool:
     """Whether Pallas kernels are interpreted in this scope (`force_tpu_interpret_mode` and its GPU twin)."""
     return bool(_jax_config.pallas_tpu_interpret_mode_context_manager.value)
+
+
+def interpreting(name: str | None):
+    """A scope in which kernels of implementation `name` run on any machine: interpreted where it lacks the device.
+
+    For checking results, as it is slow. "xla" and None need no such scope.
+    """
+    if name not in ("tpu", "gpu") or device()[0] == name or interpreted():
+        return contextlib.nullcontext()
+    if name == "tpu":
+        from jax.experimental.pallas import tpu as pltpu
+
+        return pltpu.force_tpu_interpret_mode()
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    return plgpu.force_gpu_interpret_mode()
 
 
 def choose(op: str, implementation: str | None, **case) -> ModuleType:

@@ -50,6 +50,13 @@ def test_agrees_with_the_published_implementation(copy_of, capsys, name):
     assert expected in printed
 
 
+@pytest.mark.parametrize("implementation", ["tpu"])
+@pytest.mark.parametrize("name", ["train_gqa", "infer_gqa"])
+def test_agrees_with_the_published_implementation_through_the_kernels(copy_of, capsys, name, implementation):
+    assert main([str(copy_of(name)), "--implementation", implementation]) == 0
+    assert not failures(capsys.readouterr().out)
+
+
 def spread_columns(scores, first):
     """Scores of documents 1, 2, ... as those of 2, 4, ...; `first` is the number of the first column."""
     wide = np.full((len(scores), 2 * (scores.shape[1] - 1 + first) + 1 - first), -np.inf, scores.dtype)

@@ -237,7 +237,7 @@ class MemorySparseAttention(SelfAttention):
           selection: reuse what an earlier call selected (decoding) instead of routing.
           mean_over_tokens: score by the mean over routing tokens, not the max (warm-up of training).
           mask, past_k, past_v, slot: as in `SelfAttention`.
-          implementation: of both operations, see `pallas_kernels`.
+          implementation: of both operations, see `pallas_kernels`; default `config.implementation`.
 
         Raises:
           ValueError: shapes do not fit together.
@@ -245,6 +245,7 @@ class MemorySparseAttention(SelfAttention):
         if memory is None:
             return super().__call__(x, positions=positions, mask=mask, past_k=past_k, past_v=past_v, slot=slot)
         c = self.config
+        implementation = implementation or c.implementation
         b, t = x.shape[:2]
         q, k, v = self._qkv(x, positions)
         k, v = self._own(k, v, past_k, past_v, slot)

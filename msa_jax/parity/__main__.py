@@ -12,16 +12,21 @@ from msa_jax.parity.inference import check_inference
 from msa_jax.parity.recording import Recording
 from msa_jax.parity.report import ACTIVATION_TOLERANCE, GRADIENT_TOLERANCE, Report
 from msa_jax.parity.training import check_training
+from pallas_kernels import dispatch
 
 
-def check(path: str) -> Report:
+def check(path: str, implementation: str | None = None) -> Report:
     """Recompute a recorded folder of either kind in float32.
+
+    Args:
+      path: the folder.
+      implementation: of the operations on the bank, see `pallas_kernels`; interpreted on a machine without it.
 
     Raises:
       ValueError: the folder holds no usable recording (`ParityError`, `ConfigError`, `CheckpointError`).
     """
-    recording = Recording(path)
-    with jax.default_matmul_precision("highest"):
+    recording = Recording(path, implementation=implementation)
+    with jax.default_matmul_precision("highest"), dispatch.interpreting(implementation):
         return check_training(recording) if recording.is_training else check_inference(recording)
 
 
@@ -35,10 +40,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="Exit status: 0 all within tolerance, 1 something is not, 2 a folder is not usable.",
     )
     parser.add_argument("folders", nargs="+", metavar="DIR", help="a recorded training step or inference")
+    parser.add_argument(
+        "--implementation",
+        choices=dispatch.IMPLEMENTATIONS,
+        help="kernels to recompute with, interpreted where the device is missing; default the best of the platform",
+    )
+    options = parser.parse_args(arguments)
     status = 0
-    for path in parser.parse_args(arguments).folders:
+    for path in options.folders:
         try:
-            report = check(path)
+            report = check(path, options.implementation)
         except ValueError as e:
             print(e, file=sys.stderr)
             status = 2

@@ -48,8 +48,9 @@ class Recording:
       ParityError, ConfigError: config.json or io.npz is missing or unreadable.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, *, implementation: str | None = None):
         self.path = pathlib.Path(path)
+        self._implementation = implementation
         if not self.path.is_dir():
             raise ParityError(f"{self.path}: no such folder.")
         MSAConfig.from_checkpoint(self.path)  # refuses what is no object of the right fields
@@ -102,7 +103,8 @@ class Recording:
 
     def model(self, **config_changes: Any) -> MSATransformer:
         """The recorded model, computing in float32."""
-        return load_model(self.path, dtype="float32", param_dtype="float32", **config_changes)
+        settings = dict(dtype="float32", param_dtype="float32", implementation=self._implementation)
+        return load_model(self.path, **settings, **config_changes)
 
 
 def compiled(function: Callable) -> Callable:
