@@ -41,9 +41,9 @@ def forward(query, keys, query_mask, query_scale, key_scale, *, winners):
     # Columns beyond the tokens and the questions there are, and tokens that do not route, never win.
     floor = _columns(jnp.where(query_mask, 0.0, NO_SCORE)[..., None], cut, NO_SCORE)[..., 0]
     scale = None if query_scale is None else _columns(query_scale.astype(jnp.float32)[..., None], cut, 0)[..., 0]
-    out = _call(cut, _query_blocks(query, cut), keys, floor, scale, winners)
-    scores, won = (x[:b, :num_chunks] for x in (out if winners else (out[0], out[0])))
-    return reference.scale_scores(scores, key_scale), jnp.clip(won, 0, t - 1) if winners else None
+    scores, *won = (x[:b, :num_chunks] for x in _call(cut, _query_blocks(query, cut), keys, floor, scale, winners))
+    # A key with a NaN has no winner.
+    return reference.scale_scores(scores, key_scale), jnp.clip(won[0], 0, t - 1) if winners else None
 
 
 def _columns(x, cut, fill):
@@ -73,14 +73,9 @@ def _call(cut, query, keys, floor, scale, winners):
     # Rows of what the copy engine writes start at multiples of 16 bytes, and a transposed tile is 8 x 8.
     multiple = 8 if cut.by_token else 4
     out = (cut.groups * cut.questions, pl.cdiv(num_chunks, multiple) * multiple)
-    out_transforms = (plgpu.TilingTransform((8, 8)), plgpu.SwizzleTransform(32)) if cut.by_token else ()
+    out_transforms = gpu_terms.swizzled(8, 8, jnp.float32) if cut.by_token else ()
     out_type = [jax.ShapeDtypeStruct(out, dtype) for dtype in (jnp.float32, jnp.int32)[: 1 + winners]]
     held = (cut.questions, cut.rows)
-    query_itemsize = query.dtype.itemsize
-    query_transforms = (
-        plgpu.TilingTransform((8, cut.sub)),
-        plgpu.SwizzleTransform(cut.sub * query_itemsize),
-    )
     strips, units, query_rows, sub = query.shape
     per_step = strips // cut.steps
     copies = cut.copies + (0 if cut.resident else per_step)
@@ -90,12 +85,11 @@ def _call(cut, query, keys, floor, scale, winners):
             (cut.stages, cut.copies, tile, cut.strip),
             keys.dtype,
             # One row a tile: then a bank of any size can be copied. Within a strip the bytes are the same.
-            transforms=(
-                plgpu.TilingTransform((1, cut.strip)),
-                plgpu.SwizzleTransform(cut.strip * keys.dtype.itemsize),
-            ),
+            transforms=gpu_terms.swizzled(1, cut.strip, keys.dtype),
         ),
-        query_smem=plgpu.SMEM((*query_shape, query_rows, sub), query.dtype, transforms=query_transforms),
+        query_smem=plgpu.SMEM(
+            (*query_shape, query_rows, sub), query.dtype, transforms=gpu_terms.swizzled(8, sub, query.dtype)
+        ),
         out_smem=[plgpu.SMEM((gpu_config.WARPGROUPS, *held), t.dtype, transforms=out_transforms) for t in out_type],
         full=plgpu.Barrier(num_arrivals=copies, num_barriers=cut.stages),
         empty=plgpu.Barrier(num_arrivals=gpu_config.WARPGROUPS, num_barriers=cut.stages),
@@ -185,6 +179,7 @@ def _kernel(
                             terms = [pl.ds(n * cut.columns, cut.columns) for n in range(cut.pieces)]
                             right = [query_smem.at[(*where, columns)].T for columns in terms]
                             gpu_terms.multiply_add(acc, left, right, through)
+                    plgpu.commit_smem()  # threads have read what the copy engine may now overwrite
                     plgpu.barrier_arrive(empty.at[slot])
 
                 return acc[...]
@@ -199,10 +194,9 @@ def _kernel(
             for n in range(cut.blocks):
                 unit = group * cut.blocks + n
                 acc = products((i * cut.blocks + n) * cut.steps, unit)
-                column = lambda ref: _along_rows(plgpu.load(ref.at[unit], layout=_COLUMNS, optimized=False), cut)  # noqa: B023, E731
                 if scaled:
-                    acc = acc * column(scale)
-                acc = jnp.where(column(floor) == 0.0, acc, NO_SCORE)
+                    acc = acc * _of_columns(scale.at[unit], cut)
+                acc = jnp.where(_of_columns(floor.at[unit], cut) == 0.0, acc, NO_SCORE)
                 best = _fold(best, acc, n * cut.tokens, cut, len(outs) == 2)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             start = (block + lax.div(i, cut.groups) * grid) * tile + warpgroup * cut.rows
@@ -220,10 +214,9 @@ def _kernel(
         plgpu.wait_smem_to_gmem(0)
 
 
-_COLUMNS = plgpu.Layout.WGMMA.reduce(0)
-
-
-def _along_rows(x, cut):
+def _of_columns(ref, cut):
+    """[rows, columns] of one value a column."""
+    x = plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
     return lax.broadcast_in_dim(x, (cut.rows, cut.columns), (1,))
 
 

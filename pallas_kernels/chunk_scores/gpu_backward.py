@@ -53,7 +53,7 @@ def _grad_query(query, keys, winners, grad):
             right=plgpu.SMEM(
                 (terms, _ROWS, _WIDTH),
                 jnp.bfloat16,
-                transforms=(plgpu.TilingTransform((8, sub)), plgpu.SwizzleTransform(2 * sub)),
+                transforms=gpu_terms.swizzled(8, sub, jnp.bfloat16),
             ),
             out_smem=plgpu.SMEM((_ROWS, _WIDTH), jnp.float32),
             here=plgpu.Barrier(num_arrivals=_WIDTH // strip),
@@ -106,7 +106,7 @@ def _grad_keys(query, keys, winners, grad):
             right=plgpu.SMEM(
                 (query.shape[0], _ROWS, _WIDTH),
                 jnp.bfloat16,
-                transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)),
+                transforms=gpu_terms.swizzled(8, 64, jnp.bfloat16),
             ),
             strips=_strips(gpu_config.strip_width(m, query.dtype, keys.dtype), keys.dtype),
             here=plgpu.Barrier(num_arrivals=query.shape[0]),
@@ -145,8 +145,7 @@ def _keys_kernel(query, winners, grad, out, *, right, strips, here, operand):
 
 def _strips(strip, dtype):
     """[strips, 64, strip]: a tile of keys or of their gradient. One row a tile of the layout, so C may be any."""
-    transforms = (plgpu.TilingTransform((1, strip)), plgpu.SwizzleTransform(strip * dtype.itemsize))
-    return plgpu.SMEM((_WIDTH // strip, _ROWS, strip), dtype, transforms=transforms)
+    return plgpu.SMEM((_WIDTH // strip, _ROWS, strip), dtype, transforms=gpu_terms.swizzled(1, strip, dtype))
 
 
 def _routed(winners, grad, first, token_axis):

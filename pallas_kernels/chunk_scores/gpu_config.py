@@ -121,12 +121,12 @@ def strip_width(width: int, query_dtype, key_dtype) -> int | None:
 def plan(query, keys, winners: bool) -> Plan:
     """The blocks of a supported call; `query` is float32, bfloat16 or int8."""
     sizes = BLOCKS.get(dispatch.device()[1], BLOCKS["default"])
-    attempts = ((sizes.rows, True), (2 * sizes.rows, False), (sizes.rows, False))
-    plans = [_plan(query, keys, 1 + winners, sizes, *attempt) for attempt in attempts]
-    return next((p for p in plans if p is not None and p.stages > 2), plans[-1])
+    attempts = [(sizes.rows, True, 1), (2 * sizes.rows, False, 1), *((sizes.rows, False, n) for n in (1, 2, 4))]
+    plans = (_plan(query, keys, 1 + winners, sizes, *attempt) for attempt in attempts)
+    return next(p for p in plans if p is not None and p.stages > 2)
 
 
-def _plan(query, keys, outputs, sizes, rows, resident):
+def _plan(query, keys, outputs, sizes, rows, resident, part):
     b, t, width = query.shape
     query_itemsize = 1 if query.dtype == jnp.int8 else 2
     pieces = 3 if query.dtype == jnp.float32 else 1
@@ -136,7 +136,7 @@ def _plan(query, keys, outputs, sizes, rows, resident):
 
     questions_8, tokens_8 = -(-b // 8) * 8, -(-t // 8) * 8
     by_token = t * questions_8 < b * tokens_8
-    most = min(256, sizes.accumulators // rows)
+    most = min(256, sizes.accumulators // rows // part)
     if by_token:
         questions = min(questions_8, most // 2)  # the running max holds as many again
         tokens = max(1, min(t, most // 2 // questions))

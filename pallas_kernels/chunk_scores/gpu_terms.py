@@ -27,6 +27,11 @@ def terms_of(x, dtype=jnp.bfloat16):
     return [x if x.dtype == dtype else x.astype(dtype)]
 
 
+def swizzled(rows, width, dtype):
+    """Transforms of shared memory whose rows are `width` elements, in tiles of `rows` (wgmma reads eights)."""
+    return plgpu.TilingTransform((rows, width)), plgpu.SwizzleTransform(width * jnp.dtype(dtype).itemsize)
+
+
 def operand(shape, dtype):
     """Scratch for `multiply_add`'s left operand where kernels are interpreted, else None.
 
