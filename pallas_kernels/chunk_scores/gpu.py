@@ -80,16 +80,12 @@ def _call(cut, query, keys, floor, scale, winners):
     per_step = strips // cut.steps
     copies = cut.copies + (0 if cut.resident else per_step)
     query_shape = (strips, units) if cut.resident else (cut.stages, per_step)
+    # One row of keys a tile of the layout: then a bank of any size can be copied, and the bytes are the same.
+    ring_layout = gpu_terms.swizzled(1, cut.strip, keys.dtype)
+    query_layout = gpu_terms.swizzled(8, sub, query.dtype)
     scratch = dict(
-        ring=plgpu.SMEM(
-            (cut.stages, cut.copies, tile, cut.strip),
-            keys.dtype,
-            # One row a tile: then a bank of any size can be copied. Within a strip the bytes are the same.
-            transforms=gpu_terms.swizzled(1, cut.strip, keys.dtype),
-        ),
-        query_smem=plgpu.SMEM(
-            (*query_shape, query_rows, sub), query.dtype, transforms=gpu_terms.swizzled(8, sub, query.dtype)
-        ),
+        ring=plgpu.SMEM((cut.stages, cut.copies, tile, cut.strip), keys.dtype, transforms=ring_layout),
+        query_smem=plgpu.SMEM((*query_shape, query_rows, sub), query.dtype, transforms=query_layout),
         out_smem=[plgpu.SMEM((gpu_config.WARPGROUPS, *held), t.dtype, transforms=out_transforms) for t in out_type],
         full=plgpu.Barrier(num_arrivals=copies, num_barriers=cut.stages),
         empty=plgpu.Barrier(num_arrivals=gpu_config.WARPGROUPS, num_barriers=cut.stages),
