@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.gather_attention import gpu_config, gpu_forward, gpu_tiles
+from pallas_kernels.gather_attention import gpu_backward, gpu_config, gpu_forward, gpu_owners, gpu_tiles
 from pallas_kernels.gather_attention.gpu_config import ALIGNMENT, COLUMNS
-from pallas_kernels.gather_attention.reference import MASKED, Operands
+from pallas_kernels.gather_attention.reference import MASKED, Gradients, Operands, shifted_delta
 
+# A larger bank is refused rather than copied where its chunks are no multiple of 8.
+COPIED_BANK_BYTES = 64 * 2**20
 HOPPER = ("H100", "H200", "H800", "H20")  # in the names of devices, "GH200" among them
 
 
@@ -35,8 +37,14 @@ def unsupported(*, operands: Operands) -> str | None:
     unit = 32 if operands.bank_k.dtype == jnp.int8 else 16
     if d % unit or d > 128:
         return f"the head dim must be a multiple of {unit} up to 128, as TMA and wgmma take it; it is {d}."
-    if num_chunks % ALIGNMENT:
-        return f"the chunks of the bank must be a multiple of {ALIGNMENT}, a TMA tile: pad it; there are {num_chunks}."
+    size = operands.bank_k.size * jnp.dtype(operands.bank_k.dtype).itemsize
+    if num_chunks % ALIGNMENT and size > COPIED_BANK_BYTES:
+        return (
+            f"TMA needs a multiple of {ALIGNMENT} chunks, and padding this bank would copy {size >> 20} MiB a call; "
+            f"pad its capacity once: it holds {num_chunks} chunks."
+        )
+    if not gpu_config.fits(d, operands.q.dtype, operands.bank_k.dtype):
+        return f"its tiles do not fit into shared memory: head dim {d} in {operands.q.dtype}."
     return _capability()
 
 
@@ -64,7 +72,7 @@ def _case(operands: Operands, max_length: int, **extra):
         dtype=operands.q.dtype,
         bank_dtype=operands.bank_k.dtype,
         biased=operands.bias is not None and documents > 0,
-        clean_keys=False,
+        clean_keys="row_operands" in extra,
     )
 
 
@@ -95,21 +103,26 @@ def _pieces(x):
     return jnp.stack(parts).astype(jnp.bfloat16)
 
 
+def _whole(x, axis: int):
+    """`x` padded to whole TMA tiles; nothing is copied where it has them."""
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (0, -x.shape[axis] % ALIGNMENT)
+    return jnp.pad(x, padding) if padding[axis][1] else x
+
+
 def _gmem(case, operands: Operands):
     b, t, h, _ = operands.q.shape
     kv = operands.k.shape[2]
     rows = -(-t * case.group // case.sizes.rows) * case.sizes.rows
     gmem = dict(plan=gpu_tiles.plan(operands), q=_pieces(_to_rows(operands.q, kv, rows)))
     if case.own:
-        padding = ((0, 0), (0, -case.own % COLUMNS))
-        # Only a number of own tokens that is no multiple of 8 costs a copy.
-        whole = ((0, 0), (0, -case.own % ALIGNMENT), (0, 0), (0, 0))
-        gmem |= dict(k=_pieces(jnp.pad(operands.k, whole)), v=_pieces(jnp.pad(operands.v, whole)))
-        gmem["mask"] = jnp.pad(operands.mask.astype(jnp.float32), padding)
+        gmem |= dict(k=_pieces(_whole(operands.k, 1)), v=_pieces(_whole(operands.v, 1)))
+        gmem["mask"] = jnp.pad(operands.mask.astype(jnp.float32), ((0, 0), (0, -case.own % COLUMNS)))
     if case.documents:
-        gmem |= dict(bank_k=operands.bank_k, bank_v=operands.bank_v)
+        gmem |= dict(bank_k=_whole(operands.bank_k, 0), bank_v=_whole(operands.bank_v, 0))
         if case.int8:
-            gmem |= dict(scale_k=operands.bank_k_scale.reshape(-1), scale_v=operands.bank_v_scale.reshape(-1))
+            scales = (operands.bank_k_scale, operands.bank_v_scale)
+            gmem["scale_k"], gmem["scale_v"] = (_whole(scale, 1).reshape(-1) for scale in scales)
         if case.biased:
             bias = jnp.broadcast_to(operands.bias[:, None], (b, t, *operands.bias.shape[1:]))
             bias = jnp.moveaxis(bias, 2, 3).astype(jnp.float32)  # [B, T, H, k]
@@ -137,3 +150,65 @@ def _merge(out, lse):
     safe_total = jnp.where(total > 0, total, 1.0)
     out = jnp.sum(out * weights[..., None], axis=0) / safe_total[..., None]
     return out, jnp.where(total > 0, top[0] + jnp.log(safe_total), MASKED)
+
+
+def backward(operands: Operands, out, lse, grad_out, grad_lse, *, max_length: int) -> Gradients:
+    """Gradients of the float operands; see `reference.backward`. Two runs agree bit by bit."""
+    q, k, bank = operands.q, operands.k, operands.bank_k
+    b, t, h, d = q.shape
+    kv = k.shape[2]
+    zeros = lambda x: None if x is None or x.dtype == jnp.int8 else jnp.zeros_like(x)  # noqa: E731
+    grads = {name: zeros(getattr(operands, name)) for name in Gradients._fields}
+    case = _case(operands, max_length, row_operands=2)
+    if not (case.documents or case.own):
+        return Gradients(**grads)
+    gmem = _gmem(case, operands)
+    rows = gmem["q"].shape[3]
+    delta = shifted_delta(out, grad_out, grad_lse)
+    # A row with nothing to attend to has lse MASKED; the floor keeps its weights at exactly 0.
+    scaled_lse = jnp.maximum(lse, MASKED / 2) * gpu_forward.LOG2E
+    gmem |= dict(
+        grad_out=_pieces(_to_rows(grad_out.astype(q.dtype), kv, rows)),
+        lse=_to_rows(scaled_lse, kv, rows),
+        delta=_to_rows(delta, kv, rows),
+    )
+    grad_q, grad_bias = gpu_backward.launch(case, gmem)
+    grads["q"] = _from_rows(jnp.sum(grad_q, axis=0), t, h).astype(q.dtype)
+    if grad_bias is not None:
+        per_row = jnp.moveaxis(jnp.sum(grad_bias, axis=0), 2, 3)  # [B, K, R, k]
+        per_token = _from_rows(per_row, t, h)  # [B, T, H, k]
+        grads["bias"] = jnp.sum(per_token, axis=1).swapaxes(1, 2).astype(operands.bias.dtype)
+    shared = {name: gmem[name] for name in ("q", "grad_out", "lse", "delta")}
+    if case.own:
+        owners = _owners(case, k, own=case.own)
+        bounds = dict(bounds=jnp.zeros((2,), jnp.int32))
+        grad_k, grad_v = gpu_owners.launch(owners, shared | dict(k=gmem["k"], v=gmem["v"]) | bounds)
+        real = operands.mask[..., None, None]
+        grads["k"], grads["v"] = (jnp.where(real, grad[:, : case.own], 0) for grad in (grad_k, grad_v))
+    if case.documents and not case.int8:
+        owners = _owners(case, bank, ranges=operands.starts.size)
+        items, bounds = gpu_owners.candidates(
+            operands.starts, operands.lengths, gmem["bank_k"].shape[0], owners.sizes.rows
+        )
+        shared |= dict(k=gmem["bank_k"], v=gmem["bank_v"], items=items, bounds=bounds)
+        if case.biased:
+            shared["bias"] = gmem["bias"]
+        grads["bank_k"], grads["bank_v"] = (grad[: bank.shape[0]] for grad in gpu_owners.launch(owners, shared))
+    return Gradients(**grads)
+
+
+def _owners(case, owned, *, own=None, ranges=0):
+    sizes = gpu_config.choose_owners(
+        rows=owned.shape[0] if own is None else own, head_dim=case.head_dim, dtype=case.dtype, owned_dtype=owned.dtype
+    )
+    return gpu_owners.Owners(
+        sizes=sizes,
+        own=own,
+        tokens=case.tokens,
+        group=case.group,
+        head_dim=case.head_dim,
+        dtype=case.dtype,
+        out_dtype=owned.dtype,
+        biased=case.biased and own is None,
+        ranges=ranges,
+    )

@@ -36,6 +36,24 @@ class Sizes:
         return min(240, (REGISTERS - producer) // self.consumers // 8 * 8), producer
 
 
+@dataclasses.dataclass(frozen=True)
+class OwnerSizes:
+    """Static sizes of a launch whose blocks own keys and values."""
+
+    consumers: int  # warpgroups that compute, each with its own 64 chunks or tokens
+    stages: int  # tiles of query rows in flight
+
+    @property
+    def rows(self) -> int:
+        """Chunks or tokens of a block."""
+        return self.consumers * WARPGROUP_ROWS
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Registers a thread of a consumer and of the producer gets; this producer only starts copies."""
+        return min(240, (REGISTERS - 40) // self.consumers // 8 * 8), 40
+
+
 def pieces(dtype) -> int:
     """How many bfloat16 numbers stand for one of `dtype` in a product: float32 needs three to lose nothing."""
     return 3 if jnp.dtype(dtype) == jnp.float32 else 1
@@ -71,13 +89,44 @@ def choose(*, rows: int, others: int, tiles: int, head_dim: int, dtype, bank_dty
     Raises:
       ValueError: one stage does not fit into shared memory.
     """
-    free = SHARED_MEMORY - 8 * 1024  # barriers, the plan, scratch of the reductions
     stage = tile_bytes(head_dim, dtype, bank_dtype)
     per_consumer = row_operands * WARPGROUP_ROWS * row_bytes(head_dim, dtype)
-    consumers = 2 if rows > WARPGROUP_ROWS and 2 * per_consumer + 2 * stage <= free else 1
-    stages = min(MOST_STAGES, (free - consumers * per_consumer) // stage)
-    if stages < 1:
-        raise ValueError(f"head dim {head_dim} in {jnp.dtype(dtype)} does not fit into shared memory.")
+    consumers, stages = _fit(2 if rows > WARPGROUP_ROWS else 1, per_consumer, stage)
     blocks = -(-rows // (consumers * WARPGROUP_ROWS)) * others
     splits = max(1, min(tiles, MULTIPROCESSORS // max(1, blocks)))
     return Sizes(consumers=consumers, stages=stages, lag=min(2, stages - 1), splits=splits)
+
+
+def choose_owners(*, rows: int, head_dim: int, dtype, owned_dtype) -> OwnerSizes:
+    """Sizes of the kernel that owns `rows` chunks or tokens of `owned_dtype`, queries being of `dtype`.
+
+    Raises:
+      ValueError: one stage does not fit into shared memory.
+    """
+    raw = jnp.dtype(owned_dtype).itemsize if bank_is_converted(dtype, owned_dtype) else 0
+    per_consumer = 2 * WARPGROUP_ROWS * (row_bytes(head_dim, dtype) + head_dim * raw)
+    stage = 2 * COLUMNS * row_bytes(head_dim, dtype) + 3 * 4 * COLUMNS
+    consumers, stages = _fit(2 if rows > WARPGROUP_ROWS else 1, per_consumer, stage)
+    return OwnerSizes(consumers=consumers, stages=stages)
+
+
+def fits(head_dim: int, dtype, bank_dtype) -> bool:
+    """Whether every kernel of both directions has room for a stage."""
+    try:
+        choose(rows=1, others=1, tiles=1, head_dim=head_dim, dtype=dtype, bank_dtype=bank_dtype, row_operands=2)
+        for owned in (dtype, bank_dtype):
+            choose_owners(rows=1, head_dim=head_dim, dtype=dtype, owned_dtype=owned)
+    except ValueError:
+        return False
+    return True
+
+
+def _fit(consumers: int, per_consumer: int, stage: int) -> tuple[int, int]:
+    """Consumers and stages that fit into shared memory: two consumers only where that leaves two stages."""
+    free = SHARED_MEMORY - 8 * 1024  # barriers, the plan, scratch of the reductions
+    if consumers == 2 and 2 * per_consumer + 2 * stage > free:
+        consumers = 1
+    stages = min(MOST_STAGES, (free - consumers * per_consumer) // stage)
+    if stages < 1:
+        raise ValueError(f"a stage of {stage} bytes and {per_consumer} bytes of rows do not fit into shared memory.")
+    return consumers, stages

@@ -1,7 +1,7 @@
 """The forward kernel: flash attention over [chunks of the selected documents ; own tokens], Mosaic GPU on Hopper.
 
 A block has the query rows of one question and one key/value head: rows are (token, head of the group) pairs, so
-that the G heads share every tile. Consumer warpgroups have 64 rows each; the producer is in `gpu_tiles`.
+that the G heads share every tile. Consumer warpgroups have 64 rows each; the producer is in `gpu_producer`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from pallas_kernels.gather_attention import gpu_tiles
+from pallas_kernels.gather_attention import gpu_producer, gpu_tiles
 from pallas_kernels.gather_attention.gpu_config import COLUMNS, WARPGROUP_ROWS
 from pallas_kernels.gather_attention.reference import MASKED
 
@@ -51,7 +51,7 @@ def kernel(case, gmem, out_ref, lse_ref, smem):
     @pl.when(wg == case.sizes.consumers)
     def _():
         plgpu.set_max_registers(producer_registers, action="decrease")
-        gpu_tiles.produce(case, gmem, smem, question=question, head=head, row=row, split=split)
+        gpu_producer.produce(case, gmem, smem, question=question, head=head, row=row, split=split)
 
     @pl.when(wg < case.sizes.consumers)
     def _():
@@ -96,7 +96,7 @@ def launch(case, gmem):
     sizes = case.sizes
     _, b, kv, rows, d = gmem["q"].shape
     out_dtype = case.dtype if sizes.splits == 1 else jnp.float32
-    scratch = gpu_tiles.tile_buffers(case) | gpu_tiles.left_scratch(case)
+    scratch = gpu_producer.tile_buffers(case) | gpu_tiles.left_scratch(sizes.consumers, case.pieces)
     scratch |= dict(
         q=gpu_tiles.swizzled((sizes.consumers, case.pieces, WARPGROUP_ROWS, d), jnp.bfloat16),
         q_loaded=plgpu.Barrier(num_arrivals=case.pieces, num_barriers=sizes.consumers),

@@ -1,15 +1,12 @@
-"""What the GPU kernels share: the walk over a question's tiles, the warpgroup that makes them ready, the products.
+"""What the GPU kernels share: the walk over a question's tiles, and products of numbers in pieces.
 
 A tile is 64 chunks of one selected document, or 64 own tokens. TMA reaches every eighth row of what wgmma reads, so
-a document's tiles begin up to 7 chunks before it, and those do not count. The last warpgroup of a block loads tiles
-by TMA from where they lie and makes them ready: it zeroes the rows that do not count, since a weight of 0 would not
-keep a NaN out of a product, and turns int8 and float32 content into bfloat16.
+a document's tiles begin up to 7 chunks before it, and those do not count.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.experimental.pallas as pl
@@ -26,8 +23,6 @@ from pallas_kernels.gather_attention.gpu_config import (
     pieces,
 )
 
-# What the producer must do with a tile before it is used; a bank tile is told by the columns that count.
-NO_TILE, OWN_DIRTY, OWN_CLEAN = 0, -1, -2
 # Products of the pieces of two numbers that a float32 product needs; the rest is below its rounding.
 PRODUCTS = {1: ((0, 0),), 3: ((0, 2), (2, 0), (1, 1), (0, 1), (1, 0), (0, 0))}
 
@@ -97,29 +92,7 @@ def plan(operands) -> jax.Array:
     return jnp.pad(row, ((0, 0), (0, plan_length(starts.shape[1], mask.shape[1]) - row.shape[1])))
 
 
-def tile_buffers(case: Case):
-    """Shared memory of the pipeline: what `produce` fills and consumers read."""
-    stages, d = case.sizes.stages, case.head_dim
-    tile = swizzled((stages, case.pieces, COLUMNS, d), jnp.bfloat16)
-    buffers = dict(
-        plan=plgpu.SMEM((plan_length(case.documents, case.own),), jnp.int32),
-        k=tile,
-        v=tile,
-        mask=plgpu.SMEM((stages, COLUMNS), jnp.float32) if case.own else None,
-        bias=plgpu.SMEM((stages, case.sizes.rows), jnp.float32) if case.biased else None,
-        raw_k=swizzled((stages, COLUMNS, d), case.bank_dtype) if case.converted else None,
-        raw_v=swizzled((stages, COLUMNS, d), case.bank_dtype) if case.converted else None,
-        scale_k=plgpu.SMEM((stages, COLUMNS), jnp.float32) if case.int8 else None,
-        scale_v=plgpu.SMEM((stages, COLUMNS), jnp.float32) if case.int8 else None,
-        planned=plgpu.Barrier(),
-        loaded=plgpu.Barrier(num_arrivals=case.copies, num_barriers=stages),
-        ready=plgpu.Barrier(num_barriers=stages),
-        consumed=plgpu.Barrier(num_arrivals=case.sizes.consumers, num_barriers=stages),
-    )
-    return {name: buffer for name, buffer in buffers.items() if buffer is not None}
-
-
-def walk(case: Case, smem, rows_end, split, body, carry):
+def walk(case: Case, smem, rows_end, split, body, carry, after=None):
     """Fold `body(own, step, document, index, columns, carry)` over the tiles that this block has.
 
     `own` is static. `step` counts the tiles of this block; the tile is the `index`-th of its document or of the own
@@ -128,6 +101,7 @@ def walk(case: Case, smem, rows_end, split, body, carry):
     Args:
       rows_end: one past the last row of the block, so that own tiles after its last token are left out.
       split: which of `case.sizes.splits` equal shares of the tiles this block has.
+      after: `after(document, carry)`, called once for every document, whether it has tiles here or not.
 
     Returns:
       The carry and the number of tiles.
@@ -152,117 +126,14 @@ def walk(case: Case, smem, rows_end, split, body, carry):
             return body(False, step, j, i, columns, carry)
 
         # The next number is the first tile of the document after, or the number of all tiles.
-        return over(numbers[3 * k + j], numbers[3 * k + j + 1], carry, tile)
+        carry = over(numbers[3 * k + j], numbers[3 * k + j + 1], carry, tile)
+        return after(j, carry) if after else carry
 
     if k:
         carry = jax.lax.fori_loop(0, k, document, carry)
     if case.own:
         carry = over(bank_tiles, total, carry, lambda step, i, c: body(True, step, 0, i, None, c))
     return carry, high - low
-
-
-def produce(case: Case, gmem, smem, *, question, head, row, split):
-    """The producer's part: loads every tile of the block and hands it over when its values are fit for a product."""
-    stages, lag = case.sizes.stages, case.sizes.lag
-    k_source, v_source = ("raw_k", "raw_v") if case.converted else ("k", "v")
-
-    def load(own, step, j, i):
-        slot = jax.lax.rem(step, stages)
-        barrier = smem["loaded"].at[slot]
-        copied = 0
-
-        def copy(source, target):
-            nonlocal copied
-            copied += 1
-            plgpu.copy_gmem_to_smem(source, target, barrier)
-
-        if own:
-            columns = pl.ds(pl.multiple_of(i * COLUMNS, COLUMNS), COLUMNS)
-            for piece in range(case.pieces):
-                copy(gmem["k"].at[piece, question, columns, head], smem["k"].at[slot, piece])
-                copy(gmem["v"].at[piece, question, columns, head], smem["v"].at[slot, piece])
-            copy(gmem["mask"].at[question, columns], smem["mask"].at[slot])
-        else:
-            start = pl.multiple_of(smem["plan"][j] + i * COLUMNS, ALIGNMENT)
-            chunks = pl.ds(start, COLUMNS)
-            for source, target in ((gmem["bank_k"], k_source), (gmem["bank_v"], v_source)):
-                tile = smem[target].at[slot] if case.converted else smem[target].at[slot, 0]
-                copy(source.at[chunks, head], tile)
-            if case.biased:
-                copy(gmem["bias"].at[question, head, j, pl.ds(row, case.sizes.rows)], smem["bias"].at[slot])
-            if case.int8:
-                flat = pl.ds(head * gmem["bank_k"].shape[0] + start, COLUMNS)
-                copy(gmem["scale_k"].at[flat], smem["scale_k"].at[slot])
-                copy(gmem["scale_v"].at[flat], smem["scale_v"].at[slot])
-        for _ in range(case.copies - copied):
-            plgpu.barrier_arrive(barrier)
-
-    def zero_rows(slot, keep):
-        for name in ("k", "v") if case.clean_keys else ("v",):
-            for piece in range(case.pieces):
-                tile = smem[name].at[slot, piece]
-                tile[...] = jnp.where(keep, tile[...], jnp.zeros((), jnp.bfloat16))
-        plgpu.commit_smem()
-
-    def convert(slot, keep):
-        for name in ("k", "v"):
-            wide = smem[f"raw_{name}"][slot].astype(jnp.float32)
-            if case.int8:
-                scale = smem[f"scale_{name}"][slot]
-                wide = wide * jax.lax.broadcast_in_dim(scale, wide.shape, [0])
-            for piece, value in enumerate(split_pieces(jnp.where(keep, wide, 0.0), case.pieces)):
-                smem[name][slot, piece] = value
-        plgpu.commit_smem()
-
-    def finish(step, code):
-        slot = jax.lax.rem(step, stages)
-        shape = (COLUMNS, case.head_dim)
-        plgpu.barrier_wait(smem["loaded"].at[slot])
-
-        def counts():
-            row = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-            return (row >= code // 256) & (row < code % 256)
-
-        if case.own:
-
-            @pl.when(code == OWN_DIRTY)
-            def _():
-                zero_rows(slot, jax.lax.broadcast_in_dim(smem["mask"][slot], shape, [0]) > 0.5)
-
-        if case.documents and case.converted:
-
-            @pl.when(code > 0)
-            def _():
-                convert(slot, counts())
-
-        elif case.documents:
-
-            @pl.when((code > 0) & (code != COLUMNS))
-            def _():
-                zero_rows(slot, counts())
-
-        plgpu.barrier_arrive(smem["ready"].at[slot])
-
-    def body(own, step, j, i, columns, pending):
-        @pl.when(step >= stages)
-        def _():
-            plgpu.barrier_wait(smem["consumed"].at[jax.lax.rem(step, stages)])
-
-        load(own, step, j, i)
-        if own:
-            flag = smem["plan"][4 * case.documents + 1 + i]
-            code = jnp.where(flag == 1, OWN_CLEAN, OWN_DIRTY)
-        else:
-            code = columns[0] * 256 + columns[1]
-        pending = (*pending, jnp.asarray(code, jnp.int32))
-        pl.when(pending[0] != NO_TILE)(lambda: finish(step - lag, pending[0]))
-        return pending[1:]
-
-    plgpu.copy_gmem_to_smem(gmem["plan"].at[question], smem["plan"], smem["planned"])
-    plgpu.barrier_wait(smem["planned"])
-    pending, steps = walk(case, smem, row + case.sizes.rows, split, body, (jnp.asarray(NO_TILE, jnp.int32),) * lag)
-    for behind, code in enumerate(pending):
-        pl.when(code != NO_TILE)(functools.partial(finish, steps - lag + behind, code))
 
 
 def split_pieces(x, count: int):
@@ -312,8 +183,8 @@ def accumulate(acc, left, right, scratch):
     return acc + pl.run_scoped(interpreted, plgpu.ACC(acc.shape, jnp.float32))
 
 
-def left_scratch(case: Case):
+def left_scratch(consumers: int, pieces: int):
     """What `accumulate` needs beside registers, per consumer: nothing on a device."""
     if not dispatch.interpreted():
         return {}
-    return dict(left=swizzled((case.sizes.consumers, case.pieces, WARPGROUP_ROWS, COLUMNS), jnp.bfloat16))
+    return dict(left=swizzled((consumers, pieces, WARPGROUP_ROWS, COLUMNS), jnp.bfloat16))
