@@ -56,10 +56,16 @@ def tile_size(batch: int, tokens: int, num_chunks: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnames="winners")
-def forward(query, keys, query_mask, query_scale, key_scale, *, winners):
-    """Scores [B, C] float32 and the token that won each chunk, [B, C] int32 or None; O(B·T·tile + B·C) memory."""
-    b, t, _ = query.shape
-    num_chunks = keys.shape[0]
+def forward(query, keys, query_mask, query_scale, key_scale, layer=None, *, winners):
+    """Scores [B, C] float32 and the token that won each chunk, [B, C] int32 or None; O(B·T·tile + B·C) memory.
+
+    Args:
+      query: [B, T, M]; query_mask: [B, T] bool; query_scale: [B, T] or None.
+      keys: [C, M], or [L, C, M] with `layer`; key_scale: [C] or None, or [L, C] with `layer`.
+      layer: scalar int32 or None.
+    """
+    b, t, m = query.shape
+    num_chunks = keys.shape[-2]
     tile = tile_size(b, t, num_chunks)
 
     def score(part):
@@ -70,18 +76,25 @@ def forward(query, keys, query_mask, query_scale, key_scale, *, winners):
         won = (jnp.argmax(products, axis=1).astype(jnp.int32),) if winners else ()
         return (jnp.max(products, axis=1), *won)
 
+    def part_of(start, size):
+        if layer is None:
+            return jax.lax.dynamic_slice_in_dim(keys, start, size)
+        return jax.lax.dynamic_slice(keys, (layer, start, 0), (1, size, m))[0]
+
     def body(carry, start, size):
-        parts = score(jax.lax.dynamic_slice_in_dim(keys, start, size))
+        parts = score(part_of(start, size))
         return tuple(
             jax.lax.dynamic_update_slice_in_dim(whole, part, start, axis=1)
             for whole, part in zip(carry, parts, strict=True)
         )
 
     if tile >= num_chunks:
-        carry = score(keys)
+        carry = score(part_of(0, num_chunks))
     else:
         init = (jnp.zeros((b, num_chunks), jnp.float32), jnp.zeros((b, num_chunks), jnp.int32))
         carry = _over_tiles(body, init if winners else init[:1], num_chunks, tile)
+    if key_scale is not None and layer is not None:
+        key_scale = key_scale[layer]
     return scale_scores(carry[0], key_scale), carry[1] if winners else None
 
 

@@ -33,7 +33,7 @@ def unsupported(*, query, keys) -> str | None:
 def _blocks(query, keys):
     b, t, m = query.shape
     sizes = query.dtype.itemsize, keys.dtype.itemsize
-    return config.choose(b, t, keys.shape[0], m, *sizes, tpu_chip.vmem_budget())
+    return config.choose(b, t, keys.shape[-2], m, *sizes, tpu_chip.vmem_budget())
 
 
 def _product(a, b, dimensions):
@@ -72,10 +72,11 @@ def by_question(blocks: config.Blocks, x: jax.Array) -> tuple[jax.Array, int]:
     return x.reshape(blocks.questions, blocks.tokens, x.shape[-1]), 1
 
 
-def _forward_kernel(blocks, scaled, query_ref, rows_ref, keys_ref, *refs):
+def _forward_kernel(blocks, scaled, layer_ref, query_ref, rows_ref, keys_ref, *refs):
+    del layer_ref  # it chose the keys
     key_scale_ref, *refs = refs if scaled[1] else (None, *refs)
     scores_ref, winners_ref = (*refs, None)[:2]
-    query, keys = _common(query_ref[0], keys_ref[...])
+    query, keys = _common(query_ref[0], keys_ref[0])
     products = _product(query, keys, ((1,), (1,)))
     if scaled[0]:
         products = products * rows_ref[0][:, 1:2]
@@ -94,10 +95,10 @@ def _forward_kernel(blocks, scaled, query_ref, rows_ref, keys_ref, *refs):
 
 
 @functools.partial(jax.jit, static_argnames="winners")
-def forward(query, keys, query_mask, query_scale, key_scale, *, winners):
+def forward(query, keys, query_mask, query_scale, key_scale, layer=None, *, winners):
     """Scores [B, C] float32 and winners [B, C] int32 or None. See `reference.forward`."""
     b, t, m = query.shape
-    num_chunks = keys.shape[0]
+    num_chunks = keys.shape[-2]
     blocks = _blocks(query, keys)
     scaled = query_scale is not None, key_scale is not None
     # Column 0: does the token route; column 1: its scale.
@@ -106,29 +107,36 @@ def forward(query, keys, query_mask, query_scale, key_scale, *, winners):
     query = to_rows(blocks, query)
     tile = blocks.tile
     out_shape = (query.shape[0], blocks.questions, num_chunks)
-    out_spec = pl.BlockSpec((1, blocks.questions, tile), lambda i, j: (j, 0, i))
+    out_spec = pl.BlockSpec((1, blocks.questions, tile), lambda i, j, layer: (j, 0, i))
+    if layer is None:
+        keys, layer = keys[None], jnp.zeros((), jnp.int32)
+    elif scaled[1]:
+        key_scale = key_scale[layer]
     scales = [key_scale[None, :]] if scaled[1] else []
     outs = pl.pallas_call(
         functools.partial(_forward_kernel, blocks, scaled),
-        grid=(pl.cdiv(num_chunks, tile), query.shape[0]),  # keys outside: each tile is read once
-        in_specs=[
-            pl.BlockSpec((1, blocks.rows, m), lambda i, j: (j, 0, 0)),
-            pl.BlockSpec((1, blocks.rows, len(columns)), lambda i, j: (j, 0, 0)),
-            pl.BlockSpec((tile, m), lambda i, j: (i, 0)),
-            *[pl.BlockSpec((1, tile), lambda i, j: (0, i))] * len(scales),
-        ],
-        out_specs=[out_spec] * (1 + winners),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(pl.cdiv(num_chunks, tile), query.shape[0]),  # keys outside: each tile is read once
+            in_specs=[
+                pl.BlockSpec((1, blocks.rows, m), lambda i, j, layer: (j, 0, 0)),
+                pl.BlockSpec((1, blocks.rows, len(columns)), lambda i, j, layer: (j, 0, 0)),
+                pl.BlockSpec((1, tile, m), lambda i, j, layer: (layer[0], i, 0)),
+                *[pl.BlockSpec((1, tile), lambda i, j, layer: (0, i))] * len(scales),
+            ],
+            out_specs=[out_spec] * (1 + winners),
+        ),
         out_shape=[jax.ShapeDtypeStruct(out_shape, jnp.float32), jax.ShapeDtypeStruct(out_shape, jnp.int32)][
             : 1 + winners
         ],
         compiler_params=_params("parallel", "arbitrary"),
         cost_estimate=pl.CostEstimate(
             flops=2 * b * t * num_chunks * m,
-            bytes_accessed=keys.size * keys.dtype.itemsize + 4 * b * num_chunks * (1 + winners),
+            bytes_accessed=num_chunks * m * keys.dtype.itemsize + 4 * b * num_chunks * (1 + winners),
             transcendentals=0,
         ),
         name="chunk_scores_forward",
-    )(query, rows, keys, *scales)
+    )(layer[None], query, rows, keys, *scales)
     scores, *won = (out.reshape(-1, num_chunks)[:b] for out in outs)
     return scores, won[0] if winners else None
 

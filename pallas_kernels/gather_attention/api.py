@@ -26,6 +26,7 @@ def gather_attention(
     bank_v_scale: jax.Array | None = None,
     bias: jax.Array | None = None,
     mask: jax.Array | None = None,
+    layer: jax.Array | None = None,
     max_length: int | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -45,6 +46,9 @@ def gather_attention(
         the last axis, so that a kernel reads the scales of a range as one contiguous piece per head.
       bias: [B, k, H] float32, added to the logits of all chunks of a document.
       mask: [B, S] bool, own tokens that exist; default all. The others must hold finite numbers.
+      layer: scalar int32: the bank is [L, C, K, D] (its scales [L, K, C]), and this layer of it is read where it
+        lies. In a scan over layers that spares a copy of every layer's bank; for training pass a layer's own
+        arrays, as the gradient has the size of what is passed.
       max_length: the most chunks a document has (a static bound on `lengths`); the XLA form gathers
         k * max_length chunks a question. Default C: always right, seldom what you want. A range longer than
         this is cut off.
@@ -68,9 +72,10 @@ def gather_attention(
         raise ValueError(
             f"gather_attention: need H a multiple of K and S >= T or S = 0, got H {h}, K {kv}, S {s}, T {t}."
         )
-    if bank_k.shape != bank_v.shape or bank_k.ndim != 3 or bank_k.shape[1:] != (kv, d):
+    layers = "" if layer is None else "L, "
+    if bank_k.shape != bank_v.shape or bank_k.ndim != (3 if layer is None else 4) or bank_k.shape[-2:] != (kv, d):
         raise ValueError(
-            f"gather_attention: bank_k, bank_v must be [C, K, D] with K {kv}, D {d}, "
+            f"gather_attention: bank_k, bank_v must be [{layers}C, K, D] with K {kv}, D {d}, "
             f"got {bank_k.shape}, {bank_v.shape}."
         )
     scales = (bank_k_scale, bank_v_scale)
@@ -79,10 +84,11 @@ def gather_attention(
             "gather_attention: bank_k and bank_v need one dtype, and bank_k_scale, bank_v_scale if it is int8 and "
             f"only then; got {bank_k.dtype}, {bank_v.dtype}."
         )
-    num_chunks = bank_k.shape[0]
-    if any(scale is not None and scale.shape != (kv, num_chunks) for scale in scales):
+    num_chunks = bank_k.shape[-3]
+    scale_shape = (*bank_k.shape[:-3], kv, num_chunks)
+    if any(scale is not None and scale.shape != scale_shape for scale in scales):
         raise ValueError(
-            f"gather_attention: bank_k_scale, bank_v_scale must be [K, C] = {(kv, num_chunks)}, "
+            f"gather_attention: bank_k_scale, bank_v_scale must be [{layers}K, C] = {scale_shape}, "
             f"got {bank_k_scale.shape}, {bank_v_scale.shape}."
         )
     if starts.shape != lengths.shape or starts.ndim != 2 or starts.shape[0] != b:
@@ -99,6 +105,12 @@ def gather_attention(
     # A range that begins before the bank loses what lies there; one that ends after it is cut.
     ends = jnp.clip(starts + jnp.minimum(lengths, max_length), 0, num_chunks)
     starts = jnp.clip(starts, 0, num_chunks)
+    lengths = jnp.maximum(ends - starts, 0)
+    if layer is not None:
+        # The chunks of all layers are one long bank.
+        layer = jnp.asarray(layer, jnp.int32)
+        starts = starts + layer * num_chunks
+        bank_k, bank_v = (x.reshape(-1, kv, d) for x in (bank_k, bank_v))
     operands = Operands(
         q=q,
         k=k,
@@ -108,9 +120,10 @@ def gather_attention(
         bank_k_scale=bank_k_scale,
         bank_v_scale=bank_v_scale,
         starts=starts.astype(jnp.int32),
-        lengths=jnp.maximum(ends - starts, 0).astype(jnp.int32),
+        lengths=lengths.astype(jnp.int32),
         bias=bias,
         mask=mask,
+        layer=layer,
     )
     module = dispatch.choose("gather_attention", implementation, operands=operands)
     return _gather_attention(module, max_length, operands)

@@ -24,12 +24,13 @@ class Operands(NamedTuple):
     v: jax.Array  # [B, S, K, D]
     bank_k: jax.Array  # [C, K, D] float or int8
     bank_v: jax.Array  # [C, K, D]
-    bank_k_scale: jax.Array | None  # [K, C] float32 with an int8 bank
-    bank_v_scale: jax.Array | None  # [K, C]
+    bank_k_scale: jax.Array | None  # [K, C] float32 with an int8 bank; [L, K, C / L] with a layer
+    bank_v_scale: jax.Array | None
     starts: jax.Array  # [B, k] int32
     lengths: jax.Array  # [B, k] int32
     bias: jax.Array | None  # [B, k, H] float32
     mask: jax.Array  # [B, S] bool
+    layer: jax.Array | None = None  # scalar int32: the bank holds the chunks of L layers, `starts` are in this one's
 
 
 class Gradients(NamedTuple):
@@ -70,13 +71,16 @@ def _grouped(x, kv):
     return x.reshape(*x.shape[:2], kv, x.shape[2] // kv, *x.shape[3:])
 
 
-def _take(bank, scale, index, dtype):
+def _take(bank, scale, layer, index, dtype):
     """Chunks [B, W] of `bank`; zeros where there is none: a weight of 0 would not keep another's NaN out."""
     taken = jnp.take(bank, index, axis=0, mode="fill", fill_value=0)
     if scale is None:
         return taken.astype(dtype)
-    scales = jnp.take(scale.T, index, axis=0, mode="fill", fill_value=0)
-    return (taken.astype(jnp.float32) * scales[..., None]).astype(dtype)
+    if layer is not None:
+        index = jnp.where(index < bank.shape[0], index - layer * scale.shape[-1], scale.shape[-1])
+        scale = scale[layer]
+    scales = jnp.take(scale, index, axis=1, mode="fill", fill_value=0)  # [K, B, W]
+    return (taken.astype(jnp.float32) * jnp.moveaxis(scales, 0, -1)[..., None]).astype(dtype)
 
 
 def _parts(operands: Operands, max_length: int) -> tuple[list[_Part], jax.Array | None]:
@@ -99,12 +103,12 @@ def _parts(operands: Operands, max_length: int) -> tuple[list[_Part], jax.Array 
         chunks = selected * max_length
         index, valid = gather_chunks(operands.starts, operands.lengths, max_length, num_chunks)
         index = index.reshape(b, chunks)
-        keys = _take(operands.bank_k, operands.bank_k_scale, index, q.dtype)
+        keys = _take(operands.bank_k, operands.bank_k_scale, operands.layer, index, q.dtype)
         logits = logits_of(keys)
         if operands.bias is not None:
             per_chunk = jnp.repeat(operands.bias.astype(jnp.float32), max_length, axis=1)
             logits = logits + jnp.transpose(_grouped(per_chunk, kv), (0, 2, 3, 1))[:, :, :, None, :]
-        values = _take(operands.bank_v, operands.bank_v_scale, index, q.dtype)
+        values = _take(operands.bank_v, operands.bank_v_scale, operands.layer, index, q.dtype)
         parts.append(_Part(logits, valid.reshape(b, 1, 1, 1, chunks), keys, values))
     return parts, index
 

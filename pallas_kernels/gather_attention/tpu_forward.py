@@ -64,7 +64,8 @@ def bank_block(stream: Stream, rows: Rows, head, question, j, o, slot) -> Block:
     key_scale = value_scale = None
     if shape.int8:
         # The window begins at a multiple of 128: turn it until the chunk that was read first is first.
-        shift = (shape.scale_window - (start - stream.scale_start(start))) % shape.scale_window
+        _, before = stream.scale_start(start)
+        shift = (shape.scale_window - before) % shape.scale_window
         turn = lambda ref: pltpu.roll(ref[slot], shift, 1)[head : head + 1, : shape.blocks.chunks]  # noqa: E731
         key_scale = jnp.where(allowed, turn(buffers.scale_k), 0.0)
         value_scale = jnp.where(allowed, turn(buffers.scale_v), 0.0)
@@ -136,7 +137,7 @@ def _kernel(shape: Shape, *refs):
 
 def unpack(shape: Shape, refs):
     """Tables, bias and rows at the head of a kernel's references, and the rest."""
-    tables, refs = Tables(*refs[:4]), refs[4:]
+    tables, refs = Tables(*refs[:5]), refs[5:]
     bias = None
     if shape.bias:
         bias, refs = refs[0], refs[1:]
@@ -197,7 +198,7 @@ def prepare(operands: Operands, blocks, cores: int) -> Call:
     operands = with_bank(operands, blocks)
     shape = tpu_stream.shape_of(operands, blocks, cores)
     b, kv = shape.questions, shape.kv_heads
-    prefetched = list(tpu_stream.tables(operands.starts, operands.lengths))
+    prefetched = list(tpu_stream.tables(operands))
     if shape.bias:
         prefetched.append(operands.bias.astype(jnp.float32).reshape(-1))
     row = jnp.arange(blocks.rows, dtype=jnp.int32)[:, None]
@@ -224,8 +225,9 @@ def prepare(operands: Operands, blocks, cores: int) -> Call:
             for x in (operands.k, operands.v)
         ]
     if shape.int8:
-        missing = max(tpu_chip.lanes(shape.num_chunks), shape.scale_window) - operands.bank_k_scale.shape[1]
-        sources += [jnp.pad(x, ((0, 0), (0, missing))) for x in (operands.bank_k_scale, operands.bank_v_scale)]
+        missing = max(tpu_chip.lanes(shape.scales), shape.scale_window) - shape.scales
+        for scale in (operands.bank_k_scale, operands.bank_v_scale):
+            sources.append(jnp.pad(scale.reshape(-1, kv, shape.scales), ((0, 0), (0, 0), (0, missing))))
     return Call(
         shape=shape,
         arguments=[*prefetched, *rows, *sources],

@@ -27,13 +27,17 @@ class Tables(NamedTuple):
     starts: jax.Array  # [B * k]
     lengths: jax.Array  # [B * k]
     documents: jax.Array  # [B * k] which of the k documents it is
+    layer: jax.Array  # [1] whose scales apply
 
 
-def tables(starts: jax.Array, lengths: jax.Array) -> Tables:
-    """Tables of `starts`, `lengths` [B, k]."""
+def tables(operands: Operands) -> Tables:
+    """Tables of the ranges, `starts` and `lengths` [B, k]."""
+    starts, lengths = operands.starts, operands.lengths
     order = jnp.argsort(lengths <= 0, axis=1, stable=True).astype(jnp.int32)
     take = lambda x: jnp.take_along_axis(x, order, axis=1).reshape(-1)  # noqa: E731
-    return Tables(jnp.sum(lengths > 0, axis=1, dtype=jnp.int32), take(starts), take(lengths), order.reshape(-1))
+    counts = jnp.sum(lengths > 0, axis=1, dtype=jnp.int32)
+    layer = jnp.zeros(1, jnp.int32) if operands.layer is None else operands.layer[None]
+    return Tables(counts, take(starts), take(lengths), order.reshape(-1), layer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +53,13 @@ class Shape:
     steps_per_question: int
     questions: int  # B
     cores: int  # that share the steps
-    int8: bool
+    scales: int  # chunks of a layer of an int8 bank, else 0
     bias: bool
     blocks: Blocks
+
+    @property
+    def int8(self) -> bool:
+        return self.scales > 0
 
     @property
     def own_padded(self) -> int:
@@ -80,14 +88,14 @@ def shape_of(operands: Operands, blocks: Blocks, cores: int) -> Shape:
         steps_per_question=steps,
         questions=b,
         cores=cores if b * steps % cores == 0 else 1,
-        int8=operands.bank_k_scale is not None,
+        scales=0 if operands.bank_k_scale is None else operands.bank_k_scale.shape[-1],
         bias=operands.bias is not None,
         blocks=blocks,
     )
 
 
 class Sources(NamedTuple):
-    """Where the blocks lie, in HBM: [C, K, D] bank, [B * S, K, D] own tokens, [K, C] scales."""
+    """Where the blocks lie, in HBM: [C, K, D] bank, [B * S, K, D] own tokens, [L, K, C / L] scales."""
 
     bank_k: jax.Array
     bank_v: jax.Array
@@ -138,16 +146,22 @@ class Stream:
             (self.sources.bank_v.at[rows], self.buffers.bank_v),
         ]
         if self.shape.int8:
-            window = pl.ds(self.scale_start(start), self.shape.scale_window)
+            layer, window = self.tables.layer[0], pl.ds(self.scale_start(start)[0], self.shape.scale_window)
             pairs += [
-                (self.sources.scale_k.at[:, window], self.buffers.scale_k),
-                (self.sources.scale_v.at[:, window], self.buffers.scale_v),
+                (self.sources.scale_k.at[layer, :, window], self.buffers.scale_k),
+                (self.sources.scale_v.at[layer, :, window], self.buffers.scale_v),
             ]
         return self._copies(pairs, slot)
 
     def scale_start(self, start):
-        last = self.sources.scale_k.shape[1] - self.shape.scale_window
-        return pl.multiple_of(jnp.minimum(start // LANES * LANES, last), LANES)
+        """First chunk of the layer whose scale is read with chunk `start`, and how many chunks before it.
+
+        Negative where a copy that may not leave the bank begins before the layer.
+        """
+        within = start - self.tables.layer[0] * self.shape.scales
+        last = self.sources.scale_k.shape[2] - self.shape.scale_window
+        first = pl.multiple_of(jnp.clip(within // LANES * LANES, 0, last), LANES)
+        return first, within - first
 
     def _own_copies(self, question, o, slot):
         rows = pl.ds(question * self.shape.own_padded + o * self.shape.blocks.own, self.shape.blocks.own)

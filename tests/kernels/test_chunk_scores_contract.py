@@ -140,6 +140,25 @@ def test_the_first_of_equal_tokens_wins(b, implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["ragged everything", "int8 both"])
+def test_a_layer_is_read_where_it_lies(name, implementation):
+    query, keys, kwargs = make(name)
+    scores_of = supported(implementation, query, keys)
+    other = jnp.full_like(keys, 7 if keys.dtype == jnp.int8 else jnp.nan)
+    stacked = jnp.stack([other, keys, other])
+    scales = {"key_scale": jnp.stack([kwargs["key_scale"] * x for x in (2, 1, 3)])} if "key_scale" in kwargs else {}
+    with running(implementation):
+        want = scores_of(query, keys, **kwargs)
+        np.testing.assert_array_equal(scores_of(query, stacked, **kwargs | scales, layer=1), want)
+        if keys.dtype == jnp.int8:
+            return
+        want_grad = jax.grad(lambda keys: scores_of(query, keys, **kwargs)[0].sum())(keys)
+        grad = jax.grad(lambda keys: scores_of(query, keys, **kwargs, layer=jnp.int32(1))[0].sum())(stacked)
+    np.testing.assert_array_equal(grad[1], want_grad)
+    assert not grad[0].any() and not grad[2].any()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_an_unknown_dtype_runs_or_raises(implementation):
     query, keys = jnp.ones((1, 2, 16), jnp.float16), jnp.ones((5, 16), jnp.float16)
     reason = dispatch.module("chunk_scores", implementation).unsupported(query=query, keys=keys)

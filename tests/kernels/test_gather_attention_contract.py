@@ -39,10 +39,12 @@ CASES = {
     "one shared head": Case(h=4, kv=1),
     "several blocks of queries": Case(b=1, t=300, s=301, h=4, kv=2, ranges=(((0, 40), (20, 40)),)),
     "decoding": Case(b=3, t=1, s=140, dtype="bfloat16", bank="bfloat16", ranges=(((0, 99),), ((80, 70),), ((5, 0),))),
+    "long documents": Case(c=900, d=8, ranges=(((3, 600), (200, 700)), ((640, 257), (0, 0)))),
     "the bank alone": Case(s=0),
     "own tokens alone": Case(ranges=((), ())),
     "a bank of nothing": Case(c=0, ranges=(((0, 0),), ((0, 0),))),
     "few chunks": Case(c=5, ranges=(((0, 5), (2, 1)), ((1, 3), (0, 0)))),
+    "few chunks, int8": Case(bank="int8", c=5, ranges=(((0, 5), (2, 1)), ((1, 3), (0, 0)))),
     "nothing selected, nothing owned": Case(s=0, ranges=(((0, 0), (9, 0)), ((4, 3), (7, 0)))),
 }
 FLOATS = ("q", "k", "v", "bank_k", "bank_v", "bias")
@@ -185,6 +187,31 @@ def test_parts_merge_into_the_whole(implementation):
         merged = jax.device_get(merge(*zip(*parts, strict=True)))
     np.testing.assert_allclose(merged[0], whole[0], atol=1e-6)
     np.testing.assert_allclose(merged[1], whole[1], atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["plain", "int8", "few chunks, int8"])
+def test_a_layer_is_read_where_it_lies(name, implementation):
+    args = make(name)
+    call = supported(implementation, args)
+    banks = [n for n in args if n.startswith("bank_")]
+    # The other layers are poison, which int8 cannot hold but its scales can.
+    stack = lambda x: jnp.stack([jnp.full_like(x, 7 if x.dtype == jnp.int8 else jnp.nan), x, x])  # noqa: E731
+    stacked = args | {n: stack(args[n]).at[2].multiply(3) for n in banks}
+    cotangents = [jnp.ones(args["q"].shape), jnp.ones(args["q"].shape[:3])]
+    with running(implementation):
+        ((want, want_grads),) = pulled(call, args, cotangents)
+        ((got, got_grads),) = pulled(lambda **args: call(**args, layer=1), stacked, cotangents)
+    # Blocks may be cut elsewhere, so sums differ in rounding.
+    atol = 2e-2 if args["q"].dtype == jnp.bfloat16 else 1e-5
+    wide = lambda x: np.asarray(x, np.float32)  # noqa: E731
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(wide(a), wide(b), atol=atol), got, want)
+    for leaf, want_grad in want_grads.items():
+        got_grad = got_grads[leaf]
+        if leaf in banks:
+            assert not got_grad[0].any() and not got_grad[2].any()
+            got_grad = got_grad[1]
+        np.testing.assert_allclose(wide(got_grad), wide(want_grad), atol=atol)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -1,6 +1,7 @@
 """How the TPU kernels cut their work: blocks fit in VMEM, tables point at what they should, cores share the steps."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +61,8 @@ def many_ranges(draw):
 @given(many_ranges())
 def test_documents_with_chunks_come_first_in_their_order(ranges):
     starts, lengths = ranges
-    tables = jax.device_get(tpu_stream.tables(jnp.asarray(starts), jnp.asarray(lengths)))
+    operands = SimpleNamespace(starts=jnp.asarray(starts), lengths=jnp.asarray(lengths), layer=None)
+    tables = jax.device_get(tpu_stream.tables(operands))
     for b in range(2):
         filled = np.flatnonzero(lengths[b] > 0)
         assert tables.counts[b] == len(filled)
