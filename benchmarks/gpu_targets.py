@@ -117,27 +117,40 @@ def routing_table(sizes: Sizes, rates: Rates, implementations: tuple[str, ...], 
 
 
 def all_layers(sizes: Sizes, rates: Rates, implementations: tuple[str, ...], attempt: Callable) -> None:
-    """Scores, document maximum and top k of every router layer, in one program; its keys lie in one array a layer."""
+    """Scores, document maximum and top k of every router layer in one program: a scan over stacked keys, or apart."""
     owners = np.arange(sizes.chunks) // sizes.document_chunks
     layout = DocumentLayout.from_chunk_documents(owners, int(owners[-1]) + 1)
-    keys = [keys_of(i, (sizes.chunks, sizes.width), "bfloat16") for i in range(sizes.layers)]
-    for t in dict.fromkeys(t for _, t in sizes.routing):
-        queries = [keys_of(100 + i, (1, t, sizes.width), "bfloat16") for i in range(sizes.layers)]
-        for implementation in implementations:
+    shape, layers = (sizes.chunks, sizes.width), jnp.arange(sizes.layers)
+    moved = 2 * sizes.layers * sizes.chunks * sizes.width
 
-            @jax.jit
-            def route(queries, keys, t=t, implementation=implementation):
-                everywhere = jnp.ones((1, t), bool)
-                score = functools.partial(routing.document_scores, route=everywhere, implementation=implementation)
-                scores = [score(q, k, layout) for q, k in zip(queries, keys, strict=True)]
-                return [routing.select(s, layout, top_k=sizes.top_k) for s in scores]
+    def route_one(query, keys, implementation, layer=None):
+        where = dict(route=jnp.ones(query.shape[:2], bool), layer=layer, implementation=implementation)
+        return routing.select(routing.document_scores(query, keys, layout, **where), layout, top_k=sizes.top_k)
 
-            def measure(route=route, queries=queries, t=t):
-                moved = sum(k.nbytes for k in keys)
-                operations = 2 * t * sizes.chunks * sizes.width * sizes.layers
-                return _figures(seconds_per_call(route, [(queries, keys)]), rates.floor(moved, operations))
+    def stacked(queries, keys, implementation):
+        one = lambda _, x: (None, route_one(x[0], keys, implementation, x[1]))  # noqa: E731
+        return jax.lax.scan(one, None, (queries, layers))[1]
 
-            attempt(f"routing and selection of {sizes.layers} layers, T {t}, {implementation}", measure)
+    def apart(queries, keys, implementation):
+        return [route_one(query, own, implementation) for query, own in zip(queries, keys, strict=True)]
+
+    for form in (stacked, apart):
+        if form is stacked:  # in one array, made layer by layer
+            keys = jax.jit(lambda: jax.lax.map(lambda seed: keys_of(seed, shape, "bfloat16"), layers))()
+        else:
+            keys = [keys_of(seed, shape, "bfloat16") for seed in range(sizes.layers)]
+        for t in dict.fromkeys(t for _, t in sizes.routing):
+            queries = keys_of(100, (sizes.layers, 1, t, sizes.width), "bfloat16")
+            for implementation in implementations:
+                route = jax.jit(functools.partial(form, implementation=implementation))
+
+                def measure(route=route, inputs=(queries, keys), t=t):
+                    floor = rates.floor(moved, moved * t)  # two bytes and two operations a token for each number
+                    return _figures(seconds_per_call(route, [inputs]), floor)
+
+                name = f"routing and selection of {sizes.layers} layers, {form.__name__}, T {t}, {implementation}"
+                attempt(name, measure)
+        del keys, measure  # the next form needs the room
 
 
 def _attention_floor(sizes, rates, case, selected, bank, gradients):

@@ -82,18 +82,20 @@ def document_scores(
     route: jax.Array,
     visible: jax.Array | None = None,
     mean_over_tokens: bool | jax.Array = False,
+    layer: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Score of each document for each question: max over routing tokens and over its chunks.
 
     Args:
       query: [B, T, M] float32 from `routing_query`.
-      keys: [C, M] from `routing_key`.
+      keys: [C, M] from `routing_key`; [L_r, C, M] with `layer`.
       layout: which chunks belong to which document.
       route: [B, T] bool, True where a token routes.
       visible: [B, N] bool, documents a question may see; default all.
       mean_over_tokens: average over routing tokens instead of taking their max (warm-up of training). May
         be traced, so that changing phase does not recompile.
+      layer: scalar int32, which of stacked keys to read, where they lie.
       implementation: of `chunk_scores`.
 
     Returns:
@@ -101,7 +103,8 @@ def document_scores(
     """
     if mean_over_tokens is not False:
         query = jnp.where(mean_over_tokens, mean_query(query, route), query)
-    per_chunk = chunk_scores(query.astype(keys.dtype), keys, query_mask=route, implementation=implementation)
+    query = query.astype(keys.dtype)
+    per_chunk = chunk_scores(query, keys, query_mask=route, layer=layer, implementation=implementation)
     scores = _document_max(per_chunk, layout)
     allowed = (layout.lengths > 0)[None, :]
     if visible is not None:
@@ -112,9 +115,9 @@ def document_scores(
 def _document_max(per_chunk: jax.Array, layout: DocumentLayout) -> jax.Array:
     """Max over each document's chunks, [B, C] -> [B, N]; of a document without chunks, anything at most `NO_SCORE`.
 
-    Reading the ranges chunk by chunk fuses into one loop over [B, N] that keeps nothing but its result: on CPU
-    2x (B 1) to 9x (B 8, 64) as fast as the scatter at a million chunks, and about equal at ten thousand. With few
-    very long documents among short ones it would read C many times over; the scatter reads it once.
+    Reading the ranges chunk by chunk fuses into one loop over [B, N] that keeps nothing but its result: on two CPU
+    cores 1.4 to 3.3 times as fast as the scatter at 1.5M chunks, about equal at 16K (`benchmarks/selection.py`).
+    With a very long document among short ones it would read C many times over; the scatter reads it once.
     """
     if layout.num_documents * layout.max_length <= _MOST_RANGE_READS * layout.num_chunks:
         return _range_max(layout.max_length, per_chunk, jnp.asarray(layout.starts), jnp.asarray(layout.lengths))

@@ -88,6 +88,15 @@ def test_the_mean_over_tokens_may_be_static_or_traced(mean):
     np.testing.assert_allclose(static, want, atol=1e-5)
 
 
+def test_a_layer_of_stacked_keys():
+    query, keys, route = jnp.asarray(normal(0, B, T, M)), jnp.asarray(normal(1, 3, C, M)), jnp.ones((B, T), bool)
+    layout = layout_of(np.minimum(np.arange(C), N))
+    score = jax.jit(lambda layer: routing.document_scores(query, keys, layout, route=route, layer=layer))
+    for i in range(3):
+        want = routing.document_scores(query, keys[i], layout, route=route)
+        np.testing.assert_allclose(score(i), want, atol=1e-6)
+
+
 def test_all_documents_are_visible_by_default():
     query, keys, route = jnp.asarray(normal(0, B, T, M)), jnp.asarray(normal(1, C, M)), jnp.ones((B, T), bool)
     layout = layout_of(np.minimum(np.arange(C), N))
