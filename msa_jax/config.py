@@ -88,7 +88,7 @@ class AttentionConfig:
     routing_score: Literal["cosine", "dot"] = "cosine"
     router_bias: bool = False
     router_bias_init: float = 20.0
-    implementation: Literal["xla", "tpu", "gpu"] | None = None
+    implementation: str | None = None
     dtype: str = "float32"
     param_dtype: str = "float32"
 

@@ -91,12 +91,15 @@ class LayerMemory:
       routing_keys: [C, M], L2-normalised per key/value head (raw under `routing_score="dot"`).
       content_k, content_v: [C, K, D].
       layout: which chunks belong to which document.
+      index: scalar int32: the arrays are [L_r, ...] and this is the layer to read, where it lies. None: they are
+        the layer's own.
     """
 
     routing_keys: jax.Array
     content_k: jax.Array
     content_v: jax.Array
     layout: DocumentLayout
+    index: jax.Array | None = None
 
 
 @struct.dataclass

@@ -157,6 +157,7 @@ class MSATransformer(nnx.Module):
         visible: jax.Array | None = None,
         selection: routing.Selection | None = None,
         mean_over_tokens: bool | jax.Array = False,
+        bank_gradients: bool = False,
         return_hidden: bool = False,
     ) -> ModelOutput:
         """Stages 2 and 3: the active context attends to template prefix, selected documents, and itself.
@@ -172,6 +173,8 @@ class MSATransformer(nnx.Module):
           visible: [B, N] bool, documents that a question may see; default all.
           selection: [L_r, B, k] fields, documents selected at prefill; skips routing.
           mean_over_tokens: see `MemorySparseAttention`.
+          bank_gradients: say that the bank is differentiated. Results are the same: layers then take copies of
+            their parts of the bank, which keeps gradients small, and else read it where it lies.
           return_hidden: also return every layer's input.
 
         Raises:
@@ -192,18 +195,18 @@ class MSATransformer(nnx.Module):
             first_router += count if is_router else 0
             xs = {"past": None if past is None else (past.k[part], past.v[part])}
             if reads_bank:
-                xs["memory"] = (bank.routing_keys[routers], bank.content_k[routers], bank.content_v[routers])
+                stacked = (bank.routing_keys, bank.content_k, bank.content_v)
+                xs["memory"] = tuple(x[routers] for x in stacked) if bank_gradients else None
+                xs["index"] = None if bank_gradients else jnp.arange(routers.start, routers.stop, dtype=jnp.int32)
                 xs["selection"] = jax.tree.map(lambda s, routers=routers: s[routers], selection)
 
             def body(layer, x, xs, reads_bank=reads_bank):
                 past_k, past_v = xs["past"] or (None, None)
                 kwargs = dict(positions=positions, mask=mask, past_k=past_k, past_v=past_v, slot=slot)
                 if reads_bank:
-                    keys, content_k, content_v = xs["memory"]
+                    own_or_all = xs["memory"] or (bank.routing_keys, bank.content_k, bank.content_v)
                     kwargs |= dict(
-                        memory=LayerMemory(
-                            routing_keys=keys, content_k=content_k, content_v=content_v, layout=bank.layout
-                        ),
+                        memory=LayerMemory(*own_or_all, layout=bank.layout, index=xs["index"]),
                         route=route, visible=visible,
                         selection=xs["selection"], mean_over_tokens=mean_over_tokens,
                     )  # fmt: skip

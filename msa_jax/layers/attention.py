@@ -249,10 +249,10 @@ class MemorySparseAttention(SelfAttention):
         b, t = x.shape[:2]
         q, k, v = self._qkv(x, positions)
         k, v = self._own(k, v, past_k, past_v, slot)
-        if memory.routing_keys.shape != (memory.layout.num_chunks, c.router_width):
+        wanted = (memory.layout.num_chunks, c.router_width)
+        if memory.routing_keys.shape[0 if memory.index is None else 1 :] != wanted:
             raise ValueError(
-                f"MemorySparseAttention: routing_keys must be [C, M] = {(memory.layout.num_chunks, c.router_width)}, "
-                f"got {memory.routing_keys.shape}."
+                f"MemorySparseAttention: routing_keys must be [C, M] = {wanted}, got {memory.routing_keys.shape}."
             )
         scores = None
         if selection is None:
@@ -268,7 +268,8 @@ class MemorySparseAttention(SelfAttention):
             )
             scores = routing.document_scores(
                 query, memory.routing_keys, memory.layout,
-                route=route, visible=visible, mean_over_tokens=mean_over_tokens, implementation=implementation,
+                route=route, visible=visible, mean_over_tokens=mean_over_tokens, layer=memory.index,
+                implementation=implementation,
             )  # fmt: skip
             selection = routing.select(
                 scores, memory.layout, top_k=c.top_k, method=c.top_k_method, recall=c.top_k_recall
@@ -278,7 +279,7 @@ class MemorySparseAttention(SelfAttention):
             bank_k=memory.content_k, bank_v=memory.content_v,
             starts=selection.starts, lengths=selection.lengths,
             bias=routing.bias_of(selection, self.router_beta[...]) if c.router_bias else None,
-            mask=mask, max_length=memory.layout.max_length, implementation=implementation,
+            mask=mask, layer=memory.index, max_length=memory.layout.max_length, implementation=implementation,
         )  # fmt: skip
         return AttentionOutput(
             out=self.o_proj(out.reshape(b, t, -1)), k=k, v=v, document_scores=scores, selection=selection

@@ -111,7 +111,7 @@ def forward(model: MSATransformer, recording: Recording, batch: Batch) -> tuple[
         parts.append((batch.prefix, template.all_hidden))
     output = model(
         gather(ids, batch.active), positions=gather(positions, batch.active),
-        mask=jnp.asarray(mask), past=past, bank=model.bank(states, layout),
+        mask=jnp.asarray(mask), past=past, bank=model.bank(states, layout), bank_gradients=True,
         route=jnp.asarray((take(roles.reshape(-1), batch.active) == 0) & (batch.active >= 0)),
         visible=jnp.asarray(batch.visible),
         return_hidden=True,

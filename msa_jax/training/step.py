@@ -63,6 +63,7 @@ def forward(
         mask=mask,
         past=past,
         bank=model.bank(encoded.states, layout),
+        bank_gradients=True,
         route=(asked.roles == ROUTING) & asked.mask,
         visible=asked.visible,
         mean_over_tokens=mean_over_tokens,
