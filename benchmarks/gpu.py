@@ -169,7 +169,7 @@ def main(argv):
     if not _REHEARSE.value and jax.default_backend() != "gpu":
         raise app.UsageError(f"JAX sees no GPU here but {jax.devices()}; --rehearse runs the script without one.")
     logging.set_verbosity(logging.WARNING)
-    name = "gpu_rehearsal.json" if _REHEARSE.value else "gpu.json"
+    name = "gpu_rehearsal.json" if _REHEARSE.value else "gpu_tuning.json" if _TUNE.value else "gpu.json"
     record = Record(pathlib.Path(_OUT.value) / name, time.monotonic() + 60 * _MINUTES.value)
     run(record, steps=_STEPS.value, cases=_CASES.value, tune=_TUNE.value, rehearse=_REHEARSE.value)
 

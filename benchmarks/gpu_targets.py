@@ -127,6 +127,10 @@ def all_layers(sizes: Sizes, rates: Rates, implementations: tuple[str, ...], att
         where = dict(route=jnp.ones(query.shape[:2], bool), layer=layer, implementation=implementation)
         return routing.select(routing.document_scores(query, keys, layout, **where), layout, top_k=sizes.top_k)
 
+    @jax.jit
+    def stack(layers):
+        return jax.lax.map(lambda seed: keys_of(seed, shape, "bfloat16"), layers)
+
     def stacked(queries, keys, implementation):
         one = lambda _, x: (None, route_one(x[0], keys, implementation, x[1]))  # noqa: E731
         return jax.lax.scan(one, None, (queries, layers))[1]
@@ -136,7 +140,7 @@ def all_layers(sizes: Sizes, rates: Rates, implementations: tuple[str, ...], att
 
     for form in (stacked, apart):
         if form is stacked:  # in one array, made layer by layer
-            keys = jax.jit(lambda: jax.lax.map(lambda seed: keys_of(seed, shape, "bfloat16"), layers))()
+            keys = stack(layers)
         else:
             keys = [keys_of(seed, shape, "bfloat16") for seed in range(sizes.layers)]
         for t in dict.fromkeys(t for _, t in sizes.routing):
