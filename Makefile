@@ -6,7 +6,7 @@ DEMO := --config=configs/demo.py --workdir=runs/demo
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 set_up = @python=$$(scripts/find_python.sh) && "$$python" scripts/make_venv.py
 
-.PHONY: help setup demo test bench lint clean
+.PHONY: help setup tpu demo test bench lint clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -20,6 +20,10 @@ $(STAMP): setup.cfg pyproject.toml | $(PY)
 
 $(PY):
 	$(set_up)
+
+# Large, so not part of setup: the tests that need it say so when it is absent.
+tpu: setup  ## add the TPU compiler, which compiles the kernels for chips that are not here
+	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[tpu]'
 
 demo: setup  ## train a small model, then measure it from 16K to 1M tokens of memory
 	$(PY) train.py $(DEMO)

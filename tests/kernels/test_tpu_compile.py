@@ -1,5 +1,6 @@
 """The TPU kernels compiled by the real compiler for real chips, none of which is here. Needs libtpu (`make tpu`)."""
 
+import functools
 import os
 
 import pytest
@@ -10,8 +11,12 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 pytest.importorskip("libtpu", reason="libtpu is not installed: `make tpu` installs it, and the TPU compiler with it")
 
 import jax  # noqa: E402
+from flax import nnx  # noqa: E402
 
 from benchmarks import tpu as programs  # noqa: E402
+from msa_jax.config import MSAConfig  # noqa: E402
+from msa_jax.memory import DocumentLayout, MemoryBank  # noqa: E402
+from msa_jax.model import MSATransformer  # noqa: E402
 from pallas_kernels import tpu_chip  # noqa: E402
 from pallas_kernels.chunk_scores import tpu as chunk_scores_tpu  # noqa: E402
 from pallas_kernels.gather_attention import tpu as gather_attention_tpu  # noqa: E402
@@ -75,3 +80,28 @@ def test_the_description_of_vmem_bounds_what_the_compiler_uses(name, monkeypatch
     jax.clear_caches()
     programs.compiled(case, "v5e")
     jax.clear_caches()
+
+
+def test_the_question_step_of_the_4b_model_copies_no_layer_of_its_bank():
+    config = MSAConfig.preset("qwen3_4b", dtype="bfloat16", param_dtype="bfloat16")
+    mesh = programs.mesh_of("v5p")
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    array = functools.partial(jax.ShapeDtypeStruct, sharding=whole)
+    graph, state = nnx.split(nnx.eval_shape(lambda: MSATransformer(config, rngs=nnx.Rngs(0))))
+    state = jax.tree.map(lambda x: array(x.shape, x.dtype), state)
+    chunks, layers = 262_144, len(config.router_layers)
+    content = array((layers, chunks, config.num_kv_heads, config.head_dim), "bfloat16")
+    documents = array((chunks // 16,), "int32")
+    layout = DocumentLayout(array((chunks,), "int32"), documents, documents, max_length=64)
+    bank = MemoryBank(array((layers, chunks, config.router_width), "bfloat16"), content, content, layout)
+
+    def step(state, tokens, positions, bank):
+        output = nnx.merge(graph, state)(tokens, positions=positions, bank=bank)
+        return output.hidden, output.own, output.selection
+
+    question = array((1, 64), "int32")
+    with jax.set_mesh(mesh):
+        executable = jax.jit(step).lower(state, question, question, bank).compile()
+    assert executable.as_text().count('custom_call_target="tpu_custom_call"') == 2
+    # A layer has 512 MiB of routing keys and twice that of content.
+    assert programs.memory(executable)["temporaries"] < 128 * MIB
