@@ -31,17 +31,15 @@ def unsupported(*, query, keys) -> str | None:
 def forward(query, keys, query_mask, query_scale, key_scale, *, winners):
     """Scores [B, C] float32 and the token that won each chunk, [B, C] int32 or None; as `reference.forward`."""
     b, t, _ = query.shape
-    num_chunks = keys.shape[0]
-    if b == 0 or t == 0 or num_chunks == 0:
+    if 0 in (b, t, keys.shape[0]):
         return reference.forward(query, keys, query_mask, query_scale, key_scale, winners=winners)
-    query = jnp.where(query_mask[:, :, None], query, jnp.zeros((), query.dtype))
     if query.dtype not in (jnp.int8, jnp.bfloat16):
         query = query.astype(jnp.float32)
     cut = gpu_config.plan(query, keys, winners)
     # Columns beyond the tokens and the questions there are, and tokens that do not route, never win.
     floor = _columns(jnp.where(query_mask, 0.0, NO_SCORE)[..., None], cut, NO_SCORE)[..., 0]
     scale = None if query_scale is None else _columns(query_scale.astype(jnp.float32)[..., None], cut, 0)[..., 0]
-    scores, *won = (x[:b, :num_chunks] for x in _call(cut, _query_blocks(query, cut), keys, floor, scale, winners))
+    scores, *won = (x[:b, : keys.shape[0]] for x in _call(cut, _query_blocks(query, cut), keys, floor, scale, winners))
     # A key with a NaN has no winner.
     return reference.scale_scores(scores, key_scale), jnp.clip(won[0], 0, t - 1) if winners else None
 
@@ -70,12 +68,11 @@ def _call(cut, query, keys, floor, scale, winners):
     tile = gpu_config.WARPGROUPS * cut.rows
     tiles = pl.cdiv(num_chunks, tile)
     grid = min(gpu_config.multiprocessors(), tiles)
-    # Rows of what the copy engine writes start at multiples of 16 bytes, and a transposed tile is 8 x 8.
-    multiple = 8 if cut.by_token else 4
-    out = (cut.groups * cut.questions, pl.cdiv(num_chunks, multiple) * multiple)
-    out_transforms = gpu_terms.swizzled(8, 8, jnp.float32) if cut.by_token else ()
+    # What the copy engine writes starts at multiples of 16 bytes; no wider tiles, lest C be padded further.
+    out = (cut.groups * cut.questions, pl.cdiv(num_chunks, 4) * 4)
+    out_shape = (gpu_config.WARPGROUPS, cut.questions, cut.rows)
+    out_transforms = (plgpu.TilingTransform((8, 4)),) if cut.by_token else ()
     out_type = [jax.ShapeDtypeStruct(out, dtype) for dtype in (jnp.float32, jnp.int32)[: 1 + winners]]
-    held = (cut.questions, cut.rows)
     strips, units, query_rows, sub = query.shape
     per_step = strips // cut.steps
     copies = cut.copies + (0 if cut.resident else per_step)
@@ -86,7 +83,7 @@ def _call(cut, query, keys, floor, scale, winners):
     scratch = dict(
         ring=plgpu.SMEM((cut.stages, cut.copies, tile, cut.strip), keys.dtype, transforms=ring_layout),
         query_smem=plgpu.SMEM((*query_shape, query_rows, sub), query.dtype, transforms=query_layout),
-        out_smem=[plgpu.SMEM((gpu_config.WARPGROUPS, *held), t.dtype, transforms=out_transforms) for t in out_type],
+        out_smem=[plgpu.SMEM(out_shape, t.dtype, transforms=out_transforms) for t in out_type],
         full=plgpu.Barrier(num_arrivals=copies, num_barriers=cut.stages),
         empty=plgpu.Barrier(num_arrivals=gpu_config.WARPGROUPS, num_barriers=cut.stages),
         query_here=plgpu.Barrier(num_arrivals=strips * units if cut.resident else 1),
@@ -186,22 +183,24 @@ def _kernel(
         @pl.loop(0, mine * cut.groups)
         def _(i):
             group = lax.rem(i, cut.groups)
-            best = None
-            for n in range(cut.blocks):
+
+            def block_of_tokens(n, best):
                 unit = group * cut.blocks + n
                 acc = products((i * cut.blocks + n) * cut.steps, unit)
                 if scaled:
                     acc = acc * _of_columns(scale.at[unit], cut)
                 acc = jnp.where(_of_columns(floor.at[unit], cut) == 0.0, acc, NO_SCORE)
-                best = _fold(best, acc, n * cut.tokens, cut, len(outs) == 2)
+                return _fold(best, acc, n * cut.tokens, cut)
+
+            best = lax.fori_loop(0, cut.blocks, block_of_tokens, _nothing(cut, len(outs) == 2))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             start = (block + lax.div(i, cut.groups) * grid) * tile + warpgroup * cut.rows
-            for result, smem in zip(best, out_smem, strict=True):
-                if cut.by_token:
-                    smem.at[warpgroup].T[...] = plgpu.layout_cast(result, plgpu.Layout.WGMMA_TRANSPOSED)
-                else:
-                    for q, row in enumerate(result):
-                        smem[warpgroup, q] = row
+            for q, results in enumerate(best):
+                for result, smem in zip(results, out_smem, strict=True):
+                    if cut.by_token:
+                        smem.at[warpgroup].T[...] = plgpu.layout_cast(result, plgpu.Layout.WGMMA_TRANSPOSED)
+                    else:
+                        smem[warpgroup, q] = result
             plgpu.commit_smem()
             for smem, out in zip(out_smem, outs, strict=True):
                 rows = pl.ds(group * cut.questions, cut.questions)
@@ -216,32 +215,36 @@ def _of_columns(ref, cut):
     return lax.broadcast_in_dim(x, (cut.rows, cut.columns), (1,))
 
 
-def _fold(best, acc, first, cut, winners):
-    """The running (max, [winner]) of each question with the columns of one block, whose first token is `first`."""
+def _nothing(cut, winners):
+    """What `_fold` starts from: for each question (the max so far, [its token]); all questions at once if by_token."""
+    shape, layout = (cut.rows,), plgpu.Layout.WGMMA.reduce(1)
+    if cut.by_token:
+        shape, layout = (cut.rows, cut.questions), plgpu.Layout.WGMMA
+    start = (plgpu.layout_cast(jnp.full(shape, -jnp.inf, jnp.float32), layout),)
+    if winners:
+        start += (plgpu.layout_cast(jnp.zeros(shape, jnp.int32), layout),)
+    return [start] * (1 if cut.by_token else cut.questions)
+
+
+def _fold(best, acc, first, cut):
+    """`best` with the columns of one block, whose first token is `first`."""
     if cut.by_token:
         for n in range(cut.tokens):
             slab = acc[:, n * cut.questions : (n + 1) * cut.questions]
-            best = _better(best, slab, lax.full_like(slab, first + n, jnp.int32) if winners else None)
+            best = [_better(best[0], slab, first + n)]
         return best
-    scores, tokens = [], []
-    for q in range(cut.questions):
+    folded = []
+    for q, so_far in enumerate(best):
         part = acc[:, q * cut.tokens : (q + 1) * cut.tokens]
-        top = jnp.max(part, axis=1)
-        won = None
-        if winners:
+        top, won = jnp.max(part, axis=1), None
+        if len(so_far) == 2:
             token = plgpu.broadcasted_iota(jnp.int32, part.shape, 1, layout=plgpu.Layout.WGMMA)
             here = part == lax.broadcast_in_dim(top, part.shape, (0,))
             won = jnp.min(jnp.where(here, token, cut.tokens), axis=1) + first
-        previous = None if best is None else tuple(of[q] for of in best)
-        top, *won = _better(previous, top, won)
-        scores.append(top)
-        tokens += won
-    return (scores, tokens) if winners else (scores,)
+        folded.append(_better(so_far, top, won))
+    return folded
 
 
-def _better(best, score, token):
-    if best is None:
-        return (score,) if token is None else (score, token)
-    if token is None:
-        return (jnp.maximum(best[0], score),)
-    return jnp.maximum(best[0], score), jnp.where(score > best[0], token, best[1])
+def _better(so_far, score, token):
+    top = jnp.maximum(so_far[0], score)
+    return (top,) if len(so_far) == 1 else (top, jnp.where(score > so_far[0], token, so_far[1]))

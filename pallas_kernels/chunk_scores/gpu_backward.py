@@ -27,7 +27,7 @@ def backward(query, keys, winners, grad, *, wanted):
     """Gradients of query and keys, None for one not wanted. See `reference.backward`."""
     if 0 in query.shape or 0 in keys.shape:
         return reference.backward(query, keys, winners, grad, wanted=wanted)
-    # Chunks beyond the last have no gradient: they add nothing.
+    # Chunks beyond the last add nothing: their keys are read as zeros, and their gradient is not written.
     short = -keys.shape[0] % _ROWS
     winners, grad = (jnp.pad(x, ((0, 0), (0, short))) for x in (winners, grad))
     return (

@@ -138,8 +138,9 @@ def _plan(query, keys, outputs, sizes, rows, resident, part):
     by_token = t * questions_8 < b * tokens_8
     most = min(256, sizes.accumulators // rows // part)
     if by_token:
-        questions = min(questions_8, most // 2)  # the running max holds as many again
-        tokens = max(1, min(t, most // 2 // questions))
+        most //= 2 * outputs  # the running max holds as many again
+        questions = min(questions_8, most)
+        tokens = max(1, min(t, most // questions))
     else:
         tokens = min(tokens_8, most)
         questions = max(1, min(b, most // tokens))
