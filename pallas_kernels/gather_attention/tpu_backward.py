@@ -9,17 +9,17 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.gather_attention import tpu_forward
+from pallas_kernels.gather_attention import tpu_call
 from pallas_kernels.gather_attention.reference import MASKED, Operands
-from pallas_kernels.gather_attention.tpu_forward import Block, product
 from pallas_kernels.gather_attention.tpu_stream import Shape
+from pallas_kernels.gather_attention.tpu_tiles import Block, bank_block, own_block, product
 
 
 def _kernel(shape: Shape, *refs):
-    tables, _, rows, refs = tpu_forward.unpack(shape, refs)
+    tables, _, rows, refs = tpu_call.unpack(shape, refs)
     (grad_out_ref, lse_ref, delta_ref), refs = refs[:3], refs[3:]
     outputs = 1 + shape.bias
-    stream, (sum_ref, *bias_sum_ref), outs = tpu_forward.unpack_stream(shape, tables, refs, outputs=outputs)
+    stream, (sum_ref, *bias_sum_ref), outs = tpu_call.unpack_stream(shape, tables, refs, outputs=outputs)
     sum_ref[...] = jnp.zeros_like(sum_ref)
     for ref in bias_sum_ref:
         ref[...] = jnp.zeros_like(ref)
@@ -38,7 +38,7 @@ def _kernel(shape: Shape, *refs):
 
     def visit_bank(question, j, o, slot):
         for head in range(shape.kv_heads):
-            grad_logits = visit(head, tpu_forward.bank_block(stream, rows, head, question, j, o, slot))
+            grad_logits = visit(head, bank_block(stream, rows, head, question, j, o, slot))
             if shape.bias:
                 document = tables.documents[question * shape.selected + j]
                 column = jax.lax.broadcasted_iota(jnp.int32, (1, shape.selected), 1) == document
@@ -47,7 +47,7 @@ def _kernel(shape: Shape, *refs):
 
     def visit_own(step, o, slot):
         for head in range(shape.kv_heads):
-            visit(head, tpu_forward.own_block(stream, rows, head, step, o, slot))
+            visit(head, own_block(stream, rows, head, step, o, slot))
 
     stream.run(visit_bank, visit_own)
     group = rows.group[...] == jax.lax.broadcasted_iota(jnp.int32, (1, shape.blocks.group), 1)
@@ -62,7 +62,7 @@ def head_columns(x: jax.Array, kv: int, blocks, fill: float) -> jax.Array:
     """[B, T, H] -> [B, rows, K]: one number a row and key/value head; `fill` for the rows that only pad."""
     padding = -x.shape[1] % blocks.tokens
     x = jnp.pad(x, ((0, 0), (0, padding), (0, 0)), constant_values=fill)
-    return tpu_forward.to_rows(x, kv, blocks).swapaxes(1, 2)
+    return tpu_call.to_rows(x, kv, blocks).swapaxes(1, 2)
 
 
 def shifted_lse(lse: jax.Array) -> jax.Array:
@@ -77,15 +77,13 @@ def backward(operands: Operands, lse, delta, grad_out, *, blocks, cores: int):
     Args:
       lse, delta: [B, T, H] float32, of the forward pass and `reference.shifted_delta`.
     """
-    call = tpu_forward.prepare(operands, blocks, cores)
+    call = tpu_call.prepare(operands, blocks, cores)
     shape, kv = call.shape, call.shape.kv_heads
     group, tokens = blocks.group, shape.tokens
     rows_total = shape.steps_per_question * blocks.rows
-    column_spec = pl.BlockSpec(
-        (1, blocks.rows, kv), lambda *i: (call.query_spec.index_map(*i)[0], call.query_spec.index_map(*i)[2], 0)
-    )
+    column_spec = call.column_spec()
     extra = [
-        tpu_forward.to_rows(grad_out.astype(operands.q.dtype), kv, blocks),
+        tpu_call.to_rows(grad_out.astype(operands.q.dtype), kv, blocks),
         head_columns(shifted_lse(lse), kv, blocks, -MASKED),
         head_columns(delta, kv, blocks, 0.0),
     ]
@@ -95,7 +93,7 @@ def backward(operands: Operands, lse, delta, grad_out, *, blocks, cores: int):
     scratch = [pltpu.VMEM((kv, blocks.rows, shape.head_dim), jnp.float32)]
     if shape.bias:
         per_step = (kv, group, shape.selected)
-        out_specs.append(pl.BlockSpec((1, *per_step), lambda *i: (_step(call, i), 0, 0, 0)))
+        out_specs.append(pl.BlockSpec((1, *per_step), lambda *i: (call.step(i), 0, 0, 0)))
         out_shape.append(jax.ShapeDtypeStruct((shape.steps, *per_step), jnp.float32))
         scratch.append(pltpu.VMEM((kv, blocks.rows, shape.selected), jnp.float32))
     grad_rows, *grad_bias = pl.pallas_call(
@@ -108,16 +106,12 @@ def backward(operands: Operands, lse, delta, grad_out, *, blocks, cores: int):
             scratch_shapes=[*call.scratch, *scratch],
         ),
         out_shape=out_shape,
-        compiler_params=tpu_forward.params("parallel", "arbitrary"),
+        compiler_params=tpu_call.params("parallel", "arbitrary"),
         name="gather_attention_grad_query",
     )(*call.arguments[:at], *extra, *call.arguments[at:])
-    grad_q = tpu_forward.from_rows(grad_rows, tokens, group)
+    grad_q = tpu_call.from_rows(grad_rows, tokens, group)
     if not shape.bias:
         return grad_q, None
     per_step = grad_bias[0].reshape(shape.questions, shape.steps_per_question, kv * group, shape.selected)
     return grad_q, jnp.sum(per_step, axis=1).swapaxes(1, 2)
 
-
-def _step(call, index):
-    question, _, block, _ = call.query_spec.index_map(*index)
-    return question * call.shape.steps_per_question + block

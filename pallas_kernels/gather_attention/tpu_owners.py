@@ -18,7 +18,8 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.gather_attention.config import Blocks
 from pallas_kernels.gather_attention.reference import MASKED
 from pallas_kernels.gather_attention.tpu_backward import head_columns, shifted_lse
-from pallas_kernels.gather_attention.tpu_forward import params, product, to_rows
+from pallas_kernels.gather_attention.tpu_call import params, to_rows
+from pallas_kernels.gather_attention.tpu_tiles import product
 
 
 class Ranges(NamedTuple):
