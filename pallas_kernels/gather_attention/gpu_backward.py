@@ -51,11 +51,10 @@ def kernel(case, gmem, grad_q_ref, grad_bias_ref, smem):
             acc, sums = carry
             slot = jax.lax.rem(step, case.sizes.stages)
             plgpu.barrier_wait(smem["ready"].at[slot])
-            logits, allowed = scaled_logits(case, smem, smem["q"].at[wg], own, slot, index, columns, mine, wg)
+            logits = scaled_logits(case, smem, smem["q"].at[wg], own, slot, index, columns, mine, wg)
             weights = jnp.exp2(logits - jax.lax.broadcast_in_dim(lse, shape, [0]))
             grad_weights = gpu_tiles.product(smem["grad_out"].at[wg], smem["v"].at[slot])
             grad_logits = weights * (grad_weights - jax.lax.broadcast_in_dim(delta, shape, [0]))
-            grad_logits = jnp.where(allowed, grad_logits, 0.0)
             acc = gpu_tiles.accumulate(acc, grad_logits, smem["k"].at[slot], scratch)
             plgpu.barrier_arrive(smem["consumed"].at[slot])
             return acc, sums if own or not case.biased else sums + jnp.sum(grad_logits, axis=1)

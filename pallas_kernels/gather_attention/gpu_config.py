@@ -51,7 +51,7 @@ class OwnerSizes:
     @property
     def registers(self) -> tuple[int, int]:
         """Registers a thread of a consumer and of the producer gets; this producer only starts copies."""
-        return min(240, (REGISTERS - 40) // self.consumers // 8 * 8), 40
+        return min(240, (REGISTERS - 24) // self.consumers // 8 * 8), 24
 
 
 def pieces(dtype) -> int:
@@ -93,8 +93,18 @@ def choose(*, rows: int, others: int, tiles: int, head_dim: int, dtype, bank_dty
     per_consumer = row_operands * WARPGROUP_ROWS * row_bytes(head_dim, dtype)
     consumers, stages = _fit(2 if rows > WARPGROUP_ROWS else 1, per_consumer, stage)
     blocks = -(-rows // (consumers * WARPGROUP_ROWS)) * others
-    splits = max(1, min(tiles, MULTIPROCESSORS // max(1, blocks)))
-    return Sizes(consumers=consumers, stages=stages, lag=min(2, stages - 1), splits=splits)
+    return Sizes(consumers=consumers, stages=stages, lag=min(2, stages - 1), splits=_splits(blocks, tiles))
+
+
+def _splits(blocks: int, tiles: int) -> int:
+    """The fewest parts of the columns that keep nine in ten multiprocessors busy, or else the best number of them."""
+
+    def busy(splits):
+        waves = -(-blocks * splits // MULTIPROCESSORS)
+        return blocks * splits / (waves * MULTIPROCESSORS)
+
+    possible = range(1, max(1, min(tiles, MULTIPROCESSORS)) + 1)
+    return next((splits for splits in possible if busy(splits) >= 0.9), max(possible, key=busy))
 
 
 def choose_owners(*, rows: int, head_dim: int, dtype, owned_dtype) -> OwnerSizes:

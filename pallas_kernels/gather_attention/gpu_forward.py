@@ -32,13 +32,13 @@ def allowed_columns(case, smem, own, slot, index, columns, row):
 
 
 def scaled_logits(case, smem, q, own, slot, index, columns, row, wg):
-    """[64, 64] float32 logits times log2(e), MASKED where a column does not count, and the mask itself."""
+    """[64, 64] float32 logits times log2(e), MASKED where a column does not count."""
     logits = gpu_tiles.product(q, smem["k"].at[slot]) * (case.head_dim**-0.5 * LOG2E)
     if not own and case.biased:
         bias = smem["bias"][slot, pl.ds(wg * WARPGROUP_ROWS, WARPGROUP_ROWS)] * LOG2E
         logits = logits + jax.lax.broadcast_in_dim(bias, logits.shape, [0])
     allowed = allowed_columns(case, smem, own, slot, index, columns, row)
-    return jnp.where(allowed, logits, MASKED), allowed
+    return jnp.where(allowed, logits, MASKED)
 
 
 def kernel(case, gmem, out_ref, lse_ref, smem):
@@ -68,7 +68,7 @@ def kernel(case, gmem, out_ref, lse_ref, smem):
             acc, top, total = carry
             slot = jax.lax.rem(step, case.sizes.stages)
             plgpu.barrier_wait(smem["ready"].at[slot])
-            logits, _ = scaled_logits(case, smem, smem["q"].at[wg], own, slot, index, columns, mine, wg)
+            logits = scaled_logits(case, smem, smem["q"].at[wg], own, slot, index, columns, mine, wg)
             new_top = jnp.maximum(top, jnp.max(logits, axis=1))
             weights = jnp.exp2(logits - jax.lax.broadcast_in_dim(new_top, logits.shape, [0]))
             shrink = jnp.exp2(top - new_top)

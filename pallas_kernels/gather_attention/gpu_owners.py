@@ -173,7 +173,7 @@ def kernel(case, gmem, grad_k_ref, grad_v_ref, smem):
             grad_v = gpu_tiles.accumulate(grad_v, weights, smem["grad_out"].at[slot], scratch)
             grad_weights = gpu_tiles.product(values, smem["grad_out"].at[slot])
             grad_logits = weights * (grad_weights - jax.lax.broadcast_in_dim(delta, shape, [1]))
-            grad_logits = jnp.where(allowed, grad_logits, 0.0)
+            grad_logits = jnp.where(weights != 0.0, grad_logits, 0.0)  # 0 times NaN, of a chunk nobody has
             grad_k = gpu_tiles.accumulate(grad_k, grad_logits, smem["q"].at[slot], scratch)
             plgpu.barrier_arrive(smem["consumed"].at[slot])
             return grad_k, grad_v
