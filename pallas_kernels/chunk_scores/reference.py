@@ -14,6 +14,8 @@ import jax.numpy as jnp
 NO_SCORE = -1e30
 # Most elements of [B, T, chunks] held at once: 64 MiB of float32.
 _TILE_ELEMENTS = 1 << 24
+# Most elements of the keys of a tile, which is a copy that should stay in cache: 16 MiB of float32.
+_KEY_ELEMENTS = 1 << 22
 
 
 def unsupported(*, query, keys) -> str | None:
@@ -50,9 +52,12 @@ def _over_tiles(tile_fn, init, num_chunks, tile):
     return carry
 
 
-def tile_size(batch: int, tokens: int, num_chunks: int) -> int:
-    """Chunks scored at once, so that the [B, T, tile] products stay within 64 MiB."""
-    return max(1, min(num_chunks, max(256, _TILE_ELEMENTS // max(1, batch * tokens))))
+def tile_size(batch: int, tokens: int, num_chunks: int, width: int) -> int:
+    """Chunks scored at once: all of them if the [B, T, C] products stay within 64 MiB, else few enough."""
+    most = _TILE_ELEMENTS // max(1, batch * tokens)
+    if most >= num_chunks:
+        return max(1, num_chunks)
+    return min(num_chunks, max(256, min(most, _KEY_ELEMENTS // max(1, width))))
 
 
 @functools.partial(jax.jit, static_argnames="winners")
@@ -66,7 +71,7 @@ def forward(query, keys, query_mask, query_scale, key_scale, layer=None, *, winn
     """
     b, t, m = query.shape
     num_chunks = keys.shape[-2]
-    tile = tile_size(b, t, num_chunks)
+    tile = tile_size(b, t, num_chunks, m)
 
     def score(part):
         products = _products(query, part)
@@ -136,7 +141,7 @@ def backward(query, keys, winners, grad, *, wanted):
         jnp.zeros((b * t, m), jnp.float32) if wanted[0] else None,
         jnp.zeros(keys.shape, jnp.float32) if wanted[1] else None,
     )
-    grad_query, grad_keys = _over_tiles(body, init, keys.shape[0], tile_size(b, t, keys.shape[0]))
+    grad_query, grad_keys = _over_tiles(body, init, keys.shape[0], tile_size(b, t, keys.shape[0], m))
     return (
         grad_query.reshape(b, t, m).astype(query.dtype) if wanted[0] else None,
         grad_keys.astype(keys.dtype) if wanted[1] else None,
