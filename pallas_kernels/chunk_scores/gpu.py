@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.chunk_scores import gpu_backward, gpu_config, gpu_terms, reference
+from pallas_kernels.chunk_scores import gpu_backward, gpu_config, gpu_max, gpu_terms, reference
 
 NO_SCORE = reference.NO_SCORE
 backward = gpu_backward.backward
@@ -28,18 +28,23 @@ def unsupported(*, query, keys) -> str | None:
 
 
 @functools.partial(jax.jit, static_argnames="winners")
-def forward(query, keys, query_mask, query_scale, key_scale, *, winners):
+def forward(query, keys, query_mask, query_scale, key_scale, layer=None, *, winners):
     """Scores [B, C] float32 and the token that won each chunk, [B, C] int32 or None; as `reference.forward`."""
     b, t, _ = query.shape
-    if 0 in (b, t, keys.shape[0]):
-        return reference.forward(query, keys, query_mask, query_scale, key_scale, winners=winners)
+    if 0 in (b, t, keys.shape[-2]):
+        return reference.forward(query, keys, query_mask, query_scale, key_scale, layer, winners=winners)
+    if layer is None:
+        keys, layer = keys[None], jnp.zeros((), jnp.int32)
+    elif key_scale is not None:
+        key_scale = key_scale[layer]
     if query.dtype not in (jnp.int8, jnp.bfloat16):
         query = query.astype(jnp.float32)
     cut = gpu_config.plan(query, keys, winners)
     # Columns beyond the tokens and the questions there are, and tokens that do not route, never win.
     floor = _columns(jnp.where(query_mask, 0.0, NO_SCORE)[..., None], cut, NO_SCORE)[..., 0]
     scale = None if query_scale is None else _columns(query_scale.astype(jnp.float32)[..., None], cut, 0)[..., 0]
-    scores, *won = (x[:b, : keys.shape[0]] for x in _call(cut, _query_blocks(query, cut), keys, floor, scale, winners))
+    out = _call(cut, _query_blocks(query, cut), keys, layer[None], floor, scale, winners)
+    scores, *won = (x[:b, : keys.shape[1]] for x in out)
     # A key with a NaN has no winner.
     return reference.scale_scores(scores, key_scale), jnp.clip(won[0], 0, t - 1) if winners else None
 
@@ -62,9 +67,9 @@ def _query_blocks(query, cut):
     return terms.reshape(units, rows, width // cut.sub, cut.sub).transpose(2, 0, 1, 3)
 
 
-def _call(cut, query, keys, floor, scale, winners):
+def _call(cut, query, keys, layer, floor, scale, winners):
     """Scores, and winners if asked for: [groups * questions, C to a multiple of 4]."""
-    num_chunks = keys.shape[0]
+    num_chunks = keys.shape[1]
     tile = gpu_config.WARPGROUPS * cut.rows
     tiles = pl.cdiv(num_chunks, tile)
     grid = min(gpu_config.multiprocessors(), tiles)
@@ -98,11 +103,26 @@ def _call(cut, query, keys, floor, scale, winners):
         num_threads=gpu_config.WARPGROUPS + 1,
         thread_name="warpgroup",
     )
-    return kernel(keys, query, floor, *(() if scale is None else (scale,)))
+    return kernel(keys, layer, query, floor, *(() if scale is None else (scale,)))
 
 
 def _kernel(
-    keys, query, floor, *refs, cut, tiles, grid, scaled, ring, query_smem, out_smem, full, empty, query_here, operand
+    keys,
+    layer,
+    query,
+    floor,
+    *refs,
+    cut,
+    tiles,
+    grid,
+    scaled,
+    ring,
+    query_smem,
+    out_smem,
+    full,
+    empty,
+    query_here,
+    operand,
 ):
     scale, outs = (refs[0], refs[1:]) if scaled else (None, refs)
     block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
@@ -122,7 +142,7 @@ def _kernel(
                 for unit in range(units):
                     plgpu.copy_gmem_to_smem(query.at[s, unit], query_smem.at[s, unit], query_here)
 
-        total = mine * units * cut.steps
+        total, chosen = mine * units * cut.steps, layer[0]
 
         @pl.loop(0, total)
         def _(i):
@@ -135,7 +155,7 @@ def _kernel(
 
             for j in range(cut.copies):
                 column = (step * cut.copies + j) * cut.strip
-                source = keys.at[pl.ds(start, tile), pl.ds(column, cut.strip)]
+                source = keys.at[chosen, pl.ds(start, tile), pl.ds(column, cut.strip)]
                 plgpu.copy_gmem_to_smem(source, ring.at[slot, j], full.at[slot])
             if not cut.resident:
                 unit = lax.rem(lax.div(i, cut.steps), units)
@@ -188,11 +208,11 @@ def _kernel(
                 unit = group * cut.blocks + n
                 acc = products((i * cut.blocks + n) * cut.steps, unit)
                 if scaled:
-                    acc = acc * _of_columns(scale.at[unit], cut)
-                acc = jnp.where(_of_columns(floor.at[unit], cut) == 0.0, acc, NO_SCORE)
-                return _fold(best, acc, n * cut.tokens, cut)
+                    acc = acc * gpu_max.of_columns(scale.at[unit], cut)
+                acc = jnp.where(gpu_max.of_columns(floor.at[unit], cut) == 0.0, acc, NO_SCORE)
+                return gpu_max.fold(best, acc, n * cut.tokens, cut)
 
-            best = lax.fori_loop(0, cut.blocks, block_of_tokens, _nothing(cut, len(outs) == 2))
+            best = lax.fori_loop(0, cut.blocks, block_of_tokens, gpu_max.nothing(cut, len(outs) == 2))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             start = (block + lax.div(i, cut.groups) * grid) * tile + warpgroup * cut.rows
             for q, results in enumerate(best):
@@ -207,44 +227,3 @@ def _kernel(
                 plgpu.copy_smem_to_gmem(smem.at[warpgroup], out.at[rows, pl.ds(start, cut.rows)])
 
         plgpu.wait_smem_to_gmem(0)
-
-
-def _of_columns(ref, cut):
-    """[rows, columns] of one value a column."""
-    x = plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
-    return lax.broadcast_in_dim(x, (cut.rows, cut.columns), (1,))
-
-
-def _nothing(cut, winners):
-    """What `_fold` starts from: for each question (the max so far, [its token]); all questions at once if by_token."""
-    shape, layout = (cut.rows,), plgpu.Layout.WGMMA.reduce(1)
-    if cut.by_token:
-        shape, layout = (cut.rows, cut.questions), plgpu.Layout.WGMMA
-    start = (plgpu.layout_cast(jnp.full(shape, -jnp.inf, jnp.float32), layout),)
-    if winners:
-        start += (plgpu.layout_cast(jnp.zeros(shape, jnp.int32), layout),)
-    return [start] * (1 if cut.by_token else cut.questions)
-
-
-def _fold(best, acc, first, cut):
-    """`best` with the columns of one block, whose first token is `first`."""
-    if cut.by_token:
-        for n in range(cut.tokens):
-            slab = acc[:, n * cut.questions : (n + 1) * cut.questions]
-            best = [_better(best[0], slab, first + n)]
-        return best
-    folded = []
-    for q, so_far in enumerate(best):
-        part = acc[:, q * cut.tokens : (q + 1) * cut.tokens]
-        top, won = jnp.max(part, axis=1), None
-        if len(so_far) == 2:
-            token = plgpu.broadcasted_iota(jnp.int32, part.shape, 1, layout=plgpu.Layout.WGMMA)
-            here = part == lax.broadcast_in_dim(top, part.shape, (0,))
-            won = jnp.min(jnp.where(here, token, cut.tokens), axis=1) + first
-        folded.append(_better(so_far, top, won))
-    return folded
-
-
-def _better(so_far, score, token):
-    top = jnp.maximum(so_far[0], score)
-    return (top,) if len(so_far) == 1 else (top, jnp.where(score > so_far[0], token, so_far[1]))

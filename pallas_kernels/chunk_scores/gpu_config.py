@@ -80,7 +80,7 @@ def unsupported(query, keys) -> str | None:
         return f"keys must be float32, bfloat16 or int8, got {keys.dtype}."
     if query.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8):
         return f"query must be float32, bfloat16, float16 or int8, got {query.dtype}."
-    width, itemsize = keys.shape[1], keys.dtype.itemsize
+    width, itemsize = keys.shape[-1], keys.dtype.itemsize
     if width * itemsize % 16:
         return f"rows of keys must be a multiple of 16 bytes for tensor copies, got M {width} of {keys.dtype}."
     if strip_width(width, query.dtype, keys.dtype) is None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 from pallas_kernels import chunk_scores
 from pallas_kernels.chunk_scores import gpu, gpu_config, gpu_terms
@@ -19,7 +19,7 @@ FULL = 1_562_500  # 100M tokens; no multiple of 8, let alone of a tile
 
 def device(kind="NVIDIA H200"):
     described = AbstractDevice(device_kind=kind, num_cores=None, platform="gpu")
-    return use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=described))
+    return use_abstract_mesh(AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=described))
 
 
 LOWERED = [
@@ -35,6 +35,20 @@ LOWERED = [
     (1, 1, 77, 8, "bfloat16", "bfloat16"),
     (5, 9, 1001, 272, "bfloat16", "bfloat16"),
 ]
+
+
+# What may touch a bank on its way to a kernel: nothing that copies it.
+FREE = ("func.func", "call @", "custom_call @mosaic_gpu", "broadcast_in_dim", "return", "while", "case")
+
+
+def kernels(program, bank, *args):
+    """How many kernels a program holds once lowered for CUDA, in which nothing copies arrays of shape `bank`."""
+    with device():
+        text = jax.jit(program).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    name = "tensor<" + "x".join(map(str, bank)) + "x"
+    touching = [line for line in text.splitlines() if name in line]
+    assert touching and all(any(op in line for op in FREE) for line in touching)
+    return text.count("custom_call @mosaic_gpu")
 
 
 @pytest.mark.parametrize("case", LOWERED, ids=str)
@@ -56,13 +70,20 @@ def test_lowers_for_cuda(case):
         )
         return pull(value)
 
-    with device():
-        programs = [jax.jit(lambda q, k, s: scores(q, k, **s))] + ([jax.jit(trained)] if floats else [])
-        for program, kernels in zip(programs, (1, 1 + len(floats)), strict=False):
-            text = program.trace(query, keys, scales).lower(lowering_platforms=("cuda",)).as_text()
-            assert text.count("custom_call @mosaic_gpu") == kernels
-            # The kernel's operand is the bank itself: nobody pads or converts it.
-            assert "stablehlo.pad %arg1" not in text and "stablehlo.slice %arg1" not in text
+    assert kernels(lambda q, k, s: scores(q, k, **s), (c, m), query, keys, scales) == 1
+    if floats:
+        assert kernels(trained, (c, m), query, keys, scales) == 1 + len(floats)
+
+
+def test_a_scan_over_layers_copies_none():
+    layers, m = 18, 1024
+    bank = jax.ShapeDtypeStruct((layers, FULL, m), jnp.bfloat16)
+
+    def route(bank, query):
+        scores = lambda layer: chunk_scores(query, bank, layer=layer, implementation="gpu")  # noqa: E731
+        return jax.lax.map(lambda layer: jax.lax.top_k(scores(layer), 16), jnp.arange(layers))
+
+    assert kernels(route, bank.shape, bank, jax.ShapeDtypeStruct((1, 64, m), jnp.bfloat16)) == 1
 
 
 def plans():
