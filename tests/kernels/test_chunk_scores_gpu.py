@@ -125,6 +125,16 @@ def test_a_question_without_tokens_and_a_key_that_is_not_a_number():
     np.testing.assert_array_equal(won[0, others] == 1, False)
 
 
+def test_the_layer_asked_for_scores():
+    query, keys, mask, _, key_scale = make(1, 3, 70, 32, "bfloat16", "int8")
+    banks, scales = jnp.stack([keys, keys[::-1]]), jnp.stack([key_scale, key_scale[::-1]])
+    with interpreted():
+        for layer in range(2):
+            got = gpu.forward(query, banks, mask, None, scales, jnp.int32(layer), winners=False)[0]
+            want = gpu.forward(query, banks[layer], mask, None, scales[layer], winners=False)[0]
+            np.testing.assert_array_equal(got, want)
+
+
 @pytest.mark.parametrize("b", [1, 9])
 def test_the_first_of_equal_tokens_wins(b):
     rng = np.random.default_rng(0)  # small integers: a product is exact in any order
