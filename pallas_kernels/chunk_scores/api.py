@@ -77,11 +77,11 @@ def chunk_scores(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _chunk_scores(module, query, keys, query_mask, query_scale, key_scale, layer):
-    return module.forward(query, keys, query_mask, query_scale, key_scale, *_given(layer), winners=False)[0]
+    return module.forward(query, keys, query_mask, query_scale, key_scale, layer, winners=False)[0]
 
 
 def _fwd(module, query, keys, query_mask, query_scale, key_scale, layer):
-    scores, winners = module.forward(query, keys, query_mask, query_scale, key_scale, *_given(layer), winners=True)
+    scores, winners = module.forward(query, keys, query_mask, query_scale, key_scale, layer, winners=True)
     return scores, (query, keys, query_mask, query_scale, key_scale, layer, winners)
 
 
@@ -110,10 +110,6 @@ def _bwd(module, residuals, grad):
     zero = lambda scale: None if scale is None else jnp.zeros_like(scale)  # noqa: E731
     no_layer = None if layer is None else _no_gradient(layer)
     return grad_query, grad_keys, _no_gradient(query_mask), zero(query_scale), zero(residuals[4]), no_layer
-
-
-def _given(x):
-    return () if x is None else (x,)
 
 
 def _no_gradient(x):

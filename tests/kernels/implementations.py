@@ -9,7 +9,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch
 
-IMPLEMENTATIONS = ("xla", "tpu")
+IMPLEMENTATIONS = ("xla", "tpu", "gpu")
 
 
 @contextlib.contextmanager
@@ -37,11 +37,13 @@ def running(name: str):
 
 def skip_unless_supported(op: str, name: str, **case) -> None:
     """Skip a case that the kernel declares it cannot run, once it has raised when asked for it by name."""
-    reason = dispatch.module(op, name).unsupported(**case)
-    if reason is not None:
-        with pytest.raises(NotImplementedError, match=r"cannot run this"), running(name):
+    with running(name):
+        reason = dispatch.module(op, name).unsupported(**case)
+        if reason is None:
+            return
+        with pytest.raises(NotImplementedError, match=r"cannot run this"):
             dispatch.choose(op, name, **case)
-        pytest.skip(f"{name}: {reason}")
+    pytest.skip(f"{name}: {reason}")
 
 
 def at_most_twice(got, want, plain) -> None:
