@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -45,6 +47,11 @@ def unsupported(*, operands: Operands) -> str | None:
         )
     if not gpu_config.fits(d, operands.q.dtype, operands.bank_k.dtype):
         return f"its tiles do not fit into shared memory: head dim {d} in {operands.q.dtype}."
+    documents, own = operands.starts.shape[1], operands.k.shape[1]
+    if math.prod(gpu_tiles.plan_shape(documents, own)) > gpu_config.MOST_PLANNED:
+        return (
+            f"{documents} documents and {own} own tokens are more than it plans for: documents / 16 + own / 4096 < 16."
+        )
     return _capability()
 
 

@@ -12,6 +12,7 @@ SHARED_MEMORY = 227 * 1024  # bytes a block may have
 REGISTERS = 512  # per thread, to be shared by the warpgroups of a block: 65,536 / 128
 COLUMNS = 64  # chunks or tokens of a tile: one wgmma deep in P V, and no more waste at a short document's end
 ALIGNMENT = 8  # rows of the smallest tile that wgmma reads: TMA copies begin at a multiple of it
+MOST_PLANNED = 1024  # numbers of a question's plan, in shared memory
 MOST_STAGES = 4  # tiles in flight: 2 cover the latency of memory, 1 is being cleaned, 1 is being used
 
 

@@ -14,7 +14,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from pallas_kernels.gather_attention.gpu_config import ALIGNMENT, COLUMNS
-from pallas_kernels.gather_attention.gpu_tiles import Case, plan_length, split_pieces, swizzled, walk
+from pallas_kernels.gather_attention.gpu_tiles import Case, plan_shape, planned, split_pieces, swizzled, walk
 
 # What must be done with a tile before it is used; a bank tile is told by the columns that count.
 NO_TILE, OWN_DIRTY, OWN_CLEAN = 0, -1, -2
@@ -25,7 +25,7 @@ def tile_buffers(case: Case):
     stages, d = case.sizes.stages, case.head_dim
     tile = swizzled((stages, case.pieces, COLUMNS, d), jnp.bfloat16)
     buffers = dict(
-        plan=plgpu.SMEM((plan_length(case.documents, case.own),), jnp.int32),
+        plan=plgpu.SMEM(plan_shape(case.documents, case.own), jnp.int32),
         k=tile,
         v=tile,
         mask=plgpu.SMEM((stages, COLUMNS), jnp.float32) if case.own else None,
@@ -64,7 +64,7 @@ def produce(case: Case, gmem, smem, *, question, head, row, split):
                 copy(gmem["v"].at[piece, question, columns, head], smem["v"].at[slot, piece])
             copy(gmem["mask"].at[question, columns], smem["mask"].at[slot])
         else:
-            start = pl.multiple_of(smem["plan"][j] + i * COLUMNS, ALIGNMENT)
+            start = pl.multiple_of(planned(smem, j) + i * COLUMNS, ALIGNMENT)
             chunks = pl.ds(start, COLUMNS)
             for source, target in ((gmem["bank_k"], k_source), (gmem["bank_v"], v_source)):
                 tile = smem[target].at[slot] if case.converted else smem[target].at[slot, 0]
@@ -131,7 +131,7 @@ def produce(case: Case, gmem, smem, *, question, head, row, split):
 
         load(own, step, j, i)
         if own:
-            flag = smem["plan"][4 * case.documents + 1 + i]
+            flag = planned(smem, 4 * case.documents + 1 + i)
             code = jnp.where(flag == 1, OWN_CLEAN, OWN_DIRTY)
         else:
             code = columns[0] * 256 + columns[1]

@@ -23,6 +23,7 @@ from pallas_kernels.gather_attention.gpu_config import (
     pieces,
 )
 
+PLAN_ROW = 32
 # Products of the pieces of two numbers that a float32 product needs; the rest is below its rounding.
 PRODUCTS = {1: ((0, 0),), 3: ((0, 2), (2, 0), (1, 1), (0, 1), (1, 0), (0, 0))}
 
@@ -68,16 +69,21 @@ def swizzled(shape, dtype):
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
-def plan_length(documents: int, own: int) -> int:
-    """Numbers of a question's plan: four per document (see `plan`), the number of tiles, a flag per own tile."""
-    return -(-(4 * documents + 1 + -(-own // COLUMNS)) // 32) * 32
+def plan_shape(documents: int, own: int) -> tuple[int, int]:
+    """Of a question's plan: rows of 32, as TMA copies no more than 256 numbers of an axis."""
+    return -(-(4 * documents + 1 + -(-own // COLUMNS)) // PLAN_ROW), PLAN_ROW
+
+
+def planned(smem, i):
+    """The i-th number of the plan."""
+    return smem["plan"][i // PLAN_ROW, i % PLAN_ROW]
 
 
 def plan(operands) -> jax.Array:
-    """[B, plan_length] int32: everything a block reads to find its tiles, in one copy.
+    """[B, *plan_shape] int32: everything a block reads to find its tiles, in one copy.
 
     Per document: the aligned chunk where its tiles begin, the columns from there where it begins and ends, and the
-    tiles of the documents before it.
+    tiles of the documents before it. Then the number of all their tiles, and a flag per tile of own tokens: all exist.
     """
     starts, lengths, mask = operands.starts, operands.lengths, operands.mask
     if not operands.bank_k.shape[0]:
@@ -89,7 +95,8 @@ def plan(operands) -> jax.Array:
     padded = jnp.pad(mask, ((0, 0), (0, -mask.shape[1] % COLUMNS)), constant_values=True)
     clean = jnp.all(padded.reshape(mask.shape[0], -1, COLUMNS), axis=2)
     row = jnp.concatenate([starts - lead, lead, lead + lengths, ends - tiles, total, clean], axis=1).astype(jnp.int32)
-    return jnp.pad(row, ((0, 0), (0, plan_length(starts.shape[1], mask.shape[1]) - row.shape[1])))
+    shape = plan_shape(starts.shape[1], mask.shape[1])
+    return jnp.pad(row, ((0, 0), (0, shape[0] * shape[1] - row.shape[1]))).reshape(-1, *shape)
 
 
 def walk(case: Case, smem, rows_end, split, body, carry, after=None):
@@ -106,8 +113,8 @@ def walk(case: Case, smem, rows_end, split, body, carry, after=None):
     Returns:
       The carry and the number of tiles.
     """
-    k, splits, numbers = case.documents, case.sizes.splits, smem["plan"]
-    bank_tiles = numbers[4 * k]
+    k, splits = case.documents, case.sizes.splits
+    bank_tiles = planned(smem, 4 * k)
     last_token = jnp.minimum((rows_end - 1) // case.group, case.tokens - 1)
     own_tiles = (last_token + (case.own - case.tokens)) // COLUMNS + 1 if case.own else 0
     total = bank_tiles + own_tiles
@@ -118,7 +125,7 @@ def walk(case: Case, smem, rows_end, split, body, carry, after=None):
         return jax.lax.fori_loop(begin, end, lambda tile, c: fn(tile - low, tile - first, c), carry)
 
     def document(j, carry):
-        lead, end = numbers[k + j], numbers[2 * k + j]
+        lead, end = planned(smem, k + j), planned(smem, 2 * k + j)
 
         def tile(step, i, carry):
             passed = i * COLUMNS
@@ -126,7 +133,7 @@ def walk(case: Case, smem, rows_end, split, body, carry, after=None):
             return body(False, step, j, i, columns, carry)
 
         # The next number is the first tile of the document after, or the number of all tiles.
-        carry = over(numbers[3 * k + j], numbers[3 * k + j + 1], carry, tile)
+        carry = over(planned(smem, 3 * k + j), planned(smem, 3 * k + j + 1), carry, tile)
         return after(j, carry) if after else carry
 
     if k:
