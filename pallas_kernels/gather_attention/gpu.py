@@ -36,9 +36,8 @@ def unsupported(*, operands: Operands) -> str | None:
         return f"q, k and v must be bfloat16 or float32, all three the same; they are {sorted(dtypes)}."
     if str(jnp.dtype(operands.bank_k.dtype)) not in ("bfloat16", "float32", "int8"):
         return f"the bank must be bfloat16, float32 or int8; it is {operands.bank_k.dtype}."
-    unit = 32 if operands.bank_k.dtype == jnp.int8 else 16
-    if d % unit or d > 128:
-        return f"the head dim must be a multiple of {unit} up to 128, as TMA and wgmma take it; it is {d}."
+    if d % 16 or d > 128:
+        return f"the head dim must be a multiple of 16 up to 128, as TMA and wgmma take it; it is {d}."
     size = operands.bank_k.size * jnp.dtype(operands.bank_k.dtype).itemsize
     if num_chunks % ALIGNMENT and size > COPIED_BANK_BYTES:
         return (
@@ -76,6 +75,7 @@ def _case(operands: Operands, max_length: int, **extra):
         group=h // kv,
         head_dim=d,
         documents=documents,
+        scales=0 if operands.bank_k_scale is None else operands.bank_k_scale.shape[-1],
         dtype=operands.q.dtype,
         bank_dtype=operands.bank_k.dtype,
         biased=operands.bias is not None and documents > 0,
@@ -129,7 +129,7 @@ def _gmem(case, operands: Operands):
         gmem |= dict(bank_k=_whole(operands.bank_k, 0), bank_v=_whole(operands.bank_v, 0))
         if case.int8:
             scales = (operands.bank_k_scale, operands.bank_v_scale)
-            gmem["scale_k"], gmem["scale_v"] = (_whole(scale, 1).reshape(-1) for scale in scales)
+            gmem["scale_k"], gmem["scale_v"] = (scale.reshape(-1) for scale in scales)
         if case.biased:
             bias = jnp.broadcast_to(operands.bias[:, None], (b, t, *operands.bias.shape[1:]))
             bias = jnp.moveaxis(bias, 2, 3).astype(jnp.float32)  # [B, T, H, k]
@@ -188,10 +188,8 @@ def backward(operands: Operands, out, lse, grad_out, grad_lse, *, max_length: in
     shared = {name: gmem[name] for name in ("q", "grad_out", "lse", "delta")}
     if case.own:
         owners = _owners(case, k, own=case.own)
-        bounds = dict(bounds=jnp.zeros((2,), jnp.int32))
-        grad_k, grad_v = gpu_owners.launch(owners, shared | dict(k=gmem["k"], v=gmem["v"]) | bounds)
-        real = operands.mask[..., None, None]
-        grads["k"], grads["v"] = (jnp.where(real, grad[:, : case.own], 0) for grad in (grad_k, grad_v))
+        own = shared | {name: gmem[name] for name in ("k", "v", "mask")}
+        grads["k"], grads["v"] = (grad[:, : case.own] for grad in gpu_owners.launch(owners, own))
     if case.documents and not case.int8:
         owners = _owners(case, bank, ranges=operands.starts.size)
         items, bounds = gpu_owners.candidates(

@@ -71,7 +71,7 @@ def candidates(starts, lengths, num_chunks: int, rows: int):
     return items, jnp.concatenate([low, high]).astype(jnp.int32)
 
 
-def _walk(case, gmem, block, blocks, first, rows, body, carry):
+def _walk(case, gmem, block, first, rows, body, carry):
     """Fold `body(step, question, document, low, high, row, carry)` over the query rows of the ranges of a block.
 
     `low`, `high` are the range relative to the block, `row` the first of 64 query rows.
@@ -100,7 +100,8 @@ def _walk(case, gmem, block, blocks, first, rows, body, carry):
 
     if case.own is not None:
         return over(block, (jnp.int32(0), *carry))
-    return jax.lax.fori_loop(gmem["bounds"][block], gmem["bounds"][blocks + block], over, (jnp.int32(0), *carry))
+    low, high = gmem["bounds"][block], gmem["bounds"][gmem["bounds"].shape[0] // 2 + block]
+    return jax.lax.fori_loop(low, high, over, (jnp.int32(0), *carry))
 
 
 def kernel(case, gmem, grad_k_ref, grad_v_ref, smem):
@@ -110,7 +111,7 @@ def kernel(case, gmem, grad_k_ref, grad_v_ref, smem):
     sizes, own = case.sizes, case.own is not None
     rows = gmem["q"].shape[3]
     first = tile * sizes.rows
-    walked = dict(first=first, rows=rows, block=question if own else tile, blocks=gmem["bounds"].shape[0] // 2)
+    walked = dict(first=first, rows=rows, block=question if own else tile)
     consumer_registers, producer_registers = sizes.registers
 
     @pl.when(wg == sizes.consumers)
@@ -165,6 +166,7 @@ def kernel(case, gmem, grad_k_ref, grad_v_ref, smem):
             place = wg * WARPGROUP_ROWS + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
             allowed = (place >= low) & (place < high)
             if own:
+                allowed = allowed & (jax.lax.broadcast_in_dim(smem["mask"][wg], shape, [0]) > 0.5)
                 token = (row + jax.lax.broadcasted_iota(jnp.int32, shape, 1)) // case.group
                 allowed = allowed & (first + place <= token + (case.own - case.tokens))
             logits = gpu_tiles.product(keys, smem["q"].at[slot]) * (case.head_dim**-0.5 * LOG2E)
@@ -191,8 +193,11 @@ def kernel(case, gmem, grad_k_ref, grad_v_ref, smem):
 
 
 def _load_rows(case, gmem, smem, wg, where):
-    """The keys and values of this warpgroup's rows, in pieces."""
+    """The keys and values of this warpgroup's rows, in pieces, and which own tokens exist."""
     barrier = smem["rows_loaded"].at[wg]
+    if case.own is not None:
+        question, tokens, _ = where
+        plgpu.copy_gmem_to_smem(gmem["mask"].at[question, tokens], smem["mask"].at[wg], barrier)
     convert = case.raw and case.own is None
     for name in ("k", "v"):
         if convert:
@@ -226,7 +231,9 @@ def launch(case, gmem):
     if case.raw:
         raw = gpu_tiles.swizzled((sizes.consumers, WARPGROUP_ROWS, d), case.out_dtype)
         scratch |= dict(raw_k=raw, raw_v=raw)
-    row_copies = 2 if case.raw and not own else 2 * case.pieces
+    if own:
+        scratch["mask"] = plgpu.SMEM((sizes.consumers, WARPGROUP_ROWS), jnp.float32)
+    row_copies = 2 * case.pieces + 1 if own else 2
     scratch |= dict(
         rows_loaded=plgpu.Barrier(num_arrivals=row_copies, num_barriers=sizes.consumers),
         loaded=plgpu.Barrier(num_arrivals=case.copies, num_barriers=sizes.stages),

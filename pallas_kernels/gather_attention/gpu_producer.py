@@ -72,7 +72,7 @@ def produce(case: Case, gmem, smem, *, question, head, row, split):
             if case.biased:
                 copy(gmem["bias"].at[question, head, j, pl.ds(row, case.sizes.rows)], smem["bias"].at[slot])
             if case.int8:
-                flat = pl.ds(head * gmem["bank_k"].shape[0] + start, COLUMNS)
+                flat = pl.ds(head * case.scales + planned(smem, 4 * case.documents + 1) + start, COLUMNS)
                 copy(gmem["scale_k"].at[flat], smem["scale_k"].at[slot])
                 copy(gmem["scale_v"].at[flat], smem["scale_v"].at[slot])
         for _ in range(case.copies - copied):
@@ -87,7 +87,9 @@ def produce(case: Case, gmem, smem, *, question, head, row, split):
 
     def convert(slot, keep):
         for name in ("k", "v"):
-            wide = smem[f"raw_{name}"][slot].astype(jnp.float32)
+            # Rows that are not swizzled have bank conflicts.
+            raw = plgpu.load(smem[f"raw_{name}"].at[slot], optimized=case.head_dim % 32 == 0)
+            wide = raw.astype(jnp.float32)
             if case.int8:
                 scale = smem[f"scale_{name}"][slot]
                 wide = wide * jax.lax.broadcast_in_dim(scale, wide.shape, [0])
@@ -131,7 +133,7 @@ def produce(case: Case, gmem, smem, *, question, head, row, split):
 
         load(own, step, j, i)
         if own:
-            flag = planned(smem, 4 * case.documents + 1 + i)
+            flag = planned(smem, 4 * case.documents + 2 + i)
             code = jnp.where(flag == 1, OWN_CLEAN, OWN_DIRTY)
         else:
             code = columns[0] * 256 + columns[1]

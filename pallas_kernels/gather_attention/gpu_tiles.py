@@ -38,6 +38,7 @@ class Case:
     group: int  # G
     head_dim: int
     documents: int  # k, 0 without a bank
+    scales: int  # of one head of one layer of the bank
     dtype: object
     bank_dtype: object
     biased: bool
@@ -65,13 +66,15 @@ def swizzled(shape, dtype):
     """A tile in shared memory in the layout that wgmma reads; the last axis is the contiguous one."""
     bits = jnp.dtype(dtype).itemsize * 8
     swizzle = plgpu.find_swizzle(shape[-1] * bits)
+    if swizzle == 16:  # int8 rows of an odd multiple of 16 bytes, which no product reads
+        return plgpu.SMEM(shape, dtype)
     transforms = (plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def plan_shape(documents: int, own: int) -> tuple[int, int]:
     """Of a question's plan: rows of 32, as TMA copies no more than 256 numbers of an axis."""
-    return -(-(4 * documents + 1 + -(-own // COLUMNS)) // PLAN_ROW), PLAN_ROW
+    return -(-(4 * documents + 2 + -(-own // COLUMNS)) // PLAN_ROW), PLAN_ROW
 
 
 def planned(smem, i):
@@ -83,7 +86,8 @@ def plan(operands) -> jax.Array:
     """[B, *plan_shape] int32: everything a block reads to find its tiles, in one copy.
 
     Per document: the aligned chunk where its tiles begin, the columns from there where it begins and ends, and the
-    tiles of the documents before it. Then the number of all their tiles, and a flag per tile of own tokens: all exist.
+    tiles of the documents before it. Then the number of all their tiles, where the layer's scales of head 0 are,
+    relative to its chunks, and a flag per tile of own tokens: all exist.
     """
     starts, lengths, mask = operands.starts, operands.lengths, operands.mask
     if not operands.bank_k.shape[0]:
@@ -94,7 +98,12 @@ def plan(operands) -> jax.Array:
     total = ends[:, -1:] if tiles.shape[1] else jnp.zeros((starts.shape[0], 1), jnp.int32)
     padded = jnp.pad(mask, ((0, 0), (0, -mask.shape[1] % COLUMNS)), constant_values=True)
     clean = jnp.all(padded.reshape(mask.shape[0], -1, COLUMNS), axis=2)
-    row = jnp.concatenate([starts - lead, lead, lead + lengths, ends - tiles, total, clean], axis=1).astype(jnp.int32)
+    shift = jnp.zeros_like(total)
+    if operands.layer is not None and operands.bank_k_scale is not None:
+        _, kv, chunks = operands.bank_k_scale.shape
+        shift = shift + operands.layer * (kv - 1) * chunks
+    row = jnp.concatenate([starts - lead, lead, lead + lengths, ends - tiles, total, shift, clean], axis=1)
+    row = row.astype(jnp.int32)
     shape = plan_shape(starts.shape[1], mask.shape[1])
     return jnp.pad(row, ((0, 0), (0, shape[0] * shape[1] - row.shape[1]))).reshape(-1, *shape)
 

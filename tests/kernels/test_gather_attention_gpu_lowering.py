@@ -43,6 +43,7 @@ SIZES = {
     "prefill, int8": (dict(b=1, t=64, s=67, bank="int8"), 3),
     "decode": (dict(b=1, t=1, s=4096), None),
     "decode, int8": (dict(b=64, t=1, s=4096, bank="int8"), None),
+    "decode, int8, small heads": (dict(b=2, t=1, s=64, d=48, bank="int8"), None),
     "tiny, float32": (dict(b=4, t=64, s=65, h=4, kv=2, d=32, c=1024, dtype="float32"), 4),
 }
 
@@ -91,7 +92,7 @@ def test_lowers_for_cuda_at_full_size(name):
         (dict(bank="float8_e4m3fn"), "the bank must be"),
         (dict(d=24), "multiple of 16 up to 128"),
         (dict(d=160), "multiple of 16 up to 128"),
-        (dict(d=16, bank="int8"), "multiple of 32 up to 128"),
+        (dict(s=65_536), "more than it plans for"),
         (dict(c=200_001), "holds 200001 chunks"),
         (dict(dtype="float32"), "shared memory"),
     ],
