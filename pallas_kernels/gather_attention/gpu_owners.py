@@ -8,6 +8,7 @@ are no atomics, ranges may overlap, and two runs agree bit by bit.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.experimental.pallas as pl
@@ -80,8 +81,8 @@ def _walk(case, gmem, block, first, rows, body, carry):
     def range_of(r):
         if case.own is not None:
             return -first, case.own - first, r, 0
-        number = [gmem["items"][i * case.ranges + r] for i in range(4)]
-        return number[0] - first, number[1] - first, number[2], number[3]
+        low, high, question, document = (gmem["items"][i * case.ranges + r] for i in range(4))
+        return low - first, high - first, question, document
 
     def over(r, carry):
         low, high, question, document = range_of(r)
@@ -140,10 +141,7 @@ def kernel(case, gmem, grad_k_ref, grad_v_ref, smem):
         (steps,) = _walk(case, gmem, body=load, carry=(), **walked)
         # Every use of a slot is awaited, as the barriers demand of who waits for one of them.
         for slot in range(sizes.stages):
-
-            @pl.when(steps > slot)
-            def _(slot=slot):
-                plgpu.barrier_wait(smem["consumed"].at[slot])
+            pl.when(steps > slot)(functools.partial(plgpu.barrier_wait, smem["consumed"].at[slot]))
 
     @pl.when(wg < sizes.consumers)
     def _():
@@ -158,11 +156,10 @@ def kernel(case, gmem, grad_k_ref, grad_v_ref, smem):
             grad_k, grad_v = carry
             slot = jax.lax.rem(step, sizes.stages)
             plgpu.barrier_wait(smem["loaded"].at[slot])
-            lse, delta = (
-                plgpu.load(smem[name].at[slot], layout=plgpu.Layout.WGMMA.reduce(0)) for name in ("lse", "delta")
-            )
+            across = plgpu.Layout.WGMMA.reduce(0)
+            lse, delta = (plgpu.load(smem[name].at[slot], layout=across) for name in ("lse", "delta"))
             if case.biased:
-                lse = lse - plgpu.load(smem["bias"].at[slot], layout=plgpu.Layout.WGMMA.reduce(0)) * LOG2E
+                lse = lse - plgpu.load(smem["bias"].at[slot], layout=across) * LOG2E
             place = wg * WARPGROUP_ROWS + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
             allowed = (place >= low) & (place < high)
             if own:
@@ -187,8 +184,7 @@ def kernel(case, gmem, grad_k_ref, grad_v_ref, smem):
             staged = smem[f"raw_{name}"].at[wg] if case.raw else smem[name].at[wg, 0]
             staged[...] = grad.astype(case.out_dtype)
             plgpu.commit_smem()
-            target = ref.at[question, mine, head] if own else ref.at[mine, head]
-            plgpu.copy_smem_to_gmem(staged, target)
+            plgpu.copy_smem_to_gmem(staged, ref.at[question, mine, head] if own else ref.at[mine, head])
         plgpu.wait_smem_to_gmem(0)
 
 
@@ -219,8 +215,7 @@ def launch(case, gmem):
     """Gradients of gmem["k"], gmem["v"] in their dtype; own tokens: [B, S', K, D] with rows beyond S."""
     sizes, d = case.sizes, case.head_dim
     own = case.own is not None
-    rows = gmem["k"].shape[2 if own else 0]
-    blocks = -(-rows // sizes.rows)
+    blocks = -(-gmem["k"].shape[2 if own else 0] // sizes.rows)
     shape = (gmem["k"].shape[1], blocks * sizes.rows, *gmem["k"].shape[3:]) if own else gmem["k"].shape
     owned = gpu_tiles.swizzled((sizes.consumers, case.pieces, WARPGROUP_ROWS, d), jnp.bfloat16)
     streamed = gpu_tiles.swizzled((sizes.stages, case.pieces, COLUMNS, d), jnp.bfloat16)
@@ -229,13 +224,11 @@ def launch(case, gmem):
     if case.biased:
         scratch["bias"] = vector
     if case.raw:
-        raw = gpu_tiles.swizzled((sizes.consumers, WARPGROUP_ROWS, d), case.out_dtype)
-        scratch |= dict(raw_k=raw, raw_v=raw)
+        scratch["raw_k"] = scratch["raw_v"] = gpu_tiles.swizzled((sizes.consumers, WARPGROUP_ROWS, d), case.out_dtype)
     if own:
         scratch["mask"] = plgpu.SMEM((sizes.consumers, WARPGROUP_ROWS), jnp.float32)
-    row_copies = 2 * case.pieces + 1 if own else 2
     scratch |= dict(
-        rows_loaded=plgpu.Barrier(num_arrivals=row_copies, num_barriers=sizes.consumers),
+        rows_loaded=plgpu.Barrier(num_arrivals=2 * case.pieces + 1 if own else 2, num_barriers=sizes.consumers),
         loaded=plgpu.Barrier(num_arrivals=case.copies, num_barriers=sizes.stages),
         consumed=plgpu.Barrier(num_arrivals=sizes.consumers, num_barriers=sizes.stages),
     )
