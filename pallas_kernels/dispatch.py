@@ -41,7 +41,8 @@ def interpreted() -> bool:
 def interpreting(name: str | None):
     """A scope in which kernels of implementation `name` run on any machine: interpreted where it lacks the device.
 
-    For checking results, as it is slow. "xla" and None need no such scope.
+    For checking results, as it is slow. "xla" and None need no such scope. For "gpu" on few cores set NPROC=16 in the
+    environment before JAX starts: an interpreted warpgroup may wait for another one and holds a thread meanwhile.
     """
     if name not in ("tpu", "gpu") or device()[0] == name or interpreted():
         return contextlib.nullcontext()

@@ -7,6 +7,9 @@ import pathlib
 # A caller's own setting wins: JAX_PLATFORMS=cuda runs the tests on a GPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
+# The interpreter of GPU kernels runs every warpgroup as a thread that may wait for another one, and holds a thread of
+# XLA's pool meanwhile. The pool has one a core, and on few cores none is left to wait for.
+os.environ.setdefault("NPROC", "16")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     flags = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=2"]
     os.environ["XLA_FLAGS"] = " ".join(flags).strip()

@@ -50,7 +50,7 @@ def test_agrees_with_the_published_implementation(copy_of, capsys, name):
     assert expected in printed
 
 
-@pytest.mark.parametrize("implementation", ["tpu"])
+@pytest.mark.parametrize("implementation", ["tpu", "gpu"])
 @pytest.mark.parametrize("name", ["train_gqa", "infer_gqa"])
 def test_agrees_with_the_published_implementation_through_the_kernels(copy_of, capsys, name, implementation):
     assert main([str(copy_of(name)), "--implementation", implementation]) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -46,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="kernels to recompute with, interpreted where the device is missing; default the best of the platform",
     )
     options = parser.parse_args(arguments)
+    if options.implementation == "gpu":
+        os.environ.setdefault("NPROC", "16")  # see dispatch.interpreting; JAX has not started yet
     status = 0
     for path in options.folders:
         try:

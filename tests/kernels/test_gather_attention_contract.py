@@ -11,6 +11,9 @@ from pallas_kernels import dispatch, gather_attention, merge
 from pallas_kernels.gather_attention.api import MASKED
 from tests.kernels.implementations import IMPLEMENTATIONS, at_most_twice, running
 
+# The GPU interpreter multiplies with numpy what a copy brings from beyond a range, before that is masked.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -22,7 +25,7 @@ class Case:
     h: int = 4
     kv: int = 2
     d: int = 16
-    c: int = 150
+    c: int = 152
     ranges: tuple = (((0, 7), (30, 0), (140, 10)), ((3, 21), (1, 2), (90, 37)))
     dtype: str = "float32"
     bank: str = "float32"
@@ -33,18 +36,18 @@ class Case:
 CASES = {
     "plain": Case(),
     "bfloat16": Case(dtype="bfloat16", bank="bfloat16", max_length=37),
-    "int8": Case(dtype="bfloat16", bank="int8", c=307, ranges=(((300, 7), (120, 20)), ((129, 130), (0, 1)))),
-    "int8, fp32 query": Case(bank="int8", c=140),
+    "int8": Case(dtype="bfloat16", bank="int8", d=32, c=307, ranges=(((300, 7), (120, 20)), ((129, 130), (0, 1)))),
+    "int8, fp32 query": Case(bank="int8", d=32),
     "one head each": Case(h=3, kv=3, bias=False),
     "one shared head": Case(h=4, kv=1),
-    "several blocks of queries": Case(b=1, t=300, s=301, h=4, kv=2, ranges=(((0, 40), (20, 40)),)),
+    "several blocks of queries": Case(b=1, t=140, s=141, h=4, kv=1, ranges=(((0, 40), (20, 40)),)),
     "decoding": Case(b=3, t=1, s=140, dtype="bfloat16", bank="bfloat16", ranges=(((0, 99),), ((80, 70),), ((5, 0),))),
-    "long documents": Case(c=900, d=8, ranges=(((3, 600), (200, 700)), ((640, 257), (0, 0)))),
+    "long documents": Case(c=400, ranges=(((3, 300), (80, 310)), ((70, 257), (0, 0)))),
     "the bank alone": Case(s=0),
     "own tokens alone": Case(ranges=((), ())),
     "a bank of nothing": Case(c=0, ranges=(((0, 0),), ((0, 0),))),
     "few chunks": Case(c=5, ranges=(((0, 5), (2, 1)), ((1, 3), (0, 0)))),
-    "few chunks, int8": Case(bank="int8", c=5, ranges=(((0, 5), (2, 1)), ((1, 3), (0, 0)))),
+    "few chunks, int8": Case(bank="int8", d=32, c=5, ranges=(((0, 5), (2, 1)), ((1, 3), (0, 0)))),
     "nothing selected, nothing owned": Case(s=0, ranges=(((0, 0), (9, 0)), ((4, 3), (7, 0)))),
 }
 FLOATS = ("q", "k", "v", "bank_k", "bank_v", "bias")
@@ -159,9 +162,11 @@ def test_outputs_and_gradients_are_the_definition(name, implementation):
         ((want, want_grads),) = pulled(dense, in_float64(args), cotangents)
     ((plain, plain_grads),) = pulled(dense, args, cotangents)
     with running(implementation):
-        once, again = pulled(call, poison(args), cotangents, times=2)
-    jax.tree.map(np.testing.assert_array_equal, once, again)
-    got, got_grads = once
+        # Interpreting GPU kernels is slow: two of their cases run twice.
+        twice = implementation != "gpu" or name in ("plain", "int8")
+        runs = pulled(call, poison(args), cotangents, times=1 + twice)
+    jax.tree.map(np.testing.assert_array_equal, runs[0], runs[-1])
+    got, got_grads = runs[0]
     assert got[0].dtype == args["q"].dtype and got[1].dtype == np.float32
     nothing = want[1] == MASKED
     np.testing.assert_array_equal(got[1][nothing], np.float32(MASKED))

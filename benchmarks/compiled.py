@@ -1,9 +1,10 @@
-"""What each kernel takes of a TPU: compiled by the real compiler, on a machine without one.
+"""What each kernel takes of a TPU or GPU: compiled by the real compilers, on a machine without one.
 
-    python -m benchmarks.tpu [--chips v5e,v5p,v6e] [--out benchmarks/results/tpu_memory.json]
+    python -m benchmarks.compiled [--chips v5e,v5p,v6e,h200] [--out benchmarks/results/compiled_memory.json]
 
-Needs libtpu (`make tpu`). Prints, for each chip, kernel and size, the bytes per chip of arguments, temporaries and
-outputs, and how long the compiler took. Nothing is run.
+TPUs need libtpu (`make tpu`). The H200 needs `pip install jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc`, of the
+version of JAX. Prints, for each chip, kernel and size, the bytes of arguments, temporaries and outputs on the chip,
+and how long the compiler took. Nothing is run.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import importlib.metadata
+import importlib.util
 import json
 import os
 import pathlib
@@ -25,7 +28,22 @@ import numpy as np  # noqa: E402
 
 from pallas_kernels import chunk_scores, gather_attention  # noqa: E402
 
-TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+TPUS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+CHIPS = (*TPUS, "h200")
+# What the CUDA compiler of XLA asks of a device, by the vendor's data sheet of the H200.
+H200 = """
+platform_name: "CUDA"  device_description_str: "NVIDIA H200"
+dnn_version_info { major: 9 minor: 8 }  runtime_version { major: 13 minor: 0 }
+gpu_device_info {
+  cuda_compute_capability { major: 9 minor: 0 }
+  core_count: 132  fpus_per_core: 128  clock_rate_ghz: 1.98
+  device_memory_size: 141000000000  memory_bandwidth: 4800000000000  l2_cache_size: 52428800
+  threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048
+  shared_memory_per_block: 49152  shared_memory_per_core: 233472  shared_memory_per_block_optin: 232448
+  registers_per_core_limit: 65536  registers_per_block_limit: 65536
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+}
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +59,11 @@ class Routing:
     backward: bool = False
 
     @property
-    def kernels(self) -> tuple[str, ...]:
+    def tpu_kernels(self) -> tuple[str, ...]:
         grads = ("chunk_scores_grad_query", "chunk_scores_grad_keys") if self.backward else ()
         return ("chunk_scores_forward", *grads)
 
-    def program(self):
+    def program(self, implementation: str):
         arrays = dict(
             query=((self.b, self.t, self.m), self.query),
             keys=((self.c, self.m), self.keys),
@@ -55,7 +73,7 @@ class Routing:
             arrays["key_scale"] = ((self.c,), "float32")
         if self.query == "int8":
             arrays["query_scale"] = ((self.b, self.t), "float32")
-        score = functools.partial(chunk_scores, implementation="tpu")
+        score = functools.partial(chunk_scores, implementation=implementation)
         if not self.backward:
             return score, arrays
 
@@ -83,12 +101,12 @@ class Attention:
     backward: bool = False
 
     @property
-    def kernels(self) -> tuple[str, ...]:
+    def tpu_kernels(self) -> tuple[str, ...]:
         bank = () if self.bank == "int8" else ("gather_attention_grad_bank",)
         grads = ("gather_attention_grad_query", "gather_attention_grad_own", *bank) if self.backward else ()
         return ("gather_attention_forward", *grads)
 
-    def program(self):
+    def program(self, implementation: str):
         own, bank, k = (self.b, self.s, self.kv, self.d), (self.c, self.kv, self.d), 16
         arrays = dict(
             q=((self.b, self.t, self.h, self.d), self.dtype),
@@ -101,7 +119,7 @@ class Attention:
         rest = dict(starts=((self.b, k), "int32"), lengths=((self.b, k), "int32"), mask=((self.b, self.s), "bool"))
         if self.bank == "int8":
             rest |= dict.fromkeys(("bank_k_scale", "bank_v_scale"), ((self.kv, self.c), "float32"))
-        attend = functools.partial(gather_attention, max_length=self.longest, implementation="tpu")
+        attend = functools.partial(gather_attention, max_length=self.longest, implementation=implementation)
         if not self.backward:
             return attend, arrays | rest
         names = [name for name, (_, dtype) in arrays.items() if dtype != "int8"]
@@ -134,12 +152,36 @@ CASES = {
 }
 
 
+def available(chip: str) -> str | None:
+    """Why programs for a chip cannot be compiled here, or None."""
+    if chip != "h200":
+        return None if importlib.util.find_spec("libtpu") else "libtpu is not installed: `make tpu` installs it."
+    names = ("jax_cuda13_plugin", "jax_plugins.xla_cuda13", "nvidia.cu13")
+    if all(_found(name) for name in names):
+        return None
+    return "the CUDA compiler is not installed: `pip install jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc`."
+
+
+def _found(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
 @functools.cache
 def mesh_of(chip: str) -> jax.sharding.Mesh:
     """One device of a chip that need not be there."""
     from jax.experimental import topologies
 
-    topology = topologies.get_topology_desc(TOPOLOGIES[chip], platform="tpu")
+    if chip == "h200":
+        (tools,) = importlib.util.find_spec("nvidia.cu13").submodule_search_locations
+        os.environ["PATH"] = f"{tools}/bin:{os.environ['PATH']}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_cuda_data_dir={tools}"
+        one = "1x1x1"
+        topology = topologies.get_topology_desc(one, platform="cuda", target_config=H200, topology=one)
+    else:
+        topology = topologies.get_topology_desc(TPUS[chip], platform="tpu")
     return jax.sharding.Mesh(np.array(topology.devices)[:1], ("x",))
 
 
@@ -147,7 +189,7 @@ def compiled(case: Routing | Attention, chip: str):
     """The executable of a case on a chip."""
     mesh = mesh_of(chip)
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    function, arrays = case.program()
+    function, arrays = case.program("gpu" if chip == "h200" else "tpu")
     args = {name: jax.ShapeDtypeStruct(*array, sharding=whole) for name, array in arrays.items()}
     with jax.set_mesh(mesh):
         return jax.jit(lambda args: function(**args)).lower(args).compile()
@@ -161,16 +203,22 @@ def memory(executable) -> dict[str, int]:
     )
 
 
+def _installed(distribution: str) -> bool:
+    return any(True for _ in importlib.metadata.distributions(name=distribution))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--chips", default=",".join(TOPOLOGIES))
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results/tpu_memory.json"))
+    parser.add_argument("--chips", default=",".join(CHIPS))
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results/compiled_memory.json"))
     options = parser.parse_args()
-    import libtpu
-
-    results = dict(jax=jax.__version__, libtpu=libtpu.__version__, unit="MiB", chips={})
+    versions = {n: importlib.metadata.version(n) for n in ("jax", "libtpu", "nvidia-cuda-nvcc") if _installed(n)}
+    results = dict(versions=versions, unit="MiB", chips={})
     print(f"{'chip':5}{'case':38}{'arguments':>12}{'temporaries':>13}{'outputs':>10}{'seconds':>9}")
     for chip in options.chips.split(","):
+        if (missing := available(chip)) is not None:
+            print(f"{chip}: {missing}")
+            continue
         rows = results["chips"].setdefault(chip, {})
         for name, case in CASES.items():
             start = time.monotonic()
