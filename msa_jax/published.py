@@ -100,7 +100,10 @@ def published_value(value: jax.Array, tensor: PublishedTensor) -> jax.Array:
 
 
 def published_config(config: MSAConfig) -> dict[str, Any]:
-    """The `config.json` from which `MSAConfig.from_checkpoint` reads `config` back, but for how it runs: `remat`, `top_k_method`, `implementation`."""
+    """The `config.json` from which `MSAConfig.from_checkpoint` reads `config` back.
+
+    But for how it runs: `remat`, `top_k_method` and its recall, `implementation`.
+    """
     msa = dict(PUBLISHED_ONLY) | {
         "pooling_kernel_size": config.chunk_size,
         "top_k_docs": config.top_k,

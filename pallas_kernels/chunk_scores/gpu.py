@@ -28,7 +28,7 @@ def unsupported(*, query, keys) -> str | None:
 
 
 @functools.partial(jax.jit, static_argnames="winners")
-def forward(query, keys, query_mask, query_scale, key_scale, layer, *, winners):
+def forward(query, keys, query_mask, query_scale, key_scale, layer=None, *, winners):
     """Scores [B, C] float32 and the token that won each chunk, [B, C] int32 or None; as `reference.forward`."""
     b, t, _ = query.shape
     if 0 in (b, t, keys.shape[-2]):

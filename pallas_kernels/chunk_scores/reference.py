@@ -61,7 +61,7 @@ def tile_size(batch: int, tokens: int, num_chunks: int, width: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnames="winners")
-def forward(query, keys, query_mask, query_scale, key_scale, layer, *, winners):
+def forward(query, keys, query_mask, query_scale, key_scale, layer=None, *, winners):
     """Scores [B, C] float32 and the token that won each chunk, [B, C] int32 or None; O(B·T·tile + B·C) memory.
 
     Args:

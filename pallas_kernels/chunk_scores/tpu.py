@@ -95,7 +95,7 @@ def _forward_kernel(blocks, scaled, layer_ref, query_ref, rows_ref, keys_ref, *r
 
 
 @functools.partial(jax.jit, static_argnames="winners")
-def forward(query, keys, query_mask, query_scale, key_scale, layer, *, winners):
+def forward(query, keys, query_mask, query_scale, key_scale, layer=None, *, winners):
     """Scores [B, C] float32 and winners [B, C] int32 or None. See `reference.forward`."""
     b, t, m = query.shape
     num_chunks = keys.shape[-2]
