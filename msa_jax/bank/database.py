@@ -100,7 +100,7 @@ class Database:
         except BaseException as e:
             transaction.abort()
             if isinstance(e, ValueError | OSError) and not isinstance(e, BankError):
-                raise BankError(f"{self.url}: nothing was written, the last version stands: {_reason(e)}") from e
+                raise BankError(f"{self.url}: nothing was written, the last version stands: {reason_of(e)}") from e
             raise
 
     def generations(self) -> list[int]:
@@ -109,6 +109,6 @@ class Database:
         return [version["generation_number"] for version in dump["versions"]]
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """The sentence of a TensorStore error, without its specification and source lines."""
     return str(error).split(" [", 1)[0]

@@ -20,7 +20,7 @@ import numpy as np
 import tensorstore as ts
 
 from msa_jax.bank import table as documents_of
-from msa_jax.bank.database import Database, url_of
+from msa_jax.bank.database import Database, reason_of, url_of
 from msa_jax.bank.manifest import BankError, BankSpec, Manifest
 from msa_jax.bank.table import ALIVE, COLUMNS, DEFAULT_NAMESPACE, BankDocument, Table
 
@@ -115,7 +115,7 @@ class MemoryStore:
         except BankError:
             raise
         except (ValueError, OSError) as e:
-            raise BankError(f"{self.path}: the bank is damaged or unreadable: {_short(e)}") from e
+            raise BankError(f"{self.path}: the bank is damaged or unreadable: {reason_of(e)}") from e
 
     # Reading.
 
@@ -297,7 +297,7 @@ def _current(url: str) -> str | None:
     try:
         result = ts.KvStore.open(url).result().read("CURRENT").result()
     except (ValueError, OSError) as e:
-        raise BankError(f"{url}: cannot be read: {_short(e)}") from e
+        raise BankError(f"{url}: cannot be read: {reason_of(e)}") from e
     return None if result.state == "missing" else result.value.decode().strip()
 
 
@@ -327,6 +327,3 @@ def _take_lock(path: str | pathlib.Path) -> int | None:
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
-
-def _short(error: Exception) -> str:
-    return str(error).split(" [", 1)[0]
