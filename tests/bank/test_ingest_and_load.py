@@ -1,0 +1,183 @@
+"""Documents through a model into a bank on disk and back onto the device: none is lost, mixed up or seen by others."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from msa_jax.bank.encoder import encode_bank
+from msa_jax.bank.ingest import DocumentEncoder, add, update
+from msa_jax.bank.loading import capacity_for, load
+from msa_jax.bank.manifest import BankError, BankSpec, fingerprint_of
+from msa_jax.bank.store import ARRAYS, MemoryStore
+from msa_jax.bank.table import BankDocument
+from msa_jax.data.batch import pack_documents
+from tests.test_bank_encoder import P, V, close, forward, model_of
+
+TEXTS = ["one", "a second text", "three, and a bit longer", "x", "five"]
+
+
+class Bytes:
+    """A tokenizer of bytes."""
+
+    def encode(self, text):
+        return [byte % V for byte in text.encode()]
+
+
+def encoder_of(**changes):
+    return DocumentEncoder(model_of(), Bytes(), **dict(row_len=24, rows_per_step=2) | changes)
+
+
+def documents(texts, namespace="default"):
+    return [BankDocument(f"{namespace} {i}", text, namespace=namespace) for i, text in enumerate(texts)]
+
+
+def direct(texts):
+    """The bank of texts without a store."""
+    packed = pack_documents([Bytes().encode(" " + text) for text in texts], chunk_size=P, row_len=24)
+    return encode_bank(model_of(), packed, rows_per_step=2)
+
+
+def create(path):
+    return MemoryStore.create(path, BankSpec.of(model_of()))
+
+
+def same_bank(loaded, texts):
+    want = direct(texts)
+    used = want.num_chunks
+    for name, key in zip(ARRAYS, ("routing_keys", "content_k", "content_v"), strict=True):
+        got = np.asarray(getattr(loaded.bank, name))
+        close(got[:, :used], getattr(want, key))
+        assert not got[:, used:].any()
+    count = len(texts)
+    layout = loaded.bank.layout
+    np.testing.assert_array_equal(layout.lengths[:count], want.layout.lengths)
+    np.testing.assert_array_equal(layout.starts[:count], want.layout.starts)
+    assert not np.asarray(layout.lengths[count:]).any()
+    np.testing.assert_array_equal(layout.chunk_documents[:used], want.layout.chunk_documents)
+    assert (np.asarray(layout.chunk_documents[used:]) == layout.num_documents).all()
+
+
+@pytest.mark.parametrize("commit_tokens", [1, 20, 10_000])
+def test_what_is_added_comes_back_onto_the_device(tmp_path, commit_tokens):
+    with create(tmp_path) as store:
+        report = add(store, iter(documents(TEXTS)), encoder_of(), commit_tokens=commit_tokens)
+        assert (report.added, report.unchanged) == (5, 0)
+        assert report.encoded_tokens == sum(len(t) + 1 for t in TEXTS) == store.manifest.tokens
+    with MemoryStore(tmp_path) as store:
+        same_bank(load(store), TEXTS)
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
+    def cut():
+        yield from documents(TEXTS)[:3]
+        raise KeyboardInterrupt
+
+    with create(tmp_path) as store:
+        with pytest.raises(KeyboardInterrupt):
+            add(store, cut(), encoder_of(), commit_tokens=1)
+        assert len(store) == 3
+        report = add(store, documents(TEXTS), encoder_of())
+        assert (report.added, report.unchanged) == (2, 3)
+        same_bank(load(store), TEXTS)
+
+
+def test_equal_texts_are_encoded_once_in_a_namespace(tmp_path):
+    with create(tmp_path) as store:
+        twice = [*documents(TEXTS), BankDocument("again", TEXTS[1]), BankDocument("and again", TEXTS[1])]
+        add(store, twice, encoder_of(), commit_tokens=30)
+        assert store.manifest.chunks == direct(TEXTS).num_chunks and len(store) == 7
+        assert store.get("again").text == TEXTS[1]
+        same_bank(load(store), TEXTS)
+        add(store, [BankDocument("again", TEXTS[1], namespace="other")], encoder_of())
+        assert store.manifest.chunks == direct([*TEXTS, TEXTS[1]]).num_chunks
+
+
+def test_updates_and_deletes_reach_the_device(tmp_path):
+    with create(tmp_path) as store:
+        add(store, documents(TEXTS), encoder_of())
+        update(store, [BankDocument("default 1", "changed")], encoder_of())
+        store.delete(["default 0", "default 3"])
+        same_bank(load(store), [TEXTS[2], TEXTS[4], "changed"])
+
+
+def test_namespaces_load_alone_and_questions_see_what_they_name(tmp_path):
+    with create(tmp_path) as store:
+        for i, text in enumerate(TEXTS):
+            add(store, [BankDocument(str(i), text, namespace="odd" if i % 2 else "even")], encoder_of())
+        same_bank(load(store, namespaces=["odd"]), TEXTS[1::2])
+        loaded = load(store)
+        visible = loaded.visible([["odd"], None, ["even", "odd"], []])[:, :5]
+        np.testing.assert_array_equal(visible, [[0, 1, 0, 1, 0], [1] * 5, [1] * 5, [0] * 5])
+        assert not loaded.visible([None])[:, 5:].any()
+        for call in (lambda: load(store, namespaces=["none"]), lambda: loaded.visible([["none"]])):
+            with pytest.raises(BankError, match="no namespace 'none'.*even, odd"):
+                call()
+
+
+texts = st.lists(st.text("abcdef ", min_size=1, max_size=20), min_size=1, max_size=3, unique=True)
+
+
+@settings(max_examples=6)
+@given(mine=texts, theirs=texts, changed=texts)
+def test_no_document_of_another_namespace_can_influence_an_output(tmp_path_factory, mine, theirs, changed):
+    outputs = []
+    for others in (theirs, changed, []):
+        with create(tmp_path_factory.mktemp("bank")) as store:
+            add(store, [*documents(others, "theirs"), *documents(mine, "mine")], encoder_of())
+            loaded = load(store)
+            output = forward(loaded.bank, loaded.visible([["mine"]] * 2))
+        read = np.asarray(output.selection.documents)[np.asarray(output.selection.lengths) > 0]
+        assert set(loaded.namespaces[read]) == {loaded.names.index("mine")}
+        outputs.append(output.hidden)
+    close(outputs[1], outputs[0])
+    close(outputs[2], outputs[0])
+
+
+def test_a_sharded_bank_is_read_part_by_part(tmp_path):
+    with create(tmp_path) as store:
+        add(store, documents(TEXTS), encoder_of())
+        mesh = jax.make_mesh((2,), ("memory",))
+        shards = jax.sharding.NamedSharding(mesh, jax.P(None, "memory"))
+        loaded = load(store, sharding=shards, layout_sharding=jax.sharding.NamedSharding(mesh, jax.P()))
+        assert loaded.bank.content_k.sharding.is_equivalent_to(shards, 4)
+        same_bank(loaded, TEXTS)
+
+
+@given(st.integers(0, 10**9))
+def test_capacities_waste_little_and_are_few(size):
+    capacity = capacity_for(size, multiple=1)
+    assert size <= capacity <= max(8, 1.25 * size + 1)
+    assert capacity_for(size) % 128 == 0 and capacity_for(size) >= size
+    assert capacity_for(capacity, multiple=1) == capacity
+
+
+def test_bad_documents_are_named_and_nothing_of_them_is_written(tmp_path):
+    with create(tmp_path) as store:
+        add(store, documents(TEXTS), encoder_of())
+        version = store.version
+        for bad, message in [
+            ([BankDocument("default 0", "other")], "'default 0' .* is there with another text: `update` it"),
+            ([BankDocument("n", "new"), BankDocument("n", "new")], "'n' .* comes twice"),
+            ([BankDocument("long", "y" * 24)], "'long' has 25 tokens and the limit is 24: raise row_len"),
+        ]:
+            with pytest.raises(BankError, match=message):
+                add(store, bad, encoder_of())
+        with pytest.raises(BankError, match="no document 'z' in namespace 'default': `add` it"):
+            update(store, [BankDocument("z", "new")], encoder_of())
+        assert store.version == version
+        with pytest.raises(BankError, match="multiple of the model's chunk size 4, got 25"):
+            encoder_of(row_len=25)
+
+
+def test_another_models_bank_is_refused(tmp_path):
+    model = model_of()
+    assert fingerprint_of(model) == fingerprint_of(model_of())
+    assert fingerprint_of(model) != fingerprint_of(model_of(router_bias_init=4.0))
+    spec = dataclasses.replace(BankSpec.of(model), fingerprint="of another")
+    with MemoryStore.create(tmp_path, spec) as store:
+        with pytest.raises(BankError, match="made by another model .fingerprint"):
+            add(store, documents(TEXTS), encoder_of())
