@@ -1,5 +1,6 @@
 """Memory Sparse Attention (arXiv 2603.23516) in JAX."""
 
+from msa_jax.bank.store import MemoryStore
 from msa_jax.config import AttentionConfig, ConfigError, MSAConfig
 from msa_jax.layers import MemorySparseAttention
 from msa_jax.memory import MemoryBank
@@ -12,4 +13,5 @@ __all__ = [
     "MSATransformer",
     "MemoryBank",
     "MemorySparseAttention",
+    "MemoryStore",
 ]

@@ -1,6 +1,23 @@
-"""The memory bank: encoding documents into it."""
+"""The memory bank: encoding documents into it, keeping it on disk, loading it onto a device."""
 
 from msa_jax.bank.encoder import encode_bank
+from msa_jax.bank.ingest import DocumentEncoder, add, update
+from msa_jax.bank.loading import LoadedBank, load
+from msa_jax.bank.manifest import BankError, BankSpec
+from msa_jax.bank.store import MemoryStore
+from msa_jax.bank.table import BankDocument
 from msa_jax.memory import MemoryBank
 
-__all__ = ["MemoryBank", "encode_bank"]
+__all__ = [
+    "BankDocument",
+    "BankError",
+    "BankSpec",
+    "DocumentEncoder",
+    "LoadedBank",
+    "MemoryBank",
+    "MemoryStore",
+    "add",
+    "encode_bank",
+    "load",
+    "update",
+]

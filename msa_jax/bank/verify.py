@@ -1,0 +1,65 @@
+"""Whether a bank on disk is whole: everything read, and compared with what it should be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from msa_jax.bank.database import reason_of
+from msa_jax.bank.manifest import BankError
+from msa_jax.bank.store import ARRAYS, MemoryStore
+from msa_jax.bank.table import LENGTH, START, TOKENS
+
+_CHUNKS_AT_ONCE = 4096
+_ROWS_AT_ONCE = 1024
+
+
+def sizes(store: MemoryStore) -> dict[str, int]:
+    """Bytes of each array of a bank, on a device and before compression."""
+    arrays = {name: store.array(name) for name in ARRAYS}
+    return {name: int(np.prod(a.shape)) * a.dtype.numpy_dtype.itemsize for name, a in arrays.items()}
+
+
+def verify(store: MemoryStore, *, progress: bool = False) -> dict[str, Any]:
+    """Read every chunk and text of a bank.
+
+    Returns:
+      How many documents, chunks and bytes were found whole.
+
+    Raises:
+      BankError: something is damaged, missing or not a number; it is named.
+    """
+    manifest, table = store.manifest, store.table
+    total = 0
+    with tqdm(desc="verify", unit="B", unit_scale=True, mininterval=1.0, disable=not progress) as bar:
+        for name in ARRAYS:
+            array = store.array(name)
+            if array.shape[1] != manifest.chunks:
+                raise BankError(f"{store.path}: {name} has {array.shape[1]} chunks, the manifest {manifest.chunks}.")
+            for first in range(0, manifest.chunks, _CHUNKS_AT_ONCE):
+                place = slice(first, min(manifest.chunks, first + _CHUNKS_AT_ONCE))
+                try:
+                    values = np.asarray(array[:, place].read().result())
+                except (ValueError, OSError) as e:
+                    raise BankError(
+                        f"{store.path}: {name} is damaged at chunks {place.start} to {place.stop}: {reason_of(e)}"
+                    ) from e
+                if not np.isfinite(values.astype(np.float32)).all():
+                    raise BankError(f"{store.path}: {name} is not a number at chunks {place.start} to {place.stop}.")
+                total += values.nbytes
+                bar.update(values.nbytes)
+        rows = table.alive
+        ends = table.columns[rows, START] + table.columns[rows, LENGTH]
+        if (table.columns[rows, START] < 0).any() or (ends > manifest.chunks).any():
+            raise BankError(f"{store.path}: a document has chunks that do not exist.")
+        if manifest.documents != len(rows) or manifest.tokens != int(table.columns[rows, TOKENS].sum()):
+            raise BankError(f"{store.path}: the manifest does not count the documents there are.")
+        for first in range(0, len(rows), _ROWS_AT_ONCE):
+            part = rows[first : first + _ROWS_AT_ONCE]
+            for row, document in zip(part, store.documents(part), strict=True):
+                if document.digest != table.digests[row]:
+                    raise BankError(f"{store.path}: the text of document {document.id!r} is not the one added.")
+                total += len(document.text.encode())
+    return {"whole": True, "documents": len(rows), "chunks": manifest.chunks, "bytes": total}
