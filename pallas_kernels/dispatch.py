@@ -80,13 +80,22 @@ def choose(op: str, implementation: str | None, **case) -> ModuleType:
             f"for a {name} under jax.set_mesh of its devices."
         )
     found = module(op, name)
-    reason = found.unsupported(**case)
+    reason = _partitioned() or found.unsupported(**case)
     if reason is None:
         return found
     if implementation is not None:
         raise NotImplementedError(f"{op}: the {name!r} kernel cannot run this: {reason}")
     _log_once(f"{op}: the {name!r} kernel cannot run this, 'xla' does: {reason}")
     return module(op, "xla")
+
+
+def _partitioned() -> str | None:
+    """Why no kernel can run in the mesh in scope, or None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or set(mesh.manual_axes) == set(mesh.axis_names):
+        return None
+    axes = ", ".join(name for name in mesh.axis_names if name not in mesh.manual_axes)
+    return f"XLA cannot partition a kernel over the mesh axes {axes}: call it within jax.shard_map over all axes."
 
 
 def module(op: str, name: str) -> ModuleType:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pallas_kernels import dispatch, gather_attention
+from pallas_kernels import chunk_scores, dispatch, gather_attention
 from pallas_kernels.chunk_scores import config as routing_config
 from pallas_kernels.chunk_scores import tpu as routing_tpu
 from pallas_kernels.gather_attention import config, tpu, tpu_owners, tpu_stream
@@ -99,6 +99,17 @@ def test_two_cores_share_the_steps(monkeypatch):
         got = jax.device_get(call())
     np.testing.assert_array_equal(got[0], want[0])
     np.testing.assert_array_equal(got[1], want[1])
+
+
+def test_a_mesh_of_several_devices_needs_shard_map():
+    query, keys = jnp.ones((2, 3, 16)), jnp.ones((5, 16))
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    score = functools.partial(chunk_scores, implementation="tpu")
+    specs = dict(in_specs=(jax.P("data"), jax.P()), out_specs=jax.P("data"), check_vma=False)
+    with running("tpu"), jax.set_mesh(mesh):
+        with pytest.raises(NotImplementedError, match="over the mesh axes data: call it within jax.shard_map"):
+            jax.eval_shape(score, query, keys)
+        np.testing.assert_allclose(jax.jit(jax.shard_map(score, **specs))(query, keys), 16.0)
 
 
 def test_tables_beyond_scalar_memory_are_refused():
