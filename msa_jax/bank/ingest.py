@@ -17,6 +17,9 @@ from msa_jax.data.batch import pack_documents
 from msa_jax.data.tokenizer import Tokenizer
 from msa_jax.model import MSATransformer
 
+# Rows are shorter by this factor, down to this many tokens.
+_SHORTER, _SHORTEST = 4, 128
+
 
 @dataclasses.dataclass
 class Report:
@@ -35,7 +38,7 @@ class Report:
 
 
 class DocumentEncoder:
-    """Texts to chunks, with one model and tokenizer. All steps have one shape, so it compiles once."""
+    """Texts to chunks, with one model and tokenizer. Steps have one shape for each of a few lengths of rows."""
 
     def __init__(
         self, model: MSATransformer, tokenizer: Tokenizer, *, row_len: int = 2048, rows_per_step: int = 16
@@ -43,8 +46,10 @@ class DocumentEncoder:
         """Make an encoder.
 
         Args:
-          row_len: tokens of a packed row, the most a document may have; a multiple of the model's chunk size.
-          rows_per_step: rows that pass the model at once; sets the memory of activations.
+          row_len: tokens of the longest packed row, the most a document may have; a multiple of the model's chunk
+            size. Documents of a quarter of it, a sixteenth and so on are packed into rows of that length.
+          rows_per_step: rows of that length that pass the model at once, and as many tokens in shorter ones; sets
+            the memory of activations.
 
         Raises:
           BankError: `row_len` is no multiple of the chunk size.
@@ -54,6 +59,10 @@ class DocumentEncoder:
             raise BankError(f"row_len must be a multiple of the model's chunk size {chunk}, got {row_len}.")
         self.model, self.tokenizer = model, tokenizer
         self.row_len, self.rows_per_step = row_len, rows_per_step
+        # Attention within a row costs the square of its length, so short documents get short rows.
+        self._row_lens = [row_len]
+        while self._row_lens[0] // _SHORTER >= _SHORTEST and self._row_lens[0] // _SHORTER % chunk == 0:
+            self._row_lens.insert(0, self._row_lens[0] // _SHORTER)
         self.spec = BankSpec.of(model)
 
     def tokens(self, document: BankDocument) -> list[int]:
@@ -77,15 +86,26 @@ class DocumentEncoder:
         spec = self.spec
         lengths = np.array([-(-len(ids) // spec.chunk_size) for ids in token_lists], np.int64)
         tokens = np.array([len(ids) for ids in token_lists], np.int64)
-        if not len(lengths):
-            dtype = self.model.config.compute_dtype
-            keys = np.zeros((spec.layers, 0, spec.width), dtype)
-            content = np.zeros((spec.layers, 0, spec.kv_heads, spec.head_dim), dtype)
-            return Encoded(keys, content, content, lengths, tokens)
-        packed = pack_documents(token_lists, chunk_size=spec.chunk_size, row_len=self.row_len)
-        bank = encode_bank(self.model, packed, rows_per_step=self.rows_per_step)
-        # Packing keeps the order of documents, so their chunks follow each other.
-        return Encoded(*(np.asarray(x) for x in (bank.routing_keys, bank.content_k, bank.content_v)), lengths, tokens)
+        ends = np.cumsum(lengths)
+        total = int(ends[-1]) if len(lengths) else 0
+        dtype = self.model.config.compute_dtype
+        keys = np.zeros((spec.layers, total, spec.width), dtype)
+        content_k = np.zeros((spec.layers, total, spec.kv_heads, spec.head_dim), dtype)
+        content_v = np.zeros_like(content_k)
+        shorter = 0
+        for row_len in self._row_lens:
+            mine = np.flatnonzero((tokens > shorter) & (tokens <= row_len))
+            shorter = row_len
+            if not len(mine):
+                continue
+            packed = pack_documents([token_lists[i] for i in mine], chunk_size=spec.chunk_size, row_len=row_len)
+            rows = max(1, self.rows_per_step * self.row_len // row_len)
+            bank = encode_bank(self.model, packed, rows_per_step=rows)
+            # Packing keeps the order of documents, so their chunks follow each other.
+            place = np.concatenate([np.arange(ends[i] - lengths[i], ends[i]) for i in mine])
+            for target, part in ((keys, bank.routing_keys), (content_k, bank.content_k), (content_v, bank.content_v)):
+                target[:, place] = np.asarray(part)
+        return Encoded(keys, content_k, content_v, lengths, tokens)
 
 
 def add(

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from msa_jax.bank import ingest
 from msa_jax.bank.encoder import encode_bank
 from msa_jax.bank.ingest import DocumentEncoder, add, update
 from msa_jax.bank.loading import capacity_for, load
@@ -48,9 +49,9 @@ def create(path):
 def same_bank(loaded, texts):
     want = direct(texts)
     used = want.num_chunks
-    for name, key in zip(ARRAYS, ("routing_keys", "content_k", "content_v"), strict=True):
+    for name in ARRAYS:
         got = np.asarray(getattr(loaded.bank, name))
-        close(got[:, :used], getattr(want, key))
+        close(got[:, :used], getattr(want, name))
         assert not got[:, used:].any()
     count = len(texts)
     layout = loaded.bank.layout
@@ -69,6 +70,20 @@ def test_what_is_added_comes_back_onto_the_device(tmp_path, commit_tokens):
         assert report.encoded_tokens == sum(len(t) + 1 for t in TEXTS) == store.manifest.tokens
     with MemoryStore(tmp_path) as store:
         same_bank(load(store), TEXTS)
+
+
+def test_rows_of_several_lengths_give_the_same_bank(tmp_path, monkeypatch):
+    monkeypatch.setattr(ingest, "_SHORTEST", 8)
+    with create(tmp_path) as store:
+        encoder = encoder_of(row_len=64, rows_per_step=1)
+        assert encoder._row_lens == [16, 64]
+        texts = [*TEXTS, "long " * 11, "and long again " * 4, "short"]
+        add(store, documents(texts), encoder)
+        loaded = load(store)
+    packed = pack_documents([Bytes().encode(" " + text) for text in texts], chunk_size=P, row_len=64)
+    want = encode_bank(model_of(), packed, rows_per_step=2)
+    for name in ARRAYS:
+        close(np.asarray(getattr(loaded.bank, name))[:, : want.num_chunks], getattr(want, name))
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
