@@ -202,7 +202,6 @@ class Stream:
         previous = jnp.maximum(step - 1, 0) // shape.steps_per_question
         # A step without a block fetches nothing for the next one either.
         idle = jnp.logical_and(counts[previous] == 0, shape.own == 0)
-        pl.when(first_of_core)(lambda: self.read.__setitem__(0, 0))
         read = jnp.where(first_of_core, 0, self.read[0])
         pl.when(jnp.logical_or(first_of_core, idle))(lambda: self._fetch_first(step, read % 2))
         last_of_core = pl.program_id(1) == shape.steps // shape.cores - 1
