@@ -15,22 +15,9 @@ from hypothesis import strategies as st
 from msa_jax import AttentionConfig, ConfigError, MemorySparseAttention, routing
 from msa_jax.memory import ChunkStates, DocumentLayout
 from msa_jax.routing import NO_SCORE
+from tests.test_routing import B, C, N, T, normal, owners
 
-B, T, N, C = 2, 3, 5, 23
 seeds = st.integers(0, 2**31)
-
-
-@st.composite
-def owners(draw):
-    """chunk_documents [C]: documents of 0 to 3 chunks in any order, unused ones (N) among and after them."""
-    lengths = draw(st.lists(st.integers(0, 3), min_size=N, max_size=N))
-    gaps = draw(st.lists(st.integers(0, 1), min_size=N, max_size=N))
-    row = sum(([N] * gaps[d] + [d] * lengths[d] for d in draw(st.permutations(range(N)))), [])
-    return np.array(row + [N] * (C - len(row)), np.int32)
-
-
-def normal(seed, *shape):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def layout_of(owners):
