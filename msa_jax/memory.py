@@ -88,11 +88,13 @@ class LayerMemory:
     """One router layer's view of the bank.
 
     Attributes:
-      routing_keys: [C, M], L2-normalised per key/value head (raw under `routing_score="dot"`).
-      content_k, content_v: [C, K, D].
+      routing_keys: [C, M], L2-normalised per key/value head (raw under `routing_score="dot"`); float or int8.
+      content_k, content_v: [C, K, D]; float or int8.
       layout: which chunks belong to which document.
       index: scalar int32: the arrays are [L_r, ...] and this is the layer to read, where it lies. None: they are
         the layer's own.
+      key_scale: [C] float32 with int8 routing keys: a key is `routing_keys[c] * key_scale[c]`. Else None.
+      content_k_scale, content_v_scale: [K, C] float32 with int8 content: `content_k[c, h] * content_k_scale[h, c]`.
     """
 
     routing_keys: jax.Array
@@ -100,6 +102,17 @@ class LayerMemory:
     content_v: jax.Array
     layout: DocumentLayout
     index: jax.Array | None = None
+    key_scale: jax.Array | None = None
+    content_k_scale: jax.Array | None = None
+    content_v_scale: jax.Array | None = None
+
+    def check(self) -> None:
+        """Refuse arrays that do not fit together.
+
+        Raises:
+          ValueError: says which array, and what it must be.
+        """
+        _check(self, stacked=self.index is not None)
 
 
 @struct.dataclass
@@ -107,15 +120,20 @@ class MemoryBank:
     """All router layers' memory, stacked; the layout is shared.
 
     Attributes:
-      routing_keys: [L_r, C, M].
-      content_k, content_v: [L_r, C, K, D].
+      routing_keys: [L_r, C, M], float or int8.
+      content_k, content_v: [L_r, C, K, D], float or int8.
       layout: which chunks belong to which document.
+      key_scale: [L_r, C] float32 with int8 routing keys, else None.
+      content_k_scale, content_v_scale: [L_r, K, C] float32 with int8 content, else None.
     """
 
     routing_keys: jax.Array
     content_k: jax.Array
     content_v: jax.Array
     layout: DocumentLayout
+    key_scale: jax.Array | None = None
+    content_k_scale: jax.Array | None = None
+    content_v_scale: jax.Array | None = None
 
     @property
     def num_documents(self) -> int:
@@ -126,14 +144,52 @@ class MemoryBank:
         return self.layout.num_chunks
 
     @property
+    def arrays(self) -> dict[str, jax.Array | None]:
+        """What is stacked by layer, by name: the fields of a `LayerMemory`."""
+        return {name: getattr(self, name) for name in LAYER_ARRAYS}
+
+    @property
     def nbytes(self) -> int:
-        return sum(x.nbytes for x in (self.routing_keys, self.content_k, self.content_v))
+        return sum(x.nbytes for x in self.arrays.values() if x is not None)
 
     def layer(self, index: int) -> LayerMemory:
         """Memory of the `index`-th router layer."""
-        return LayerMemory(
-            routing_keys=self.routing_keys[index],
-            content_k=self.content_k[index],
-            content_v=self.content_v[index],
-            layout=self.layout,
-        )
+        return LayerMemory(**jax.tree.map(lambda x: x[index], self.arrays), layout=self.layout)
+
+    def check(self) -> None:
+        """Refuse arrays that do not fit together.
+
+        Raises:
+          ValueError: says which array, and what it must be.
+        """
+        _check(self, stacked=True)
+
+
+LAYER_ARRAYS = ("routing_keys", "content_k", "content_v", "key_scale", "content_k_scale", "content_v_scale")
+
+
+def _check(memory: LayerMemory | MemoryBank, *, stacked: bool) -> None:
+    name, keys, content = type(memory).__name__, memory.routing_keys, memory.content_k
+    layers = keys.shape[:1] if stacked else ()
+    layer, chunks = "L_r, " if stacked else "", memory.layout.num_chunks
+
+    def need(what, x, dims, shape):
+        if x.shape != shape:
+            raise ValueError(f"{name}: {what} must be [{layer}{dims}] = {shape}, got {x.shape}.")
+
+    need("routing_keys", keys, "C, M", (*layers, chunks, *keys.shape[-1:]))
+    need("content_k", content, "C, K, D", (*layers, chunks, *content.shape[-2:]))
+    need("content_v", memory.content_v, "C, K, D", content.shape)
+    key_scale, scale = (*layers, chunks), (*layers, *content.shape[-2:-1], chunks)
+    for what, dims, shape in (
+        ("routing_keys", "C", key_scale), ("content_k", "K, C", scale), ("content_v", "K, C", scale)
+    ):  # fmt: skip
+        scale_name = "key_scale" if what == "routing_keys" else f"{what}_scale"
+        values, scales = getattr(memory, what), getattr(memory, scale_name)
+        if (values.dtype == jnp.int8) != (scales is not None):
+            raise ValueError(
+                f"{name}: {what} of {values.dtype} {'with' if scales is not None else 'without'} {scale_name}: int8 "
+                f"needs a scale, and only int8 has one (`msa_jax.bank.quantize` gives both)."
+            )
+        if scales is not None:
+            need(scale_name, scales, dims, shape)

@@ -178,13 +178,20 @@ class MSATransformer(nnx.Module):
           return_hidden: also return every layer's input.
 
         Raises:
-          ValueError: shapes that do not fit together.
+          ValueError: shapes or dtypes that do not fit together, those of the bank included.
         """
         c = self.config
         new = tokens.shape[1] if slot is None or past is None else 0  # a slot's token is within the cache
         expected = (tokens.shape[0], new + (0 if past is None else past.k.shape[2]))
         if mask is not None and mask.shape != expected:
             raise ValueError(f"MSATransformer: mask must be [B, S] = {expected}, got {mask.shape}.")
+        if bank is not None:
+            bank.check()
+            if bank.routing_keys.shape[0] != len(c.router_layers):
+                raise ValueError(
+                    f"MSATransformer: the model has {len(c.router_layers)} router layers, the bank "
+                    f"{bank.routing_keys.shape[0]}: it is another model's."
+                )
         x = self.embed(tokens)
         own, scores, selections, hidden = [], [], [], []
         first_router = 0
@@ -195,18 +202,18 @@ class MSATransformer(nnx.Module):
             first_router += count if is_router else 0
             xs = {"past": None if past is None else (past.k[part], past.v[part])}
             if reads_bank:
-                stacked = (bank.routing_keys, bank.content_k, bank.content_v)
-                xs["memory"] = tuple(x[routers] for x in stacked) if bank_gradients else None
+                take = lambda x, routers=routers: x[routers]  # noqa: E731
+                xs["memory"] = jax.tree.map(take, bank.arrays) if bank_gradients else None
                 xs["index"] = None if bank_gradients else jnp.arange(routers.start, routers.stop, dtype=jnp.int32)
-                xs["selection"] = jax.tree.map(lambda s, routers=routers: s[routers], selection)
+                xs["selection"] = jax.tree.map(take, selection)
 
             def body(layer, x, xs, reads_bank=reads_bank):
                 past_k, past_v = xs["past"] or (None, None)
                 kwargs = dict(positions=positions, mask=mask, past_k=past_k, past_v=past_v, slot=slot)
                 if reads_bank:
-                    own_or_all = xs["memory"] or (bank.routing_keys, bank.content_k, bank.content_v)
+                    arrays = xs["memory"] or bank.arrays
                     kwargs |= dict(
-                        memory=LayerMemory(*own_or_all, layout=bank.layout, index=xs["index"]),
+                        memory=LayerMemory(**arrays, layout=bank.layout, index=xs["index"]),
                         route=route, visible=visible,
                         selection=xs["selection"], mean_over_tokens=mean_over_tokens,
                     )  # fmt: skip

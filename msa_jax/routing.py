@@ -82,19 +82,21 @@ def document_scores(
     route: jax.Array,
     visible: jax.Array | None = None,
     mean_over_tokens: bool | jax.Array = False,
+    key_scale: jax.Array | None = None,
     layer: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Score of each document for each question: max over routing tokens and over its chunks.
 
     Args:
-      query: [B, T, M] float32 from `routing_query`.
-      keys: [C, M] from `routing_key`; [L_r, C, M] with `layer`.
+      query: [B, T, M] float from `routing_query`; taken to the dtype of float keys, and as it is to int8 keys.
+      keys: [C, M] from `routing_key`, or int8 (then `key_scale` is needed); [L_r, C, M] with `layer`.
       layout: which chunks belong to which document.
       route: [B, T] bool, True where a token routes.
       visible: [B, N] bool, documents a question may see; default all.
       mean_over_tokens: average over routing tokens instead of taking their max (warm-up of training). May
         be traced, so that changing phase does not recompile.
+      key_scale: [C] float32, what int8 keys count in; [L_r, C] with `layer`.
       layer: scalar int32, which of stacked keys to read, where they lie.
       implementation: of `chunk_scores`.
 
@@ -103,8 +105,11 @@ def document_scores(
     """
     if mean_over_tokens is not False:
         query = jnp.where(mean_over_tokens, mean_query(query, route), query)
-    query = query.astype(keys.dtype)
-    per_chunk = chunk_scores(query, keys, query_mask=route, layer=layer, implementation=implementation)
+    if keys.dtype != jnp.int8:
+        query = query.astype(keys.dtype)
+    per_chunk = chunk_scores(
+        query, keys, query_mask=route, key_scale=key_scale, layer=layer, implementation=implementation
+    )
     scores = _document_max(per_chunk, layout)
     allowed = (layout.lengths > 0)[None, :]
     if visible is not None:

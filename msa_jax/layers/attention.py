@@ -240,11 +240,12 @@ class MemorySparseAttention(SelfAttention):
           implementation: of both operations, see `pallas_kernels`; default `config.implementation`.
 
         Raises:
-          ValueError: shapes do not fit together.
+          ValueError: shapes or dtypes do not fit together.
         """
         if memory is None:
             return super().__call__(x, positions=positions, mask=mask, past_k=past_k, past_v=past_v, slot=slot)
         c = self.config
+        memory.check()
         implementation = implementation or c.implementation
         b, t = x.shape[:2]
         q, k, v = self._qkv(x, positions)
@@ -266,10 +267,12 @@ class MemorySparseAttention(SelfAttention):
             query = routing.routing_query(
                 self.router_q_proj(x).reshape(q.shape), num_kv_heads=c.num_kv_heads, score=c.routing_score
             )
+            if memory.routing_keys.dtype == jnp.int8:
+                query = query.astype(c.compute_dtype)
             scores = routing.document_scores(
                 query, memory.routing_keys, memory.layout,
-                route=route, visible=visible, mean_over_tokens=mean_over_tokens, layer=memory.index,
-                implementation=implementation,
+                route=route, visible=visible, mean_over_tokens=mean_over_tokens, key_scale=memory.key_scale,
+                layer=memory.index, implementation=implementation,
             )  # fmt: skip
             selection = routing.select(
                 scores, memory.layout, top_k=c.top_k, method=c.top_k_method, recall=c.top_k_recall
@@ -277,6 +280,7 @@ class MemorySparseAttention(SelfAttention):
         out, _ = gather_attention(
             q, k, v,
             bank_k=memory.content_k, bank_v=memory.content_v,
+            bank_k_scale=memory.content_k_scale, bank_v_scale=memory.content_v_scale,
             starts=selection.starts, lengths=selection.lengths,
             bias=routing.bias_of(selection, self.router_beta[...]) if c.router_bias else None,
             mask=mask, layer=memory.index, max_length=memory.layout.max_length, implementation=implementation,
