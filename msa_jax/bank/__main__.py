@@ -61,7 +61,7 @@ def _document(line: str, where: str) -> BankDocument:
 
 def _encoder(options):
     # Here, because a model takes seconds to import and most commands need none.
-    from msa_jax.bank.ingest import DocumentEncoder
+    from msa_jax.bank.document_encoder import DocumentEncoder
     from msa_jax.evaluation.evaluate import load_model
     from msa_jax.run_config import RunConfig
 
@@ -88,9 +88,7 @@ def ingest(options) -> dict[str, Any]:
     with MemoryStore(options.folder, writable=True) as store:
         change = {"add": add, "update": update}[options.command]
         report = change(store, documents, _encoder(options), progress=not options.json)
-        seconds = {f.name: round(getattr(report, f.name), 3) for f in dataclasses.fields(report)}
-        rate = round(report.tokens_per_second)
-        return {**seconds, "tokens_per_second": rate, "version": store.version, "documents": len(store)}
+        return report.to_dict() | {"version": store.version, "documents": len(store)}
 
 
 def delete(options) -> dict[str, Any]:
@@ -116,7 +114,7 @@ def stats(options) -> dict[str, Any]:
     with MemoryStore(options.folder, version=options.version) as store:
         m = store.manifest
         totals = {name: getattr(m, name) for name in ("version", "documents", "tokens", "chunks", "rows")}
-        kept = [f"{v.version} {v.operation} {v.time}" for v in store.versions()]
+        kept = [f"{v.version} {v.operation} {v.time}" for v in store.versions(last=10)]
         return totals | {"namespaces": list(m.namespaces), "bytes": sizes(store), "versions": kept}
 
 

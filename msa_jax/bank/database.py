@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,11 @@ def url_of(path: str | pathlib.Path) -> str:
     if "://" not in text:
         text = f"file://{pathlib.Path(text).resolve()}"
     return text if text.endswith("/") else text + "/"
+
+
+def is_folder(path: str | pathlib.Path) -> bool:
+    """Whether a bank's place is on a file system, where locks can be held."""
+    return "://" not in str(path)
 
 
 class Database:
@@ -46,9 +51,13 @@ class Database:
         result = self._keys.read(key).result()
         return None if result.state == "missing" else bytes(result.value)
 
-    def read_many(self, keys: list[str]) -> list[bytes]:
-        """Values of keys that exist, read at once."""
-        return [bytes(pending.result().value) for pending in [self._keys.read(key) for key in keys]]
+    def read_many(self, keys: Sequence[str]) -> list[bytes]:
+        """Values of keys, read at once. Raises ValueError when one is missing."""
+        results = [pending.result() for pending in [self._keys.read(key) for key in keys]]
+        for key, result in zip(keys, results, strict=True):
+            if result.state == "missing":
+                raise ValueError(f"{key} is missing")
+        return [bytes(result.value) for result in results]
 
     def keys(self, prefix: str) -> list[str]:
         """Keys with a prefix, sorted."""
@@ -76,15 +85,16 @@ class Database:
         }
         ts.open(spec, context=self._context, transaction=transaction).result()
 
-    def append(self, name: str, values: np.ndarray, axis: int, transaction: ts.Transaction) -> None:
-        """Grow an array along `axis` by `values`."""
+    def put(self, name: str, values: np.ndarray, start: int, axis: int, transaction: ts.Transaction) -> None:
+        """Write `values` from `start` on along `axis`, growing the array when it ends before they do."""
         array = self.array(name, transaction)
-        start = array.shape[axis]
-        shape = [*array.shape]
-        shape[axis] = start + values.shape[axis]
-        array = array.resize(exclusive_max=shape).result()
+        end = start + values.shape[axis]
+        if array.shape[axis] < end:
+            shape = [*array.shape]
+            shape[axis] = end
+            array = array.resize(exclusive_max=shape).result()
         place = [slice(None)] * array.rank
-        place[axis] = slice(start, shape[axis])
+        place[axis] = slice(start, end)
         array[tuple(place)].write(values).result()
 
     def write(self, key: str, value: bytes, transaction: ts.Transaction) -> None:
@@ -103,10 +113,10 @@ class Database:
                 raise BankError(f"{self.url}: nothing was written, the last version stands: {reason_of(e)}") from e
             raise
 
-    def generations(self) -> list[int]:
-        """Numbers of the commits that can be opened."""
+    def newest(self) -> int:
+        """Number of the last commit; commits are numbered from 1 on."""
         dump = ts.ocdbt.dump(ts.KvStore.open(self.url).result()).result()
-        return [version["generation_number"] for version in dump["versions"]]
+        return dump["versions"][-1]["generation_number"]
 
 
 def reason_of(error: Exception) -> str:

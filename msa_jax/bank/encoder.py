@@ -6,6 +6,7 @@ Sizes: R rows, W row length, P tokens a chunk, C chunks, N documents, L_r router
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,66 @@ def _encode_rows(graphdef, params, tokens, segment_ids, positions):
     return ChunkStates(routing_key=bank.routing_keys, content_k=bank.content_k, content_v=bank.content_v)
 
 
+class RowEncoder:
+    """A model's encode step on all devices of this process, each with its own rows and all parameters."""
+
+    def __init__(self, model: MSATransformer):
+        self.config = model.config
+        mesh = jax.sharding.Mesh(np.array(jax.local_devices()), ("rows",))
+        self._by_row = jax.sharding.NamedSharding(mesh, jax.P("rows"))
+        self._graphdef, params = nnx.split(model)
+        self._params = jax.device_put(params, jax.sharding.NamedSharding(mesh, jax.P()))
+
+    def arrays(self, chunks: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Zeros on the host for `chunks` chunks: routing keys [L_r, C, M], content k and v [L_r, C, K, D]."""
+        c = self.config
+        shape = (len(c.router_layers), chunks)
+        content = (*shape, c.num_kv_heads, c.head_dim)
+        return tuple(np.zeros(s, c.compute_dtype) for s in ((*shape, c.router_width), content, content))
+
+    def encode(
+        self,
+        documents: DocumentBatch,
+        targets: tuple[np.ndarray, np.ndarray, np.ndarray],
+        place: np.ndarray,
+        *,
+        rows_per_step: int,
+        progress: Callable[[int], object] = lambda tokens: None,
+    ) -> None:
+        """Encode packed rows into host arrays. While a step computes, the results of the one before are fetched.
+
+        Args:
+          documents: [R, W] packed rows, host arrays.
+          targets: as of `arrays`.
+          place: where in them the C chunks of `documents` go, -1 for those of no document.
+          rows_per_step: rounded up to a multiple of the number of devices.
+          progress: called with the number of tokens of each step that is done.
+        """
+        devices = self._by_row.mesh.size
+        step = -(-rows_per_step // devices) * devices
+        rows, width = documents.tokens.shape
+        per_row = width // self.config.chunk_size
+
+        def store(first, states):
+            where = place[first * per_row : (first + step) * per_row]
+            used = np.flatnonzero(where >= 0)
+            for target, value in zip(targets, states, strict=True):
+                target[:, where[used]] = jax.device_get(value)[:, used]
+            progress(int((documents.segment_ids[first : first + step] > 0).sum()))
+
+        running = None
+        for first in range(0, rows, step):
+            arrays = (documents.tokens, documents.segment_ids, documents.positions)
+            parts = [a[first : first + step] for a in arrays]
+            padded = [np.pad(a, ((0, step - len(a)), (0, 0))) for a in parts]
+            out = _encode_rows(self._graphdef, self._params, *jax.device_put(padded, self._by_row))
+            if running is not None:
+                store(*running)
+            running = first, (out.routing_key, out.content_k, out.content_v)
+        if running is not None:
+            store(*running)
+
+
 def encode_bank(
     model: MSATransformer, documents: DocumentBatch, *, rows_per_step: int = 64, progress: bool = False
 ) -> MemoryBank:
@@ -38,7 +99,8 @@ def encode_bank(
     Args:
       model: whose parameters encode.
       documents: [R, W] packed rows (host arrays) of any number of documents.
-      rows_per_step: rows that pass the model at once; sets the memory of activations.
+      rows_per_step: rows that pass the model at once, over all devices of this process; sets the memory of
+        activations.
       progress: show a progress bar of tokens.
 
     Returns:
@@ -54,47 +116,20 @@ def encode_bank(
             f"encode_bank: rows of {width} tokens with {len(documents.chunk_documents)} chunks were not packed for "
             f"this model's chunk size {chunk}; pack them with it."
         )
-    graphdef, params = nnx.split(model)
-    num_documents = len(documents.starts)
-    used = documents.chunk_documents < num_documents
+    used = documents.chunk_documents < len(documents.starts)
     # Positions of the used chunks in the result, so that padding leaves no trace in the bank.
     place = np.cumsum(used) - 1
-    c = model.config
-    shape = (len(c.router_layers), int(used.sum()))
-    dtype = c.compute_dtype
-    keys = np.zeros((*shape, c.router_width), dtype)
-    content_k = np.zeros((*shape, c.num_kv_heads, c.head_dim), dtype)
-    content_v = np.zeros_like(content_k)
-    per_row = width // chunk
+    encoder = RowEncoder(model)
+    targets = encoder.arrays(int(used.sum()))
     total = int((documents.segment_ids > 0).sum())
-    with tqdm(
-        total=total, desc="encode", unit="tok", unit_scale=True, mininterval=1.0, disable=not progress
-    ) as bar:
-        for first in range(0, rows, rows_per_step):
-            part = slice(first, min(rows, first + rows_per_step))
-            arrays = (documents.tokens[part], documents.segment_ids[part], documents.positions[part])
-            short = rows_per_step - (part.stop - part.start)
-            padded = [np.pad(a, ((0, short), (0, 0))) for a in arrays]
-            states = jax.device_get(_encode_rows(graphdef, params, *padded))
-            chunks = slice(part.start * per_row, part.stop * per_row)
-            keep, where = used[chunks], place[chunks][used[chunks]]
-            for target, value in (
-                (keys, states.routing_key), (content_k, states.content_k), (content_v, states.content_v)
-            ):  # fmt: skip
-                target[:, where] = value[:, : len(keep)][:, keep]
-            bar.update(int((arrays[1] > 0).sum()))
-    owners = documents.chunk_documents[used]
+    with tqdm(total=total, desc="encode", unit="tok", unit_scale=True, mininterval=1.0, disable=not progress) as bar:
+        encoder.encode(documents, targets, np.where(used, place, -1), rows_per_step=rows_per_step, progress=bar.update)
     lengths = documents.lengths
     starts = np.where(lengths > 0, place[np.minimum(documents.starts, len(place) - 1)], 0)
     layout = DocumentLayout(
-        chunk_documents=jnp.asarray(owners),
+        chunk_documents=jnp.asarray(documents.chunk_documents[used]),
         starts=jnp.asarray(starts, jnp.int32),
         lengths=jnp.asarray(lengths, jnp.int32),
         max_length=int(lengths.max(initial=1)),
     )
-    return MemoryBank(
-        routing_keys=jnp.asarray(keys),
-        content_k=jnp.asarray(content_k),
-        content_v=jnp.asarray(content_v),
-        layout=layout,
-    )
+    return MemoryBank(*map(jnp.asarray, targets), layout)

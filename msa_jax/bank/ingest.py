@@ -1,111 +1,75 @@
-"""Documents into a bank on disk: tokens, packed rows, one jit-compiled encode step, commits of bounded size."""
+"""Documents into a bank on disk: a thread tokenises, this one encodes, another one commits."""
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import dataclasses
+import queue
+import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from msa_jax.bank.encoder import encode_bank
+from msa_jax.bank.document_encoder import DocumentEncoder
 from msa_jax.bank.manifest import BankError, BankSpec
-from msa_jax.bank.store import Encoded, MemoryStore
-from msa_jax.bank.table import BankDocument
-from msa_jax.data.batch import pack_documents
-from msa_jax.data.tokenizer import Tokenizer
-from msa_jax.model import MSATransformer
+from msa_jax.bank.store import MemoryStore
+from msa_jax.bank.table import TEXT_KEY, BankDocument, Key
 
-# Rows are shorter by this factor, down to this many tokens.
-_SHORTER, _SHORTEST = 4, 128
+# A commit holds at most this many bytes of chunks, and tokens; two or three commits' worth are in memory at a time.
+_COMMIT_BYTES, _COMMIT_TOKENS, _COMMIT_DOCUMENTS = 1 << 27, 1 << 20, 1 << 15
 
 
 @dataclasses.dataclass
 class Report:
-    """What `add` or `update` did, and where the seconds went."""
+    """What `add` or `update` did, and where the time went.
+
+    The three steps overlap: encoding is what everything else should wait for.
+
+    Attributes:
+      added, unchanged: documents written, and passed over because they were there.
+      encoded_tokens: tokens that passed the model.
+      seconds: from start to end.
+      tokenize_seconds: reading, looking up and tokenising documents, in a thread of its own.
+      encode_seconds: computing, and fetching results from the devices.
+      store_seconds: writing and committing, in a thread of its own.
+      waited_for_documents, waited_for_store: seconds that encoding stood still for the other two.
+    """
 
     added: int = 0
     unchanged: int = 0
     encoded_tokens: int = 0
+    seconds: float = 0.0
     tokenize_seconds: float = 0.0
     encode_seconds: float = 0.0
     store_seconds: float = 0.0
+    waited_for_documents: float = 0.0
+    waited_for_store: float = 0.0
 
     @property
     def tokens_per_second(self) -> float:
-        return self.encoded_tokens / max(1e-9, self.tokenize_seconds + self.encode_seconds + self.store_seconds)
+        return self.encoded_tokens / max(1e-9, self.seconds)
 
-
-class DocumentEncoder:
-    """Texts to chunks, with one model and tokenizer. Steps have one shape for each of a few lengths of rows."""
-
-    def __init__(
-        self, model: MSATransformer, tokenizer: Tokenizer, *, row_len: int = 2048, rows_per_step: int = 16
-    ):
-        """Make an encoder.
-
-        Args:
-          row_len: tokens of the longest packed row, the most a document may have; a multiple of the model's chunk
-            size. Documents of a quarter of it, a sixteenth and so on are packed into rows of that length.
-          rows_per_step: rows of that length that pass the model at once, and as many tokens in shorter ones; sets
-            the memory of activations.
-
-        Raises:
-          BankError: `row_len` is no multiple of the chunk size.
-        """
-        chunk = model.config.chunk_size
-        if row_len % chunk:
-            raise BankError(f"row_len must be a multiple of the model's chunk size {chunk}, got {row_len}.")
-        self.model, self.tokenizer = model, tokenizer
-        self.row_len, self.rows_per_step = row_len, rows_per_step
-        # Attention within a row costs the square of its length, so short documents get short rows.
-        self._row_lens = [row_len]
-        while self._row_lens[0] // _SHORTER >= _SHORTEST and self._row_lens[0] // _SHORTER % chunk == 0:
-            self._row_lens.insert(0, self._row_lens[0] // _SHORTER)
-        self.spec = BankSpec.of(model)
-
-    def tokens(self, document: BankDocument) -> list[int]:
-        """Token ids of a document's text.
-
-        Raises:
-          BankError: there are none, or more than a row holds.
-        """
-        ids = self.tokenizer.encode(" " + document.text)
-        if not ids:
-            raise BankError(f"document {document.id!r} has no text: leave it out.")
-        if len(ids) > self.row_len:
-            raise BankError(
-                f"document {document.id!r} has {len(ids)} tokens and the limit is {self.row_len}: raise row_len to a "
-                f"multiple of {self.spec.chunk_size} of at least that, or split the document."
+    def to_dict(self) -> dict[str, Any]:
+        """Rounded for printing, with rates and shares of the time."""
+        shares = {
+            f"{name}_share": round(seconds / max(1e-9, self.seconds), 3)
+            for name, seconds in (
+                ("compute", self.encode_seconds),
+                ("waiting_for_documents", self.waited_for_documents),
+                ("waiting_for_store", self.waited_for_store),
             )
-        return ids
+        }
+        values = {name: round(value, 3) for name, value in dataclasses.asdict(self).items()}
+        return values | {"tokens_per_second": round(self.tokens_per_second)} | shares
 
-    def encode(self, token_lists: Sequence[Sequence[int]]) -> Encoded:
-        """Chunks of documents given as token ids."""
-        spec = self.spec
-        lengths = np.array([-(-len(ids) // spec.chunk_size) for ids in token_lists], np.int64)
-        tokens = np.array([len(ids) for ids in token_lists], np.int64)
-        ends = np.cumsum(lengths)
-        total = int(ends[-1]) if len(lengths) else 0
-        dtype = self.model.config.compute_dtype
-        keys = np.zeros((spec.layers, total, spec.width), dtype)
-        content_k = np.zeros((spec.layers, total, spec.kv_heads, spec.head_dim), dtype)
-        content_v = np.zeros_like(content_k)
-        shorter = 0
-        for row_len in self._row_lens:
-            mine = np.flatnonzero((tokens > shorter) & (tokens <= row_len))
-            shorter = row_len
-            if not len(mine):
-                continue
-            packed = pack_documents([token_lists[i] for i in mine], chunk_size=spec.chunk_size, row_len=row_len)
-            rows = max(1, self.rows_per_step * self.row_len // row_len)
-            bank = encode_bank(self.model, packed, rows_per_step=rows)
-            # Packing keeps the order of documents, so their chunks follow each other.
-            place = np.concatenate([np.arange(ends[i] - lengths[i], ends[i]) for i in mine])
-            for target, part in ((keys, bank.routing_keys), (content_k, bank.content_k), (content_v, bank.content_v)):
-                target[:, place] = np.asarray(part)
-        return Encoded(keys, content_k, content_v, lengths, tokens)
+
+def commit_tokens_of(spec: BankSpec) -> int:
+    """Tokens that a commit holds by default."""
+    return min(_COMMIT_TOKENS, max(1, _COMMIT_BYTES // spec.bytes_per_chunk) * spec.chunk_size)
 
 
 def add(
@@ -113,8 +77,9 @@ def add(
     documents: Iterable[BankDocument],
     encoder: DocumentEncoder,
     *,
-    commit_tokens: int = 1 << 20,
+    commit_tokens: int | None = None,
     progress: bool = False,
+    total: int | None = None,
 ) -> Report:
     """Add documents, encoding only texts that their namespace does not hold.
 
@@ -123,15 +88,17 @@ def add(
 
     Args:
       store: open for writing, of the encoder's model.
-      documents: an iterable that is read once, never held whole.
-      commit_tokens: tokens encoded between commits; sets the memory needed.
-      progress: show a progress bar of tokens.
+      documents: an iterable that is read once, never held whole, in a thread.
+      commit_tokens: tokens encoded between commits; sets the memory needed. Default: what 128 MiB of chunks are,
+        1M at most.
+      progress: show a progress bar of documents.
+      total: how many documents there are, if known: the bar then tells the time that is left.
 
     Raises:
       BankError: another model's bank; an id that is there with another text, or comes twice; a document without
         text or over the limit. What was committed before stays; of the rest nothing does.
     """
-    return _ingest(store, documents, encoder, commit_tokens, progress, replace=False)
+    return _ingest(store, documents, encoder, commit_tokens, progress, total, replace=False)
 
 
 def update(
@@ -139,75 +106,155 @@ def update(
     documents: Iterable[BankDocument],
     encoder: DocumentEncoder,
     *,
-    commit_tokens: int = 1 << 20,
+    commit_tokens: int | None = None,
     progress: bool = False,
+    total: int | None = None,
 ) -> Report:
     """Give documents that exist new texts, titles or metadata. See `add`.
 
     Raises:
       BankError: as `add`, and for an id that does not exist.
     """
-    return _ingest(store, documents, encoder, commit_tokens, progress, replace=True)
+    return _ingest(store, documents, encoder, commit_tokens, progress, total, replace=True)
 
 
-def _ingest(store, documents, encoder, commit_tokens, progress, *, replace):
+@dataclasses.dataclass
+class _Batch:
+    """Documents of one commit; `sources` is as in `MemoryStore.append`."""
+
+    documents: list[BankDocument] = dataclasses.field(default_factory=list)
+    token_lists: list[np.ndarray] = dataclasses.field(default_factory=list)
+    sources: list[int] = dataclasses.field(default_factory=list)
+    unchanged: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+def _ingest(store, documents, encoder, commit_tokens, progress, total, *, replace):
     store.spec.require_same(encoder.spec, str(store.path))
-    report = Report()
-    with tqdm(desc="add", unit="tok", unit_scale=True, mininterval=1.0, disable=not progress) as bar:
-        for batch, token_lists, sources in _batches(store, documents, encoder, commit_tokens, report, replace):
-            start = time.monotonic()
-            encoded = encoder.encode(token_lists)
-            stored = time.monotonic()
-            (store.replace if replace else store.append)(batch, encoded, sources)
-            report.encode_seconds += stored - start
-            report.store_seconds += time.monotonic() - stored
-            report.added += len(batch)
-            report.encoded_tokens += int(encoded.tokens.sum())
-            bar.update(int(encoded.tokens.sum()))
+    report, begin = Report(), time.monotonic()
+    commit_tokens = commit_tokens or commit_tokens_of(store.spec)
+    write = store.replace if replace else store.append
+    writing: concurrent.futures.Future | None = None
+
+    def commit(batch, encoded):
+        start = time.monotonic()
+        write(batch.documents, encoded, batch.sources)
+        report.store_seconds += time.monotonic() - start
+        report.added += len(batch.documents)
+        report.encoded_tokens += batch.tokens
+        bar.set_postfix_str(f"{report.encoded_tokens / (time.monotonic() - begin):,.0f} tok/s", refresh=False)
+        bar.update(len(batch.documents))
+
+    def finish_writing():
+        start = time.monotonic()
+        if writing is not None:
+            writing.result()
+        report.waited_for_store += time.monotonic() - start
+
+    name = "update" if replace else "add"
+    with (
+        tqdm(desc=name, unit="doc", total=total, mininterval=1.0, disable=not progress) as bar,
+        concurrent.futures.ThreadPoolExecutor(1) as writer,
+    ):
+        batches = _ahead(_batches(store, documents, encoder, commit_tokens, replace))
+        try:
+            while True:
+                start = time.monotonic()
+                batch = next(batches, None)
+                report.waited_for_documents += time.monotonic() - start
+                if batch is None:
+                    break
+                report.unchanged += batch.unchanged
+                report.tokenize_seconds += batch.seconds
+                bar.update(batch.unchanged)
+                if batch.documents:
+                    start = time.monotonic()
+                    encoded = encoder.encode(batch.token_lists)
+                    report.encode_seconds += time.monotonic() - start
+                    finish_writing()
+                    writing = writer.submit(commit, batch, encoded)
+                    del encoded
+        finally:
+            batches.close()
+            finish_writing()
+    report.seconds = time.monotonic() - begin
     return report
 
 
-def _batches(
-    store, documents, encoder, commit_tokens, report, replace
-) -> Iterator[tuple[list[BankDocument], list[list[int]], list[int]]]:
-    """Documents of one commit each, the token lists of their new texts, and where each document's text is."""
-    batch, token_lists, sources = [], [], []
-    ids: set[tuple[str, str]] = set()
-    place: dict[tuple[str, str], int] = {}
-    size = 0
-    start = time.monotonic()
+def _batches(store, documents, encoder, commit_tokens, replace) -> Iterator[_Batch]:
+    """Documents of one commit each, tokenised; runs ahead of the commits of the batches that it gave out."""
+    table, first_row = store.table, store.manifest.rows
+    next_row = first_row
+    # Rows that ids and texts will have, of documents that the table does not show yet.
+    ids: dict[Key, int] = {}
+    texts: dict[Key, int] = {}
+    batch, start = _Batch(), time.monotonic()
     for document in documents:
-        key = document.namespace, document.id
-        row = store.table.row_of(*key)
-        if key in ids:
-            raise BankError(f"document {document.id!r} of namespace {document.namespace!r} comes twice: rename one.")
-        if replace and row is None:
+        what = f"document {document.id!r} of namespace {document.namespace!r}"
+        row = ids.get(document.id_key, table.row_of(document.id_key))
+        if row is None and replace:
             raise BankError(f"no document {document.id!r} in namespace {document.namespace!r}: `add` it instead.")
-        if not replace and row is not None:
-            if store.table.digests[row] != document.digest:
-                raise BankError(
-                    f"document {document.id!r} of namespace {document.namespace!r} is there with another text: "
-                    "`update` it, or give it another id."
-                )
-            report.unchanged += 1
-            continue
-        ids.add(key)
-        text = document.namespace, document.digest
-        known = store.table.row_with(*text)
-        if known is not None:
-            sources.append(-1 - known)
+        if row is not None and row >= first_row:
+            raise BankError(f"{what} comes twice: rename one.")
+        if row is not None and not replace:
+            if tuple(table.columns[row, TEXT_KEY : TEXT_KEY + 2].tolist()) != document.text_key:
+                raise BankError(f"{what} is there with another text: `update` it, or give it another id.")
+            batch.unchanged += 1
         else:
-            if text not in place:
-                place[text] = len(token_lists)
-                token_lists.append(encoder.tokens(document))
-                size += len(token_lists[-1])
-            sources.append(place[text])
-        batch.append(document)
-        if size >= commit_tokens:
-            report.tokenize_seconds += time.monotonic() - start
-            yield batch, token_lists, sources
-            batch, token_lists, sources = [], [], []
-            place, size, start = {}, 0, time.monotonic()
-    report.tokenize_seconds += time.monotonic() - start
-    if batch:
-        yield batch, token_lists, sources
+            held = texts.get(document.text_key, table.row_with(document.text_key))
+            if held is None:
+                held = texts[document.text_key] = next_row
+                batch.sources.append(len(batch.token_lists))
+                batch.token_lists.append(encoder.tokens(document))
+                batch.tokens += len(batch.token_lists[-1])
+            else:
+                # A text of this very batch is in its token lists, else a row has it or will.
+                first = next_row - len(batch.documents)
+                batch.sources.append(batch.sources[held - first] if held >= first else -1 - held)
+            ids[document.id_key] = next_row
+            next_row += 1
+            batch.documents.append(document)
+        if batch.tokens >= commit_tokens or max(len(batch.documents), batch.unchanged) >= _COMMIT_DOCUMENTS:
+            batch.seconds = time.monotonic() - start
+            yield batch
+            batch, start, shown = _Batch(), time.monotonic(), len(table.columns)
+            ids = {key: row for key, row in ids.items() if row >= shown}
+            texts = {key: row for key, row in texts.items() if row >= shown}
+    batch.seconds = time.monotonic() - start
+    yield batch
+
+
+def _ahead(iterator: Iterator[_Batch]) -> Iterator[_Batch]:
+    """The same items, the next one being made in a thread while the last one is used."""
+    items: queue.Queue = queue.Queue(maxsize=1)
+    stop = threading.Event()
+
+    def put(item):
+        while not stop.is_set():
+            with contextlib.suppress(queue.Full):
+                items.put(item, timeout=0.1)
+                return
+
+    def make():
+        try:
+            for item in iterator:
+                put((item, None))
+                if stop.is_set():
+                    return
+            put((None, None))
+        except BaseException as e:
+            put((None, e))
+
+    # A daemon, as reading documents from a terminal or a pipe may never return.
+    threading.Thread(target=make, name="documents", daemon=True).start()
+    try:
+        while True:
+            item, error = items.get()
+            if error is not None:
+                raise error
+            if item is None:
+                return
+            yield item
+    finally:
+        stop.set()

@@ -8,6 +8,7 @@ import json
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -42,6 +43,12 @@ class BankSpec:
     kv_heads: int
     head_dim: int
     dtype: str
+
+    @property
+    def bytes_per_chunk(self) -> int:
+        """Of routing key and content in all router layers."""
+        elements = self.layers * (self.width + 2 * self.kv_heads * self.head_dim)
+        return elements * jnp.dtype(self.dtype).itemsize
 
     @classmethod
     def of(cls, model: MSATransformer) -> BankSpec:

@@ -1,33 +1,37 @@
 """`MemoryStore`: a bank on disk that documents are added to, changed in and deleted from, one commit at a time.
 
-folder/CURRENT        name of the database in use
-folder/bank-N/        a TensorStore OCDBT database: manifest, routing_keys [L_r, C, M], content_k and content_v
-                      [L_r, C, K, D], documents [N, 5], ids and texts
-folder/writer.lock    held by the one process that may write
+A bank is a TensorStore OCDBT database (`folder` says where) of the manifest, the arrays routing_keys [L_r, C, M],
+content_k and content_v [L_r, C, K, D] and documents [N, 9], and the documents' ids, titles, texts and metadata.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import datetime
-import fcntl
-import os
+import contextlib
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import tensorstore as ts
 
-from msa_jax.bank import table as documents_of
-from msa_jax.bank.database import Database, reason_of, url_of
+from msa_jax.bank import folder
+from msa_jax.bank.change import Change, commit, make_database, now
+from msa_jax.bank.database import Database, is_folder, reason_of
 from msa_jax.bank.manifest import BankError, BankSpec, Manifest
-from msa_jax.bank.table import ALIVE, COLUMNS, DEFAULT_NAMESPACE, BankDocument, Table
+from msa_jax.bank.table import (
+    ALIVE,
+    COLUMNS,
+    DEFAULT_NAMESPACE,
+    NAMESPACE,
+    BankDocument,
+    Table,
+    body_key,
+    key_of,
+    pack_body,
+    unpack,
+)  # fmt: skip
 
 ARRAYS = ("routing_keys", "content_k", "content_v")
-# Bytes of one stored piece of an array: large enough for object stores, small enough to read a few documents.
-_PIECE_BYTES = 1 << 20
-_ROWS_PER_PIECE = 16_384
 
 
 class Encoded(NamedTuple):
@@ -50,31 +54,44 @@ class MemoryStore:
     """A bank on disk at one version; see the module. Use as a context manager, or `close` it.
 
     Readers see the version they opened, whatever a writer does. A writer sees its own commits.
+
+    Attributes:
+      path: as given.
+      name: of the database in use; `compact` begins another, in which rows and chunks have other numbers.
+      manifest: the state of this version.
+      table: rows of this version; for reading.
     """
 
-    def __init__(self, path: str | pathlib.Path, *, writable: bool = False, version: int | None = None):
+    def __init__(
+        self,
+        path: str | pathlib.Path,
+        *,
+        writable: bool = False,
+        version: int | None = None,
+        wait: float = 0.0,
+    ):
         """Open a bank.
 
         Args:
           path: a folder, or a kvstore URL that TensorStore knows.
           writable: take the lock of the one writer.
           version: an earlier version to read; default the newest.
+          wait: seconds to wait for another writer to finish.
 
         Raises:
           BankError: no bank there, a damaged one, one of a newer format, no such version, or another writer.
         """
         self.path = path
-        self._url = url_of(path)
-        self._lock: int | None = None
+        self._writer_lock = self._reader_lock = None
+        self._writable = writable
         if writable and version is not None:
             raise BankError(f"{path}: an earlier version is for reading: open it with writable=False.")
-        current = _current(self._url)
-        if current is None:
+        if folder.current(path) is None:
             raise BankError(f"{path}: no bank here: make one with `create`, or correct the path.")
-        if writable:
-            self._lock = _take_lock(path)
         try:
-            self._open(current, version)
+            if writable:
+                self._writer_lock = folder.take_writer_lock(path, wait=wait)
+            self.open(version)
         except BaseException:
             self.close()
             raise
@@ -86,36 +103,48 @@ class MemoryStore:
         Raises:
           BankError: there is a bank already, or the place cannot be written.
         """
-        url = url_of(path)
         try:
-            if "://" not in str(path):
+            if is_folder(path):
                 pathlib.Path(path).mkdir(parents=True, exist_ok=True)
-            if _current(url) is not None:
-                raise BankError(f"{path}: there is a bank already: open it, or delete the folder first.")
-            _make(f"{url}bank-0/", Manifest(spec=spec, version=1, time=_now()))
-            ts.KvStore.open(url).result().write("CURRENT", b"bank-0").result()
+            if folder.current(path) is not None:
+                raise BankError(f"{path}: there is a bank already: open it, or delete it first.")
+            lock = folder.take_writer_lock(path)
+            try:
+                folder.remove(path, folder.FIRST)  # of a `create` that was killed
+                make_database(folder.database_url(path, folder.FIRST), Manifest(spec=spec, version=1, time=now()))
+                folder.switch(path, folder.FIRST)
+            finally:
+                folder.release(lock)
         except (OSError, ValueError) as e:
             raise e if isinstance(e, BankError) else BankError(f"{path}: a bank cannot be made here: {e}") from e
         return cls(path, writable=True)
 
-    def _open(self, current: str, version: int | None) -> None:
-        url = f"{self._url}{current}/"
-        self._name = current
+    def open(self, version: int | None = None) -> None:
+        """Read the manifest and the table of the newest version, or of an earlier one."""
         try:
-            generation = None if version is None else _generation_of(url, version, str(self.path))
+            self._hold_current()
+            url = folder.database_url(self.path, self.name)
             # A reader pins the generation that it found, so that it never sees two.
-            if generation is None and self._lock is None:
-                generation = Database(url).generations()[-1]
-            self._database = Database(url, generation=generation)
-            raw = self._database.read("manifest")
-            if raw is None:
-                raise BankError(f"{self.path}: the database {current} has no manifest: restore the folder from a copy.")
-            self.manifest = Manifest.from_bytes(raw, str(self.path))
-            self._table = Table.read(self._database, self.manifest.namespaces)
+            generation = None if self._writable else _generation_of(url, version, str(self.path))
+            self.database = Database(url, generation=generation)
+            self.manifest = _manifest_of(self.database, str(self.path))
+            columns = np.array(self.database.array("documents").read().result())[: self.manifest.rows]
+            if len(columns) < self.manifest.rows or columns.shape[1] != COLUMNS:
+                raise BankError(f"{self.path}: the table of documents is cut short: restore the bank from a copy.")
+            self.table = Table(self.manifest.namespaces, columns)
         except BankError:
             raise
         except (ValueError, OSError) as e:
             raise BankError(f"{self.path}: the bank is damaged or unreadable: {reason_of(e)}") from e
+
+    def _hold_current(self) -> None:
+        while True:
+            self.name = folder.current(self.path)
+            folder.release(self._reader_lock)
+            self._reader_lock = folder.take_reader_lock(self.path, self.name)
+            # Compaction may have come between.
+            if folder.current(self.path) == self.name:
+                return
 
     # Reading.
 
@@ -127,11 +156,6 @@ class MemoryStore:
     def version(self) -> int:
         return self.manifest.version
 
-    @property
-    def table(self) -> Table:
-        """Rows of this version; for reading."""
-        return self._table
-
     def __len__(self) -> int:
         return self.manifest.documents
 
@@ -141,43 +165,53 @@ class MemoryStore:
         Raises:
           KeyError: there is none in that namespace.
         """
-        row = self._table.row_of(namespace, identity)
+        row = self.table.row_of(key_of(namespace, identity))
         if row is None:
             raise KeyError(f"{self.path}: no document {identity!r} in namespace {namespace!r}.")
         return self.documents([row])[0]
 
     def documents(self, rows: Sequence[int]) -> list[BankDocument]:
-        """Documents of rows, their texts read at once."""
-        bodies = [documents_of.unpack(raw) for raw in self._database.read_many(list(map(documents_of.text_key, rows)))]
-        table = self._table
-        return [
-            BankDocument(
-                id=table.ids[row],
-                title=table.titles[row],
-                namespace=table.namespaces[table.columns[row, documents_of.NAMESPACE]],
-                **body,
-            )
-            for row, body in zip(rows, bodies, strict=True)
-        ]
+        """Documents of rows, read at once.
 
-    def search(self, prefix: str = "", namespace: str | None = None) -> list[tuple[str, str]]:
+        Raises:
+          BankError: a damaged text.
+        """
+        table = self.table
+        try:
+            bodies = [unpack(raw) for raw in self.database.read_many(list(map(body_key, rows)))]
+            return [
+                BankDocument(
+                    id=identity, title=title, text=text, metadata=metadata,
+                    namespace=table.namespaces[table.columns[row, NAMESPACE]],
+                )
+                for row, (identity, title, text, metadata) in zip(rows, bodies, strict=True)
+            ]  # fmt: skip
+        except (ValueError, OSError) as e:
+            raise BankError(f"{self.path}: the text of a document is damaged: {reason_of(e)}") from e
+
+    def search(self, prefix: str = "", namespace: str | None = None) -> Iterator[tuple[str, str]]:
         """(namespace, id) of live documents whose id begins with `prefix`, in the order they were added."""
-        table = self._table
-        names = [(table.namespaces[table.columns[r, documents_of.NAMESPACE]], table.ids[r]) for r in table.alive]
-        return [n for n in names if n[1].startswith(prefix) and namespace in (None, n[0])]
+        columns, names = self.table.columns, self.table.namespaces
+        for key in self.database.keys("names/"):
+            first = int(key.removeprefix("names/"))
+            for row, identity in enumerate(unpack(self.database.read(key)), start=first):
+                space = names[columns[row, NAMESPACE]]
+                if columns[row, ALIVE] and identity.startswith(prefix) and namespace in (None, space):
+                    yield space, identity
 
     def array(self, name: str) -> ts.TensorStore:
         """One of `ARRAYS`, on disk: slices of it are read when asked for."""
-        return self._database.array(name)
+        return self.database.array(name)
 
-    def versions(self) -> list[Manifest]:
-        """Manifests of all versions that can be opened, oldest first."""
-        found = []
-        for generation in Database(self._database.url).generations():
-            raw = Database(self._database.url, generation=generation).read("manifest")
-            if raw is not None:
-                found.append(Manifest.from_bytes(raw, str(self.path)))
-        return found
+    def versions(self, last: int | None = None) -> list[Manifest]:
+        """Manifests of the versions that can be opened, oldest first, or of the `last` ones."""
+        found: dict[int, Manifest] = {}
+        for generation in range(Database(self.database.url).newest(), 0, -1):
+            manifest = _manifest_of(Database(self.database.url, generation=generation), str(self.path))
+            found.setdefault(manifest.version, manifest)
+            if len(found) == last:
+                break
+        return [found[version] for version in sorted(found)]
 
     # Writing.
 
@@ -211,65 +245,47 @@ class MemoryStore:
         return len(buried)
 
     def _live_row(self, namespace: str, identity: str) -> int:
-        row = self._table.row_of(namespace, identity)
+        row = self.table.row_of(key_of(namespace, identity))
         if row is None:
             raise BankError(f"{self.path}: no document {identity!r} in namespace {namespace!r}: nothing was changed.")
         return row
 
     def _commit(self, documents, encoded, sources, *, buried, operation):
-        self._require_writable()
-        manifest, table = self.manifest, self._table
-        namespaces = list(dict.fromkeys([*manifest.namespaces, *(d.namespace for d in documents)]))
-        columns = np.zeros((len(documents), COLUMNS), np.int64)
+        places = np.zeros((len(documents), 3), np.int64)  # START, LENGTH, TOKENS
         if documents:
-            starts = manifest.chunks + np.concatenate([[0], np.cumsum(encoded.lengths)])
-            for i, (document, source) in enumerate(zip(documents, sources, strict=True)):
-                known = table.columns[-1 - source, :3] if source < 0 else None
-                place = (starts[source], encoded.lengths[source], encoded.tokens[source]) if known is None else known
-                columns[i] = (*place, namespaces.index(document.namespace), 1)
-        chunks = manifest.chunks + (int(encoded.lengths.sum()) if documents else 0)
-        dead = table.columns[buried]
-        new = dataclasses.replace(
-            manifest,
-            version=manifest.version + 1,
-            chunks=chunks,
-            rows=manifest.rows + len(documents),
-            documents=manifest.documents + len(documents) - len(buried),
-            tokens=manifest.tokens + int(columns[:, documents_of.TOKENS].sum() - dead[:, documents_of.TOKENS].sum()),
-            namespaces=tuple(namespaces),
-            operation=operation,
-            time=_now(),
-        )
-        database = self._database
-        with database.commit() as transaction:
-            if documents and chunks > manifest.chunks:
+            starts = self.manifest.chunks + np.cumsum(encoded.lengths) - encoded.lengths
+            encoded_places = np.stack([starts, encoded.lengths, encoded.tokens], axis=1)
+            for i, source in enumerate(sources):
+                places[i] = encoded_places[source] if source >= 0 else self.table.columns[-1 - source, :3]
+        with self.change(operation) as change:
+            if documents and len(encoded.lengths):
                 for name in ARRAYS:
-                    database.append(name, getattr(encoded, name), 1, transaction)
-            if documents:
-                database.append("documents", columns, 0, transaction)
-                database.write(documents_of.rows_key(manifest.rows), documents_of.pack_rows(documents), transaction)
-                for row, document in enumerate(documents, start=manifest.rows):
-                    database.write(documents_of.text_key(row), documents_of.pack_text(document), transaction)
-            if buried:
-                array = database.array("documents", transaction)
-                pending = [array[row, ALIVE].write(np.int64(0)) for row in buried]
-                for write in pending:
-                    write.result()
-            database.write("manifest", new.to_bytes(), transaction)
-        self.manifest = new
-        table.namespaces = namespaces
-        table.bury(buried)
-        table.extend(columns, [(d.id, d.title, d.digest) for d in documents])
+                    change.database.put(name, getattr(encoded, name), change.chunks, 1, change.transaction)
+                change.chunks += int(encoded.lengths.sum())
+            columns = change.columns_of(documents, places)
+            change.add(columns, [d.id for d in documents], list(map(pack_body, documents)))
+            change.bury(buried, self.table.columns)
 
-    def _require_writable(self) -> None:
-        if self._lock is None:
+    @contextlib.contextmanager
+    def change(self, operation: str) -> Iterator[Change]:
+        """A change that is committed when the block ends, as the next version, which this object then shows."""
+        if not self._writable:
             raise BankError(f"{self.path}: opened for reading: open it with writable=True to change it.")
+        version = self.version + 1
+        with commit(self.database, self.manifest, version, operation) as change:
+            yield change
+        self.manifest = change.manifest(version, operation)
+        self.table.namespaces = change.namespaces
+        self.table.bury(change.buried)
+        for columns in change.columns:
+            self.table.extend(columns)
 
     def close(self) -> None:
-        """Give the writer's lock back."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        """Give the locks back."""
+        folder.release(self._writer_lock)
+        folder.release(self._reader_lock)
+        self._writer_lock = self._reader_lock = None
+        self._writable = False
 
     def __enter__(self) -> MemoryStore:
         return self
@@ -278,52 +294,23 @@ class MemoryStore:
         self.close()
 
 
-def _make(url: str, manifest: Manifest) -> Database:
-    """A new database with the arrays of an empty bank."""
-    spec, database = manifest.spec, Database(url)
-    size = np.dtype("float32").itemsize if spec.dtype == "float32" else 2
-    rests = dict(routing_keys=(spec.width,), content_k=(spec.kv_heads, spec.head_dim))
-    rests["content_v"] = rests["content_k"]
-    with database.commit() as transaction:
-        for name, rest in rests.items():
-            piece = max(64, _PIECE_BYTES // (size * int(np.prod(rest))))
-            database.create_array(name, (spec.layers, 0, *rest), (1, piece, *rest), spec.dtype, transaction)
-        database.create_array("documents", (0, COLUMNS), (_ROWS_PER_PIECE, COLUMNS), "int64", transaction)
-        database.write("manifest", manifest.to_bytes(), transaction)
-    return database
+def _manifest_of(database: Database, where: str) -> Manifest:
+    raw = database.read("manifest")
+    if raw is None:
+        raise BankError(f"{where}: the database has no manifest: restore the bank from a copy.")
+    return Manifest.from_bytes(raw, where)
 
 
-def _current(url: str) -> str | None:
-    try:
-        result = ts.KvStore.open(url).result().read("CURRENT").result()
-    except (ValueError, OSError) as e:
-        raise BankError(f"{url}: cannot be read: {reason_of(e)}") from e
-    return None if result.state == "missing" else result.value.decode().strip()
-
-
-def _generation_of(url: str, version: int, where: str) -> int:
-    for generation in Database(url).generations():
-        raw = Database(url, generation=generation).read("manifest")
-        if raw is not None and Manifest.from_bytes(raw, where).version == version:
-            return generation
-    raise BankError(f"{where}: no version {version}: `versions` lists those there are.")
-
-
-def _take_lock(path: str | pathlib.Path) -> int | None:
-    if "://" in str(path):
-        return os.open(os.devnull, os.O_RDWR)  # no lock there: see docs/bank.md
-    try:
-        descriptor = os.open(pathlib.Path(path) / "writer.lock", os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as e:
-        raise BankError(f"{path}: cannot be written: {e.strerror}. Mend permissions, or open it for reading.") from e
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
-        os.close(descriptor)
-        raise BankError(f"{path}: another process is writing to this bank: wait until it is done, or stop it.") from e
-    return descriptor
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
+def _generation_of(url: str, version: int | None, where: str) -> int:
+    """The last commit of a version, by default of the newest; versions never fall from a commit to the next."""
+    last = Database(url).newest()
+    if version is None:
+        return last
+    low, high = 1, last
+    while low < high:
+        middle = (low + high + 1) // 2
+        later = _manifest_of(Database(url, generation=middle), where).version > version
+        low, high = (low, middle - 1) if later else (middle, high)
+    if _manifest_of(Database(url, generation=low), where).version != version:
+        raise BankError(f"{where}: no version {version}: `versions` lists those there are.")
+    return low

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import zlib
@@ -11,12 +12,22 @@ from typing import Any
 
 import numpy as np
 
-from msa_jax.bank.database import Database
-
-# Columns of the array `documents` [N, 5] int64.
-START, LENGTH, TOKENS, NAMESPACE, ALIVE = range(5)
-COLUMNS = 5
+# Columns of the array `documents` [N, 9] int64: chunks [START, START + LENGTH), tokens, number of the namespace, 1 or
+# 0, and two halves each of the keys of id and text (`key_of`).
+START, LENGTH, TOKENS, NAMESPACE, ALIVE, ID_KEY, _, TEXT_KEY, _ = range(9)
+COLUMNS = 9
 DEFAULT_NAMESPACE = "default"
+# New rows are found by a dictionary until there are this many; then all rows are sorted anew.
+_RECENT = 1 << 15
+
+Key = tuple[int, int]
+
+
+def key_of(namespace: str, value: str) -> Key:
+    """128 bits that stand for a string within its namespace, as two signed numbers."""
+    digest = hashlib.blake2b(f"{len(namespace)}:{namespace}{value}".encode(), digest_size=16).digest()
+    high, low = np.frombuffer(digest, "<i8").tolist()
+    return high, low
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,105 +48,107 @@ class BankDocument:
     namespace: str = DEFAULT_NAMESPACE
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    @property
-    def digest(self) -> str:
-        """Of the text: equal texts of a namespace are encoded once."""
-        return hashlib.sha256(self.text.encode()).hexdigest()
+    @functools.cached_property
+    def id_key(self) -> Key:
+        return key_of(self.namespace, self.id)
+
+    @functools.cached_property
+    def text_key(self) -> Key:
+        """Equal texts of a namespace are encoded once."""
+        return key_of(self.namespace, self.text)
 
 
-def text_key(row: int) -> str:
-    return f"text/{row:012d}"
+def body_key(row: int) -> str:
+    """Database key of what `pack_body` made of a row."""
+    return f"body/{row:012d}"
 
 
-def rows_key(first: int) -> str:
-    return f"rows/{first:012d}"
+def names_key(first: int) -> str:
+    """Database key of the names of consecutive rows from `first` on."""
+    return f"names/{first:012d}"
 
 
-def pack_rows(documents: Sequence[BankDocument]) -> bytes:
-    """Ids, titles and digests of consecutive rows: what the index needs, without the texts."""
-    return zlib.compress(json.dumps([[d.id, d.title, d.digest] for d in documents]).encode(), 1)
+def pack(value: Any) -> bytes:
+    return zlib.compress(json.dumps(value, ensure_ascii=False).encode(), 1)
 
 
-def pack_text(document: BankDocument) -> bytes:
-    return zlib.compress(json.dumps({"text": document.text, "metadata": dict(document.metadata)}).encode(), 1)
+def pack_body(document: BankDocument) -> bytes:
+    return pack([document.id, document.title, document.text, dict(document.metadata)])
 
 
 def unpack(raw: bytes) -> Any:
-    """What `pack_rows` or `pack_text` wrote. Raises ValueError when it is damaged."""
+    """What `pack` wrote. Raises ValueError when it is damaged."""
     try:
         return json.loads(zlib.decompress(raw))
     except zlib.error as e:
         raise ValueError(str(e)) from e
 
 
+class _Index:
+    """Rows by a 128-bit key: sorted once, with a dictionary of rows that came since."""
+
+    def __init__(self, columns: np.ndarray, column: int):
+        self._column = column
+        # Stable, so that rows of one key stay in order.
+        self._order = np.argsort(columns[:, column], kind="stable")
+        self._sorted = columns[self._order, column]
+        self._recent: dict[Key, list[int]] = {}
+
+    def add(self, key: Key, row: int) -> None:
+        self._recent.setdefault(key, []).append(row)
+
+    def find(self, columns: np.ndarray, key: Key) -> int | None:
+        """The first live row of a key."""
+        first, last = np.searchsorted(self._sorted, key[0], "left"), np.searchsorted(self._sorted, key[0], "right")
+        rows = [*self._order[first:last].tolist(), *self._recent.get(key, ())]
+        for row in rows:
+            if columns[row, ALIVE] and tuple(columns[row, self._column : self._column + 2].tolist()) == key:
+                return row
+        return None
+
+
 class Table:
-    """All rows of one version, in memory but for the texts.
+    """All rows of one version: numbers only, 72 bytes and two entries of an index a document.
+
+    One thread may look things up while another extends it: it finds what was there, and perhaps what is new.
 
     Attributes:
-      columns: [N, 5] int64.
-      ids, titles, digests: N strings each.
+      columns: [N, 9] int64.
       namespaces: their names.
     """
 
-    def __init__(self, namespaces: Sequence[str]):
+    def __init__(self, namespaces: Sequence[str], columns: np.ndarray):
         self.namespaces = list(namespaces)
-        self.columns = np.zeros((0, COLUMNS), np.int64)
-        self.ids: list[str] = []
-        self.titles: list[str] = []
-        self.digests: list[str] = []
-        self._by_id: dict[tuple[int, str], int] = {}
-        self._by_digest: dict[tuple[int, str], int] = {}
+        self.columns = columns
+        self._sort()
 
-    @classmethod
-    def read(cls, database: Database, namespaces: Sequence[str]) -> Table:
-        table = cls(namespaces)
-        columns = np.asarray(database.array("documents").read().result())
-        rows: list[list[str]] = []
-        for raw in database.read_many(database.keys("rows/")):
-            rows += unpack(raw)
-        if len(rows) != len(columns):
-            raise ValueError(f"{len(columns)} documents have {len(rows)} ids")
-        table.extend(columns, rows)
-        return table
+    def _sort(self) -> None:
+        self._ids, self._texts = _Index(self.columns, ID_KEY), _Index(self.columns, TEXT_KEY)
+        self._unsorted = 0
 
-    def extend(self, columns: np.ndarray, rows: Sequence[Sequence[str]]) -> None:
-        """Add rows [n, 5] with their [id, title, digest]."""
-        first = len(self.ids)
+    def extend(self, columns: np.ndarray) -> None:
+        """Add rows [n, 9]."""
+        first = len(self.columns)
         self.columns = np.concatenate([self.columns, columns])
-        for row, (identity, title, digest) in enumerate(rows, start=first):
-            self.ids.append(identity)
-            self.titles.append(title)
-            self.digests.append(digest)
-            if self.columns[row, ALIVE]:
-                namespace = int(self.columns[row, NAMESPACE])
-                self._by_id[namespace, identity] = row
-                self._by_digest.setdefault((namespace, digest), row)
+        self._unsorted += len(columns)
+        if self._unsorted > _RECENT:
+            self._sort()
+            return
+        for row, values in enumerate(columns.tolist(), start=first):
+            self._ids.add(tuple(values[ID_KEY : ID_KEY + 2]), row)
+            self._texts.add(tuple(values[TEXT_KEY : TEXT_KEY + 2]), row)
 
     def bury(self, rows: Sequence[int]) -> None:
         """Mark rows as deleted."""
-        for row in rows:
-            self.columns[row, ALIVE] = 0
-            namespace = int(self.columns[row, NAMESPACE])
-            del self._by_id[namespace, self.ids[row]]
-            self._by_digest.pop((namespace, self.digests[row]), None)
-        # A text that others still hold keeps its place in the index.
-        buried = {(int(self.columns[row, NAMESPACE]), self.digests[row]) for row in rows}
-        if buried:
-            for row in np.flatnonzero(self.columns[:, ALIVE]):
-                key = int(self.columns[row, NAMESPACE]), self.digests[row]
-                if key in buried:
-                    self._by_digest.setdefault(key, int(row))
+        self.columns[list(rows), ALIVE] = 0
 
-    def number_of(self, namespace: str) -> int | None:
-        return self.namespaces.index(namespace) if namespace in self.namespaces else None
+    def row_of(self, key: Key) -> int | None:
+        """Row of the live document with that `id_key`."""
+        return self._ids.find(self.columns, key)
 
-    def row_of(self, namespace: str, identity: str) -> int | None:
-        """Row of a live document."""
-        return self._by_id.get((self.number_of(namespace), identity))
-
-    def row_with(self, namespace: str, digest: str) -> int | None:
-        """Row of a live document with a text of that digest."""
-        return self._by_digest.get((self.number_of(namespace), digest))
+    def row_with(self, key: Key) -> int | None:
+        """Row of the first live document with that `text_key`."""
+        return self._texts.find(self.columns, key)
 
     @property
     def alive(self) -> np.ndarray:

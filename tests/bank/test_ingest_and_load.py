@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msa_jax.bank import ingest
+from msa_jax.bank import document_encoder
+from msa_jax.bank.document_encoder import DocumentEncoder
 from msa_jax.bank.encoder import encode_bank
-from msa_jax.bank.ingest import DocumentEncoder, add, update
+from msa_jax.bank.ingest import add, update
 from msa_jax.bank.loading import capacity_for, load
 from msa_jax.bank.manifest import BankError, BankSpec, fingerprint_of
 from msa_jax.bank.store import ARRAYS, MemoryStore
@@ -73,7 +74,7 @@ def test_what_is_added_comes_back_onto_the_device(tmp_path, commit_tokens):
 
 
 def test_rows_of_several_lengths_give_the_same_bank(tmp_path, monkeypatch):
-    monkeypatch.setattr(ingest, "_SHORTEST", 8)
+    monkeypatch.setattr(document_encoder, "_SHORTEST", 8)
     with create(tmp_path) as store:
         encoder = encoder_of(row_len=64, rows_per_step=1)
         assert encoder._row_lens == [16, 64]

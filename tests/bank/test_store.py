@@ -59,7 +59,7 @@ def test_documents_come_back_as_they_went_in(tmp_path):
     ]
     with MemoryStore.create(tmp_path / "bank", SPEC) as store:
         put(store, documents)
-        assert store.search("a") == [("default", "a")] and store.search(namespace="mine") == [("mine", "b")]
+        assert list(store.search("a")) == [("default", "a")] and list(store.search(namespace="mine")) == [("mine", "b")]
     with MemoryStore(tmp_path / "bank") as store:
         assert store.get("a") == documents[0] and store.get("b", "mine") == documents[1]
         assert store.manifest.tokens == sum(encoded([d.text for d in documents]).tokens)
@@ -71,12 +71,12 @@ def test_documents_come_back_as_they_went_in(tmp_path):
 def test_a_text_held_already_takes_no_room_and_keeps_its_own_id(tmp_path):
     with MemoryStore.create(tmp_path, SPEC) as store:
         put(store, [BankDocument("first", "same")])
-        row = store.table.row_with("default", BankDocument("second", "same").digest)
+        row = store.table.row_with(BankDocument("second", "same").text_key)
         store.append([BankDocument("second", "same")], encoded([]), [-1 - row])
         assert store.manifest.chunks == 1 + len("same") % 4 and store.get("second").text == "same"
         store.delete(["first"])
         assert store.get("second").text == "same"
-        assert store.table.row_with("default", BankDocument("x", "same").digest) == 1
+        assert store.table.row_with(BankDocument("x", "same").text_key) == 1
 
 
 def test_readers_see_the_version_they_opened(tmp_path):
@@ -90,7 +90,7 @@ def test_readers_see_the_version_they_opened(tmp_path):
             (1, "create", 0), (2, "add", 2), (3, "update", 2), (4, "delete", 1),
         ]  # fmt: skip
         assert MemoryStore(tmp_path, version=3).get("a").text == "changed"
-        assert MemoryStore(tmp_path).search() == [("default", "a")]
+        assert list(MemoryStore(tmp_path).search()) == [("default", "a")]
 
 
 texts = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), min_size=1, max_size=9)

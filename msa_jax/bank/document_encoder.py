@@ -1,0 +1,87 @@
+"""Texts to chunks: tokens, rows packed by length, the encode step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from msa_jax.bank.encoder import RowEncoder
+from msa_jax.bank.manifest import BankError, BankSpec
+from msa_jax.bank.store import Encoded
+from msa_jax.bank.table import BankDocument
+from msa_jax.data.batch import pack_documents
+from msa_jax.data.tokenizer import Tokenizer
+from msa_jax.model import MSATransformer
+
+# Rows are shorter by this factor, down to this many tokens.
+_SHORTER, _SHORTEST = 4, 128
+
+
+class DocumentEncoder:
+    """Texts to chunks, with one model and tokenizer, on all devices of this process.
+
+    Steps have one shape for each of a few lengths of rows.
+    """
+
+    def __init__(self, model: MSATransformer, tokenizer: Tokenizer, *, row_len: int = 2048, rows_per_step: int = 16):
+        """Make an encoder.
+
+        Args:
+          row_len: tokens of the longest packed row, the most a document may have; a multiple of the model's chunk
+            size. Documents of a quarter of it, a sixteenth and so on are packed into rows of that length.
+          rows_per_step: rows of that length that pass the model at once, and as many tokens in shorter ones; sets
+            the memory of activations.
+
+        Raises:
+          BankError: `row_len` is no multiple of the chunk size.
+        """
+        chunk = model.config.chunk_size
+        if row_len % chunk:
+            raise BankError(f"row_len must be a multiple of the model's chunk size {chunk}, got {row_len}.")
+        self.tokenizer = tokenizer
+        self.row_len, self.rows_per_step = row_len, rows_per_step
+        # Attention within a row costs the square of its length, so short documents get short rows.
+        self._row_lens = [row_len]
+        while self._row_lens[0] // _SHORTER >= _SHORTEST and self._row_lens[0] // _SHORTER % chunk == 0:
+            self._row_lens.insert(0, self._row_lens[0] // _SHORTER)
+        self.spec = BankSpec.of(model)
+        self._rows = RowEncoder(model)
+
+    def tokens(self, document: BankDocument) -> np.ndarray:
+        """Token ids, int32, of a document's text.
+
+        Raises:
+          BankError: there are none, or more than a row holds.
+        """
+        ids = self.tokenizer.encode(" " + document.text)
+        if not ids:
+            raise BankError(f"document {document.id!r} has no text: leave it out.")
+        if len(ids) > self.row_len:
+            raise BankError(
+                f"document {document.id!r} has {len(ids)} tokens and the limit is {self.row_len}: raise row_len to a "
+                f"multiple of {self.spec.chunk_size} of at least that, or split the document."
+            )
+        return np.array(ids, np.int32)
+
+    def encode(self, token_lists: Sequence[Sequence[int] | np.ndarray]) -> Encoded:
+        """Chunks of documents given as token ids."""
+        tokens = np.array([len(ids) for ids in token_lists], np.int64)
+        lengths = -(-tokens // self.spec.chunk_size)
+        starts = np.cumsum(lengths) - lengths
+        targets = self._rows.arrays(int(lengths.sum()))
+        shorter = 0
+        for row_len in self._row_lens:
+            mine = np.flatnonzero((tokens > shorter) & (tokens <= row_len))
+            shorter = row_len
+            if not len(mine):
+                continue
+            packed = pack_documents([token_lists[i] for i in mine], chunk_size=self.spec.chunk_size, row_len=row_len)
+            # Packing keeps the order of documents, so their chunks follow each other.
+            place = np.full(len(packed.chunk_documents), -1, np.int64)
+            place[packed.chunk_documents < len(mine)] = np.repeat(
+                starts[mine] - np.cumsum(lengths[mine]) + lengths[mine], lengths[mine]
+            ) + np.arange(lengths[mine].sum())
+            rows = max(1, self.rows_per_step * self.row_len // row_len)
+            self._rows.encode(packed, targets, place, rows_per_step=rows)
+        return Encoded(*targets, lengths, tokens)
