@@ -1,50 +1,66 @@
-"""From a bank on disk to the device: the chunks of live documents, straight into (sharded) arrays."""
+"""From a bank on disk to the device: the chunks of live documents, straight into (sharded) arrays that can grow."""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
+import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from msa_jax.bank.manifest import BankError
+from msa_jax.bank import transfer
+from msa_jax.bank.manifest import BankError, BankSpec
+from msa_jax.bank.placement import Placement
 from msa_jax.bank.store import ARRAYS, MemoryStore
-from msa_jax.bank.table import LENGTH, NAMESPACE, START
 from msa_jax.memory import DocumentLayout, MemoryBank
 
-# Capacities are a power of two times one of these, so that a growing bank is compiled for seldom and wastes at
-# most a fifth.
-_STEPS = (8, 10, 12, 14)
+_LOG = logging.getLogger(__name__)
 
 
-def capacity_for(size: int, *, multiple: int = 128) -> int:
-    """The smallest capacity of at least `size` that banks are padded to, a multiple of `multiple`."""
-    power = 0
-    while True:
-        for step in _STEPS:
-            capacity = -(-(step << power) // multiple) * multiple
-            if capacity >= size:
-                return capacity
-        power += 1
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class LoadedBank:
-    """A bank on the device, and which documents of the store its documents are.
+    """A bank on the device, and which documents of the store its documents are. A value: nothing in it changes.
 
     Attributes:
       bank: C and N padded to capacities; padding is of no document.
-      rows: row in the store's table of each document there is; documents of equal text in one namespace are one.
-      namespaces: number of the namespace of each of the N documents, -1 for padding.
-      names: names of the namespaces.
+      placement: which document and chunk of the store stands where.
+      spec: of the store.
     """
 
     bank: MemoryBank
-    rows: np.ndarray
-    namespaces: np.ndarray
-    names: tuple[str, ...]
+    placement: Placement
+    spec: BankSpec
+
+    @property
+    def version(self) -> int:
+        """Of the store."""
+        return self.placement.version
+
+    @property
+    def rows(self) -> np.ndarray:
+        """[N] int64: row in the store's table of each document, -1 where there is none.
+
+        Documents of equal text in one namespace are one document here.
+        """
+        return self.placement.rows
+
+    @property
+    def namespaces(self) -> np.ndarray:
+        """[N] int64: number of each document's namespace, -1 where there is no document."""
+        return self.placement.namespaces
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the namespaces."""
+        return self.placement.names
+
+    @property
+    def source(self) -> np.ndarray:
+        """[C] int64: which chunk on disk each chunk is, -1 where there was never one."""
+        return self.placement.source
 
     def visible(self, questions: Sequence[Sequence[str] | None]) -> np.ndarray:
         """[B, N] bool: documents that each question may see, by the namespaces it names; None names all.
@@ -61,72 +77,114 @@ class LoadedBank:
             masks.append(np.isin(self.namespaces, list(numbers)))
         return np.stack(masks)
 
+    def refresh(self, store: MemoryStore, *, progress: bool = False) -> LoadedBank:
+        """The bank at the version of `store`, a reader of a newer version or a writer that went on.
+
+        What is new is read and written behind the rest, in place: nothing else is read or moved, and no shape
+        changes, so nothing is compiled anew for questions unless a document is longer than all before. Deleted
+        documents keep their place as nobody's. All is loaded anew, with room to grow, when the capacity is
+        outgrown or the store was compacted, is at an earlier version or another bank of the model; a line of the
+        log says so.
+
+        Use what is returned from then on, and nothing of this one: its arrays are donated. When reading fails, this
+        one stands as it was, unless all was being loaded anew: then `load` again.
+
+        Args:
+          store: an open bank of the same model.
+          progress: show a progress bar of bytes read.
+
+        Raises:
+          BankError: another model's bank, or one that cannot be read.
+        """
+        store.spec.require_same(self.spec, str(store.path))
+        before, after = self.placement, self.placement.follow(store)
+        if after is before:
+            return self
+        arrays = _arrays(self.bank)
+        if after is None:
+            after = before.anew(store)
+            room = after.source.size
+            _LOG.info("%s: version %d is loaded anew, into room for %d chunks", store.path, after.version, room)
+            if room != before.source.size:
+                for name, array in arrays.items():
+                    array.delete()  # first, for a device need not hold both
+                    axis = _chunk_axis(name)
+                    shape = *array.shape[:axis], room, *array.shape[axis + 1 :]
+                    arrays[name] = jnp.zeros(shape, array.dtype, device=array.sharding)
+            transfer.write(store, _fields(arrays), arrays, after.source, 0, after.chunks, progress=progress)
+        else:
+            new = before.chunks, after.chunks
+            try:
+                transfer.write(store, _fields(arrays), arrays, after.source, *new, progress=progress)
+            finally:
+                self.bank = self.bank.replace(**arrays)
+        layout = _layout(after, self.bank.layout.starts.sharding)
+        return dataclasses.replace(self, bank=self.bank.replace(**arrays, layout=layout), placement=after)
+
 
 def load(
     store: MemoryStore,
     *,
     namespaces: Sequence[str] | None = None,
+    room: float = 0.0,
     sharding: jax.sharding.Sharding | None = None,
     layout_sharding: jax.sharding.Sharding | None = None,
+    progress: bool = False,
 ) -> LoadedBank:
     """Load live documents onto the device.
 
-    Every device's part is read from disk for itself; there is no copy of the whole bank on the host.
+    Every device's part is read from disk for itself, piece by piece: the host holds some pieces at a time.
 
     Args:
       store: an open bank.
       namespaces: which ones; default all.
+      room: capacity beyond what is needed, as part of it, for `refresh` to grow into. Capacities are padded to a few
+        sizes anyhow, by up to a quarter.
       sharding: of arrays [L_r, C, ...]; default the first device.
       layout_sharding: of the layout's arrays [C] and [N]; default the first device.
+      progress: show a progress bar of bytes read.
 
     Raises:
-      BankError: no such namespace.
+      BankError: no such namespace, or a bank that cannot be read.
     """
-    table, spec = store.table, store.spec
-    rows = table.alive
-    if namespaces is not None:
-        unknown = [name for name in namespaces if name not in table.namespaces]
-        if unknown:
-            raise BankError(f"{store.path}: no namespace {unknown[0]!r}: it has {', '.join(table.namespaces)}.")
-        numbers = [table.namespaces.index(name) for name in namespaces]
-        rows = rows[np.isin(table.columns[rows, NAMESPACE], numbers)]
-    # Documents of one text share their chunks: one of them stands for all.
-    _, first = np.unique(table.columns[rows, START], return_index=True)
-    rows = rows[np.sort(first)]
-    rows = rows[np.argsort(table.columns[rows, START], kind="stable")]
-    lengths = table.columns[rows, LENGTH]
-    ends = np.cumsum(lengths)
-    chunks = int(ends[-1]) if len(rows) else 0
-    capacity, documents = capacity_for(chunks), capacity_for(len(rows))
-    source = np.concatenate([np.arange(s, s + n) for s, n in table.columns[rows][:, [START, LENGTH]]] or [[]])
-    source = source.astype(np.int64)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    spec, names = store.spec, store.table.namespaces
+    unknown = [name for name in namespaces or () if name not in names]
+    if unknown:
+        raise BankError(f"{store.path}: no namespace {unknown[0]!r}: it has {', '.join(names)}.")
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     sharding, layout_sharding = sharding or device, layout_sharding or device
+    multiple = math.lcm(128, _chunk_shards(sharding))
+    placement = Placement.of(store, only=namespaces, room=room, multiple=multiple)
+    shapes = dict(routing_keys=(spec.width,), content_k=(spec.kv_heads, spec.head_dim))
+    shapes["content_v"] = shapes["content_k"]
+    arrays = {
+        name: jnp.zeros((spec.layers, placement.source.size, *shapes[name]), spec.dtype, device=sharding)
+        for name in ARRAYS
+    }
+    transfer.write(store, _fields(arrays), arrays, placement.source, 0, placement.chunks, progress=progress)
+    return LoadedBank(MemoryBank(**arrays, layout=_layout(placement, layout_sharding)), placement, spec)
 
-    def array(name):
-        stored = store.array(name)
-        shape = (spec.layers, capacity, *stored.shape[2:])
 
-        def part(index):
-            layers, (first, last, _) = index[0], index[1].indices(capacity)
-            taken = stored[(layers, source[first : min(last, chunks)], *index[2:])].read().result()
-            short = last - first - taken.shape[1]
-            return np.pad(taken, ((0, 0), (0, short), *((0, 0),) * (taken.ndim - 2))) if short else taken
+def _chunk_shards(sharding: jax.sharding.Sharding) -> int:
+    """Into how many parts the axis of chunks is cut."""
+    if not isinstance(sharding, jax.sharding.NamedSharding) or len(sharding.spec) < 2 or sharding.spec[1] is None:
+        return 1
+    axes = sharding.spec[1] if isinstance(sharding.spec[1], tuple) else (sharding.spec[1],)
+    return math.prod(sharding.mesh.shape[axis] for axis in axes)
 
-        return jax.make_array_from_callback(shape, sharding, part)
 
-    def padded(values, size, fill):
-        whole = np.full(size, fill, np.int32)
-        whole[: len(values)] = values
-        return jax.device_put(jnp.asarray(whole), layout_sharding)
+def _arrays(bank: MemoryBank) -> dict[str, jax.Array]:
+    return {name: array for name, array in bank.arrays.items() if array is not None}
 
-    layout = DocumentLayout(
-        chunk_documents=padded(np.repeat(np.arange(len(rows)), lengths), capacity, documents),
-        starts=padded(ends - lengths, documents, 0),
-        lengths=padded(lengths, documents, 0),
-        max_length=capacity_for(int(lengths.max(initial=1)), multiple=1),
-    )
-    numbers = np.full(documents, -1, np.int64)
-    numbers[: len(rows)] = table.columns[rows, NAMESPACE]
-    bank = MemoryBank(*(array(name) for name in ARRAYS), layout)
-    return LoadedBank(bank, rows, numbers, tuple(table.namespaces))
+
+def _chunk_axis(name: str) -> int:
+    return 2 if name in ("content_k_scale", "content_v_scale") else 1
+
+
+def _fields(arrays):
+    return {name: transfer.Field({name: 1}, lambda block, name=name: {name: block}) for name in ARRAYS}
+
+
+def _layout(placement: Placement, sharding: jax.sharding.Sharding) -> DocumentLayout:
+    parts = {name: getattr(placement, name) for name in ("chunk_documents", "starts", "lengths")}
+    return DocumentLayout(**jax.device_put(parts, sharding), max_length=placement.max_length)

@@ -1,0 +1,208 @@
+"""Which document and chunk of a bank on disk stands where on the device, and how that changes as the bank grows."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from msa_jax.bank.database import url_of
+from msa_jax.bank.store import MemoryStore
+from msa_jax.bank.table import LENGTH, NAMESPACE, START
+
+# Capacities are a power of two times one of these, so that a growing bank is compiled for seldom and wastes at
+# most a fifth.
+_STEPS = (8, 10, 12, 14)
+# What a bank that was outgrown gets beyond what it needs, so that it is not outgrown again by the next document.
+_ROOM_AFTER = 1 / 16
+# Bits of a text's key that hold its namespace.
+_NAMESPACE_BITS = 24
+
+
+def capacity_for(size: int, *, multiple: int = 128) -> int:
+    """The smallest capacity of at least `size` that banks are padded to, a multiple of `multiple`."""
+    power = 0
+    while True:
+        for step in _STEPS:
+            capacity = -(-(step << power) // multiple) * multiple
+            if capacity >= size:
+                return capacity
+        power += 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where the documents of one version of a store are on the device. Arrays are NumPy's, on the host.
+
+    Documents and chunks are placed in the order they came. What was deleted keeps its place, as nobody's, until all
+    is placed anew.
+
+    Attributes:
+      origin: the store's place, and the database in it whose chunk numbers these are.
+      version: of the store.
+      only: the namespaces that were asked for; None means all, those to come as well.
+      names: of the store's namespaces.
+      rows: [N] int64, row in the store's table of each document, -1 where there is none; documents of equal text in
+        one namespace are one document here, and the row is that of one that lives.
+      namespaces: [N] int64, number of each document's namespace, -1 where there is no document.
+      starts, lengths: [N] int32, chunks of each document; length 0 where there is none.
+      chunk_documents: [C] int32, N for a chunk of no document.
+      source: [C] int64, where each chunk is on disk, -1 for those never filled.
+      documents, chunks: how many places are taken, by the deleted too.
+      max_length: bound on lengths that the layout is compiled for.
+      room: spare capacity asked for, as part of what is needed.
+      multiple: what C is a multiple of, so that devices hold equal parts of it.
+    """
+
+    origin: tuple[str, str]
+    version: int
+    only: tuple[str, ...] | None
+    names: tuple[str, ...]
+    rows: np.ndarray
+    namespaces: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+    chunk_documents: np.ndarray
+    source: np.ndarray
+    documents: int
+    chunks: int
+    max_length: int
+    room: float
+    multiple: int
+
+    @classmethod
+    def of(
+        cls,
+        store: MemoryStore,
+        *,
+        only: Sequence[str] | None,
+        room: float,
+        multiple: int = 128,
+        like: Placement | None = None,
+    ) -> Placement:
+        """Place all live documents of a store.
+
+        Args:
+          only: namespaces; names that the store does not have stand for no document. None means all.
+          room: spare capacity, as part of what is needed.
+          multiple: C is a multiple of it.
+          like: keep the sizes of this one, which are compiled for, where that wastes less than half.
+        """
+        keys, rows = _texts(store, only)
+        lengths = store.table.columns[rows, LENGTH]
+
+        def kept(wanted, before):
+            return before if wanted <= before < 2 * wanted else wanted
+
+        needed = math.ceil(lengths.sum() * (1 + room))
+        chunks = kept(capacity_for(needed, multiple=multiple), like.source.size if like else 0)
+        documents = kept(capacity_for(math.ceil(len(rows) * (1 + room))), like.rows.size if like else 0)
+        longest = capacity_for(int(lengths.max(initial=1)), multiple=1)
+        empty = cls(
+            origin=origin_of(store),
+            version=store.version,
+            only=None if only is None else tuple(only),
+            names=tuple(store.table.namespaces),
+            rows=np.full(documents, -1, np.int64),
+            namespaces=np.full(documents, -1, np.int64),
+            starts=np.zeros(documents, np.int32),
+            lengths=np.zeros(documents, np.int32),
+            chunk_documents=np.full(chunks, documents, np.int32),
+            source=np.full(chunks, -1, np.int64),
+            documents=0,
+            chunks=0,
+            max_length=kept(longest, like.max_length if like else 0),
+            room=room,
+            multiple=multiple,
+        )
+        return empty._with(keys, rows, lengths)
+
+    def follow(self, store: MemoryStore) -> Placement | None:
+        """The placement of a later version: what is deleted becomes nobody's, what is new comes behind the rest.
+
+        Returns:
+          This one for the same version. None when what stands on the device cannot stay where it is: the bank was
+          compacted, is another one or an earlier version, or has outgrown its capacity.
+        """
+        if origin_of(store) != self.origin or store.version < self.version:
+            return None
+        if store.version == self.version:
+            return self
+        keys, rows = _texts(store, self.only)
+        placed = np.flatnonzero(self.lengths)
+        mine = _key(self.source[self.starts[placed]], self.namespaces[placed])
+        # Both sides hold each key once. Keys of new texts are larger than those before only within a namespace's
+        # chunks, so the places are looked up, not assumed to be in order.
+        order = np.argsort(mine)
+        at = np.searchsorted(mine[order], keys)
+        found = at < len(mine)
+        found[found] = mine[order][at[found]] == keys[found]
+        stays = placed[order[at[found]]]
+        gone = np.setdiff1d(placed, stays, assume_unique=True)
+        fresh = rows[~found]
+        lengths = store.table.columns[fresh, LENGTH]
+        if self.documents + len(fresh) > self.rows.size or self.chunks + lengths.sum() > self.source.size:
+            return None
+        changed = {name: getattr(self, name).copy() for name in ("rows", "namespaces", "lengths")}
+        changed["rows"][stays] = rows[found]
+        changed["rows"][gone], changed["namespaces"][gone], changed["lengths"][gone] = -1, -1, 0
+        nobody = np.arange(self.rows.size + 1, dtype=np.int32)
+        nobody[gone] = self.rows.size
+        names = tuple(store.table.namespaces)
+        return dataclasses.replace(
+            self, version=store.version, names=names, chunk_documents=nobody[self.chunk_documents], **changed
+        )._with(keys[~found], fresh, lengths)
+
+    def anew(self, store: MemoryStore) -> Placement:
+        """All live documents of a store placed as they were asked for, with some room to grow into."""
+        room = max(self.room, _ROOM_AFTER)
+        return Placement.of(store, only=self.only, room=room, multiple=self.multiple, like=self)
+
+    def _with(self, keys, rows, lengths) -> Placement:
+        """Texts that are new, placed behind all others."""
+        first, last = self.documents, self.documents + len(rows)
+        ends = self.chunks + np.cumsum(lengths)
+        chunks = int(ends[-1]) if len(rows) else self.chunks
+        changed = {name: getattr(self, name).copy() for name in ("rows", "namespaces", "starts", "lengths")}
+        changed["rows"][first:last] = rows
+        changed["namespaces"][first:last] = keys & ((1 << _NAMESPACE_BITS) - 1)
+        changed["starts"][first:last] = ends - lengths
+        changed["lengths"][first:last] = lengths
+        owners, source = self.chunk_documents.copy(), self.source.copy()
+        owners[self.chunks : chunks] = np.repeat(np.arange(first, last), lengths)
+        # Chunk i of a text lies on disk as far behind its first as on the device.
+        source[self.chunks : chunks] = np.arange(self.chunks, chunks) + np.repeat(
+            (keys >> _NAMESPACE_BITS) - (ends - lengths), lengths
+        )
+        longest = int(lengths.max(initial=1))
+        if longest > self.max_length:
+            changed["max_length"] = capacity_for(longest, multiple=1)
+        return dataclasses.replace(
+            self, chunk_documents=owners, source=source, documents=last, chunks=chunks, **changed
+        )
+
+
+def origin_of(store: MemoryStore) -> tuple[str, str]:
+    """What chunk numbers of a store mean something in: its place, and the database in use there."""
+    return url_of(store.path), store.name
+
+
+def _key(starts: np.ndarray, namespaces: np.ndarray) -> np.ndarray:
+    return (starts << _NAMESPACE_BITS) | namespaces
+
+
+def _texts(store: MemoryStore, only: Sequence[str] | None) -> tuple[np.ndarray, np.ndarray]:
+    """Keys of the live texts of the namespaces asked for, ascending, and a live row of each.
+
+    Documents of one text share its chunks: the first row of them stands for all. Nothing is shared across namespaces.
+    """
+    table = store.table
+    rows = table.alive
+    rows = rows[table.columns[rows, LENGTH] > 0]
+    if only is not None:
+        numbers = [number for number, name in enumerate(table.namespaces) if name in set(only)]
+        rows = rows[np.isin(table.columns[rows, NAMESPACE], numbers)]
+    keys, first = np.unique(_key(table.columns[rows, START], table.columns[rows, NAMESPACE]), return_index=True)
+    return keys, rows[first]

@@ -1,0 +1,66 @@
+"""A bank from disk onto devices: filtered, sharded, in bounded memory, and nothing of other namespaces with it."""
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from msa_jax.bank.ingest import add
+from msa_jax.bank.loading import load
+from msa_jax.bank.manifest import BankError
+from msa_jax.bank.placement import capacity_for
+from msa_jax.bank.table import BankDocument
+from tests.bank.test_ingest_and_load import TEXTS, create, documents, encoder_of, same_bank
+from tests.test_bank_encoder import close, forward
+
+
+def test_namespaces_load_alone_and_questions_see_what_they_name(tmp_path):
+    with create(tmp_path) as store:
+        for i, text in enumerate(TEXTS):
+            add(store, [BankDocument(str(i), text, namespace="odd" if i % 2 else "even")], encoder_of())
+        same_bank(load(store, namespaces=["odd"]), TEXTS[1::2])
+        loaded = load(store)
+        visible = loaded.visible([["odd"], None, ["even", "odd"], []])[:, :5]
+        np.testing.assert_array_equal(visible, [[0, 1, 0, 1, 0], [1] * 5, [1] * 5, [0] * 5])
+        assert not loaded.visible([None])[:, 5:].any()
+        for call in (lambda: load(store, namespaces=["none"]), lambda: loaded.visible([["none"]])):
+            with pytest.raises(BankError, match="no namespace 'none'.*even, odd"):
+                call()
+
+
+texts = st.lists(st.text("abcdef ", min_size=1, max_size=20), min_size=1, max_size=3, unique=True)
+
+
+@settings(max_examples=6)
+@given(mine=texts, theirs=texts, changed=texts)
+def test_no_document_of_another_namespace_can_influence_an_output(tmp_path_factory, mine, theirs, changed):
+    outputs = []
+    for others in (theirs, changed, []):
+        with create(tmp_path_factory.mktemp("bank")) as store:
+            add(store, [*documents(others, "theirs"), *documents(mine, "mine")], encoder_of())
+            loaded = load(store)
+            output = forward(loaded.bank, loaded.visible([["mine"]] * 2))
+        read = np.asarray(output.selection.documents)[np.asarray(output.selection.lengths) > 0]
+        assert set(loaded.namespaces[read]) == {loaded.names.index("mine")}
+        outputs.append(output.hidden)
+    close(outputs[1], outputs[0])
+    close(outputs[2], outputs[0])
+
+
+def test_a_sharded_bank_is_read_part_by_part(tmp_path):
+    with create(tmp_path) as store:
+        add(store, documents(TEXTS), encoder_of())
+        mesh = jax.make_mesh((2,), ("memory",))
+        shards = jax.sharding.NamedSharding(mesh, jax.P(None, "memory"))
+        loaded = load(store, sharding=shards, layout_sharding=jax.sharding.NamedSharding(mesh, jax.P()))
+        assert loaded.bank.content_k.sharding.is_equivalent_to(shards, 4)
+        same_bank(loaded, TEXTS)
+
+
+@given(st.integers(0, 10**9))
+def test_capacities_waste_little_and_are_few(size):
+    capacity = capacity_for(size, multiple=1)
+    assert size <= capacity <= max(8, 1.25 * size + 1)
+    assert capacity_for(size) % 128 == 0 and capacity_for(size) >= size
+    assert capacity_for(capacity, multiple=1) == capacity
