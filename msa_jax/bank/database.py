@@ -106,7 +106,12 @@ class Database:
         transaction = ts.Transaction(atomic=True)
         try:
             yield transaction
-            transaction.commit_async().result()
+            pending = transaction.commit_async()
+            try:
+                pending.result()
+            except KeyboardInterrupt:
+                pending.result()  # it cannot be stopped any more: know how it ends
+                raise
         except BaseException as e:
             transaction.abort()
             if isinstance(e, ValueError | OSError) and not isinstance(e, BankError):

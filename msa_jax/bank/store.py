@@ -207,10 +207,11 @@ class MemoryStore:
         """Manifests of the versions that can be opened, oldest first, or of the `last` ones."""
         found: dict[int, Manifest] = {}
         for generation in range(Database(self.database.url).newest(), 0, -1):
-            manifest = _manifest_of(Database(self.database.url, generation=generation), str(self.path))
+            database = Database(self.database.url, generation=generation)
+            if database.read("manifest") is None or len(found) == last:
+                break  # the first generations are of the database's own making
+            manifest = _manifest_of(database, str(self.path))
             found.setdefault(manifest.version, manifest)
-            if len(found) == last:
-                break
         return [found[version] for version in sorted(found)]
 
     # Writing.
@@ -269,16 +270,25 @@ class MemoryStore:
     @contextlib.contextmanager
     def change(self, operation: str) -> Iterator[Change]:
         """A change that is committed when the block ends, as the next version, which this object then shows."""
-        if not self._writable:
-            raise BankError(f"{self.path}: opened for reading: open it with writable=True to change it.")
+        self.require_writable()
         version = self.version + 1
-        with commit(self.database, self.manifest, version, operation) as change:
-            yield change
+        try:
+            with commit(self.database, self.manifest, version, operation) as change:
+                yield change
+        except BaseException:
+            with contextlib.suppress(BankError):
+                self.open()  # an interrupted commit may have come through
+            raise
         self.manifest = change.manifest(version, operation)
         self.table.namespaces = change.namespaces
         self.table.bury(change.buried)
         for columns in change.columns:
             self.table.extend(columns)
+
+    def require_writable(self) -> None:
+        """Raises BankError when it was opened for reading."""
+        if not self._writable:
+            raise BankError(f"{self.path}: opened for reading: open it with writable=True to change it.")
 
     def close(self) -> None:
         """Give the locks back."""
@@ -303,14 +313,19 @@ def _manifest_of(database: Database, where: str) -> Manifest:
 
 def _generation_of(url: str, version: int | None, where: str) -> int:
     """The last commit of a version, by default of the newest; versions never fall from a commit to the next."""
+
+    def version_at(generation):
+        database = Database(url, generation=generation)
+        # The first generations are of the database's own making.
+        return 0 if database.read("manifest") is None else _manifest_of(database, where).version
+
     last = Database(url).newest()
     if version is None:
         return last
     low, high = 1, last
     while low < high:
         middle = (low + high + 1) // 2
-        later = _manifest_of(Database(url, generation=middle), where).version > version
-        low, high = (low, middle - 1) if later else (middle, high)
-    if _manifest_of(Database(url, generation=low), where).version != version:
+        low, high = (low, middle - 1) if version_at(middle) > version else (middle, high)
+    if version < 1 or version_at(low) != version:
         raise BankError(f"{where}: no version {version}: `versions` lists those there are.")
     return low

@@ -14,6 +14,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from msa_jax.bank.compaction import compact
 from msa_jax.bank.manifest import BankError, BankSpec
 from msa_jax.bank.store import ARRAYS, Encoded, MemoryStore
 from msa_jax.bank.table import LENGTH, START, BankDocument
@@ -93,6 +94,16 @@ def test_readers_see_the_version_they_opened(tmp_path):
         assert list(MemoryStore(tmp_path).search()) == [("default", "a")]
 
 
+def test_any_of_many_versions_opens(tmp_path):
+    with MemoryStore.create(tmp_path, SPEC) as store:
+        for i in range(50):
+            put(store, [BankDocument(str(i), f"text {i}")])
+        assert [m.documents for m in store.versions()] == list(range(51))
+        assert [m.version for m in store.versions(last=3)] == [49, 50, 51]
+    for version in (1, 2, 19, 50, 51):
+        assert len(MemoryStore(tmp_path, version=version)) == version - 1
+
+
 texts = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), min_size=1, max_size=9)
 names = st.sampled_from("abcd")
 spaces = st.sampled_from(["default", "other"])
@@ -134,6 +145,12 @@ class AnyHistory(RuleBasedStateMachine):
         with pytest.raises(BankError, match="nothing was changed"):
             self.store.delete([name, "never there"])
         assert self.store.version == before
+
+    @rule()
+    def compact(self):
+        compact(self.store)
+        assert self.store.manifest.rows == len(self.model)
+        self.history = {self.store.version: dict(self.model)}
 
     @rule()
     def reopen(self):

@@ -1,0 +1,82 @@
+"""Chunks and rows from one bank's database to another's, in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from msa_jax.bank.change import Change
+from msa_jax.bank.database import Database, reason_of
+from msa_jax.bank.manifest import BankError
+from msa_jax.bank.store import ARRAYS, MemoryStore
+from msa_jax.bank.table import LENGTH, NAMESPACE, START, body_key, unpack
+
+_BLOCK_BYTES = 1 << 26
+_ROWS_AT_ONCE = 8192
+
+
+def chunks_of(places: np.ndarray) -> np.ndarray:
+    """Chunk numbers of documents, one after another, from their (START, LENGTH) [n, 2]."""
+    starts, lengths = places[:, 0], places[:, 1]
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - ends + lengths, lengths)
+
+
+def moved(columns: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where the chunks of documents go when they are put together from chunk `first` on.
+
+    Args:
+      columns: rows [n, 9]; several may share chunks.
+
+    Returns:
+      The chunks to copy, in order, and the new START of every row.
+    """
+    starts, one = np.unique(columns[:, START], return_index=True)
+    lengths = columns[one, LENGTH]
+    begins = first + np.cumsum(lengths) - lengths
+    return chunks_of(np.stack([starts, lengths], axis=1)), begins[np.searchsorted(starts, columns[:, START])]
+
+
+def copy_chunks(
+    source: MemoryStore, chunks: np.ndarray, target: Database, first: int, progress: Callable[[int], object]
+) -> None:
+    """Copy chunks to `first` and following of another database, which no version of it shows until a manifest does.
+
+    Args:
+      chunks: numbers in `source`.
+      progress: called with the number of chunks copied.
+
+    Raises:
+      BankError: `source` is damaged, or `target` cannot be written.
+    """
+    block = max(1, _BLOCK_BYTES // source.spec.bytes_per_chunk)
+    for begin in range(0, len(chunks), block):
+        numbers = chunks[begin : begin + block]
+        run = slice(numbers[0], numbers[-1] + 1) if numbers[-1] - numbers[0] + 1 == len(numbers) else numbers
+        try:
+            pending = {name: source.array(name)[:, run].read() for name in ARRAYS}
+            values = {name: np.asarray(read.result()) for name, read in pending.items()}
+        except (ValueError, OSError) as e:
+            raise BankError(f"{source.path}: chunks {numbers[0]} to {numbers[-1]} are damaged: {reason_of(e)}") from e
+        with target.commit() as transaction:
+            for name, value in values.items():
+                target.put(name, value, first + begin, 1, transaction)
+        progress(len(numbers))
+
+
+def copy_rows(source: MemoryStore, rows: np.ndarray, starts: np.ndarray, change: Change) -> None:
+    """Add rows of a bank to another one under `change`, with new STARTs."""
+    for part in blocks(rows):
+        bodies = source.database.read_many([body_key(row) for row in rows[part]])
+        columns = source.table.columns[rows[part]].copy()
+        columns[:, START] = starts[part]
+        names = source.table.namespaces
+        columns[:, NAMESPACE] = [change.number_of(names[number]) for number in columns[:, NAMESPACE]]
+        change.add(columns, [unpack(body)[0] for body in bodies], bodies)
+
+
+def blocks(rows: Sequence[int]) -> Iterator[slice]:
+    """Slices of rows that are handled at once."""
+    for begin in range(0, len(rows), _ROWS_AT_ONCE):
+        yield slice(begin, begin + _ROWS_AT_ONCE)
