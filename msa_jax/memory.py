@@ -189,7 +189,7 @@ def _check(memory: LayerMemory | MemoryBank, *, stacked: bool) -> None:
         if (values.dtype == jnp.int8) != (scales is not None):
             raise ValueError(
                 f"{name}: {what} of {values.dtype} {'with' if scales is not None else 'without'} {scale_name}: int8 "
-                f"needs a scale, and only int8 has one (`msa_jax.bank.quantize` gives both)."
+                f"needs a scale, and only int8 has one (`msa_jax.bank.quantization` makes both)."
             )
         if scales is not None:
             need(scale_name, scales, dims, shape)
