@@ -1,9 +1,11 @@
 """The memory bank: encoding documents into it, keeping it on disk, loading it onto a device."""
 
+from msa_jax.bank.document_encoder import DocumentEncoder
 from msa_jax.bank.encoder import encode_bank
-from msa_jax.bank.ingest import DocumentEncoder, add, update
+from msa_jax.bank.ingest import Report
 from msa_jax.bank.loading import LoadedBank, load
 from msa_jax.bank.manifest import BankError, BankSpec
+from msa_jax.bank.parts import add_part
 from msa_jax.bank.store import MemoryStore
 from msa_jax.bank.table import BankDocument
 from msa_jax.memory import MemoryBank
@@ -16,8 +18,8 @@ __all__ = [
     "LoadedBank",
     "MemoryBank",
     "MemoryStore",
-    "add",
+    "Report",
+    "add_part",
     "encode_bank",
     "load",
-    "update",
 ]

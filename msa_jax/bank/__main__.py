@@ -1,11 +1,12 @@
 """The bank on disk from the command line: `python -m msa_jax.bank COMMAND DIR ...`.
 
-    create DIR --workdir RUN            an empty bank of a trained run's model
+    create DIR --workdir RUN            an empty bank of a trained run's model, or --checkpoint FOLDER's
     add | update DIR FILE --workdir RUN documents from JSON lines: id, text, and if you like title, namespace, metadata
-    delete DIR ID... | get DIR ID | list DIR | stats DIR | verify DIR | export DIR
+    delete DIR ID... | get DIR ID | list DIR | stats DIR | verify DIR | compact DIR | export DIR
 
-FILE may be -, standard input. With --json results are JSON, one object a line. Exit status: 0 done, 1 refused with
-one sentence, 130 interrupted; what was committed until then stays, and the same command goes on from there.
+DIR may be a kvstore URL that TensorStore knows. FILE may be -, standard input. With --json results are JSON, one
+object a line. Exit status: 0 done, 1 refused with one sentence, 130 interrupted; what was committed until then stays,
+and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -18,62 +19,44 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from msa_jax.bank.jsonl import count_lines, read_documents
 from msa_jax.bank.manifest import BankError
+from msa_jax.bank.stats import DEVICES, stats
 from msa_jax.bank.store import MemoryStore
-from msa_jax.bank.table import DEFAULT_NAMESPACE, BankDocument
-from msa_jax.bank.verify import sizes, verify
-
-
-def read_jsonl(path: str) -> Iterator[BankDocument]:
-    """Documents of a file of JSON lines, or of standard input for "-"; the file is opened at once, then streamed.
-
-    Raises:
-      BankError: no such file, or a line that is no document; it is named.
-    """
-    try:
-        file = sys.stdin if path == "-" else open(path, encoding="utf-8")
-    except OSError as e:
-        raise BankError(f"{path}: {e.strerror}.") from e
-
-    def documents():
-        with file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield _document(line, f"{path}, line {number}")
-
-    return documents()
-
-
-def _document(line: str, where: str) -> BankDocument:
-    try:
-        values = json.loads(line)
-    except ValueError as e:
-        raise BankError(f"{where}: not valid JSON ({e}).") from e
-    names = {field.name for field in dataclasses.fields(BankDocument)}
-    if not isinstance(values, dict) or not {"id", "text"} <= values.keys() <= names:
-        raise BankError(f"{where}: needs an object with id and text, and of these at most: {', '.join(sorted(names))}.")
-    if not all(isinstance(values.get(name, ""), str) for name in names - {"metadata"}) or not values["id"]:
-        raise BankError(f"{where}: id, text, title and namespace must be strings, and id not empty.")
-    if not isinstance(values.get("metadata", {}), dict):
-        raise BankError(f"{where}: metadata must be an object.")
-    return BankDocument(**values)
+from msa_jax.bank.table import DEFAULT_NAMESPACE
+from msa_jax.checkpoint import CheckpointError
+from msa_jax.config import ConfigError
+from msa_jax.data import DataError
 
 
 def _encoder(options):
     # Here, because a model takes seconds to import and most commands need none.
+    from msa_jax import hf
     from msa_jax.bank.document_encoder import DocumentEncoder
+    from msa_jax.data.tokenizer import Tokenizer
     from msa_jax.evaluation.evaluate import load_model
     from msa_jax.run_config import RunConfig
 
-    folder = pathlib.Path(options.workdir)
-    try:
-        run = RunConfig.from_dict(json.loads((folder / "config.json").read_text()))
-    except (OSError, ValueError) as e:
-        raise BankError(f"--workdir {folder}: no trained run there ({e}).") from e
-    model, renderer = load_model(run, folder)
-    chunk = model.config.chunk_size
-    row_len = options.row_len or run.row_len(chunk)
-    return DocumentEncoder(model, renderer.tokenizer, row_len=row_len, rows_per_step=options.rows_per_step)
+    if options.checkpoint:
+        model = hf.load_model(options.checkpoint)
+        tokenizer, row_len = Tokenizer.load(options.checkpoint, add_missing=True), 4096
+    else:
+        folder = pathlib.Path(options.workdir)
+        try:
+            run = RunConfig.from_dict(json.loads((folder / "config.json").read_text()))
+        except (OSError, ValueError) as e:
+            raise BankError(f"--workdir {folder}: no trained run there ({e}).") from e
+        model, renderer = load_model(run, folder)
+        tokenizer, row_len = renderer.tokenizer, run.row_len(model.config.chunk_size)
+    row_len = options.row_len or -(-row_len // model.config.chunk_size) * model.config.chunk_size
+    return DocumentEncoder(model, tokenizer, row_len=row_len, rows_per_step=options.rows_per_step)
+
+
+def _part(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
+        raise argparse.ArgumentTypeError(f"need I/N with I from 1 to N, such as 2/4, got {text}")
+    return int(index) - 1, int(count)
 
 
 def create(options) -> dict[str, Any]:
@@ -82,12 +65,18 @@ def create(options) -> dict[str, Any]:
 
 
 def ingest(options) -> dict[str, Any]:
-    from msa_jax.bank.ingest import add, update
+    documents = read_documents(options.file)
+    settings = dict(progress=not options.json, total=None if options.json else count_lines(options.file))
+    if options.part is not None:
+        from msa_jax.bank.parts import add_part
 
-    documents = read_jsonl(options.file)
+        index, count = options.part
+        MemoryStore(options.folder).close()
+        report = add_part(options.folder, documents, _encoder(options), index=index, count=count, **settings)
+        return report.to_dict()
     with MemoryStore(options.folder, writable=True) as store:
-        change = {"add": add, "update": update}[options.command]
-        report = change(store, documents, _encoder(options), progress=not options.json)
+        change = {"add": store.add, "update": store.update}[options.command]
+        report = change(documents, _encoder(options), **settings)
         return report.to_dict() | {"version": store.version, "documents": len(store)}
 
 
@@ -110,17 +99,19 @@ def listing(options) -> Iterator[dict[str, Any]]:
             yield {"namespace": namespace, "id": identity}
 
 
-def stats(options) -> dict[str, Any]:
+def show_stats(options) -> dict[str, Any]:
     with MemoryStore(options.folder, version=options.version) as store:
-        m = store.manifest
-        totals = {name: getattr(m, name) for name in ("version", "documents", "tokens", "chunks", "rows")}
-        kept = [f"{v.version} {v.operation} {v.time}" for v in store.versions(last=10)]
-        return totals | {"namespaces": list(m.namespaces), "bytes": sizes(store), "versions": kept}
+        return stats(store, device=options.device)
 
 
 def check(options) -> dict[str, Any]:
     with MemoryStore(options.folder, version=options.version) as store:
-        return verify(store, progress=not options.json)
+        return store.verify(progress=not options.json)
+
+
+def compact(options) -> dict[str, Any]:
+    with MemoryStore(options.folder, writable=True) as store:
+        return store.compact(progress=not options.json)
 
 
 def export(options) -> Iterator[dict[str, Any]]:
@@ -144,8 +135,10 @@ def parser() -> argparse.ArgumentParser:
         if reads:
             sub.add_argument("--version", type=int, help="an earlier version; default the newest")
         if encodes:
-            sub.add_argument("--workdir", required=True, help="folder of the trained run whose model encodes")
-            sub.add_argument("--row_len", type=int, help="tokens of the longest document; default as in training")
+            model = sub.add_mutually_exclusive_group(required=True)
+            model.add_argument("--workdir", help="folder of the trained run whose model encodes")
+            model.add_argument("--checkpoint", help="or a folder in the published layout, its tokenizer within")
+            sub.add_argument("--row_len", type=int, help="tokens of the longest document; default as trained, or 4096")
             sub.add_argument("--rows_per_step", type=int, default=16, help="rows of that length encoded at once")
         return sub
 
@@ -153,6 +146,11 @@ def parser() -> argparse.ArgumentParser:
     for name, summary in (("add", "add documents"), ("update", "replace documents that exist")):
         sub = command(name, ingest, summary, encodes=True)
         sub.add_argument("file", metavar="FILE", help="JSON lines, or - for standard input")
+        sub.set_defaults(part=None)
+        if name == "add":
+            sub.add_argument(
+                "--part", type=_part, metavar="I/N", help="of N processes with the same FILE, this is the I-th"
+            )
     sub = command("delete", delete, "delete documents")
     sub.add_argument("ids", nargs="+", metavar="ID")
     sub.add_argument("--namespace", default=DEFAULT_NAMESPACE)
@@ -162,8 +160,10 @@ def parser() -> argparse.ArgumentParser:
     sub = command("list", listing, "list ids", reads=True)
     sub.add_argument("--prefix", default="", help="only ids that begin with it")
     sub.add_argument("--namespace", dest="in_namespace", help="only of this namespace")
-    command("stats", stats, "count documents, tokens, bytes and versions", reads=True)
+    sub = command("stats", show_stats, "count documents, tokens, bytes and versions", reads=True)
+    sub.add_argument("--device", help=f"also what it would take there: {', '.join(DEVICES)}")
     command("verify", check, "read everything and compare it with its checksums", reads=True)
+    command("compact", compact, "reclaim the place of deleted documents and earlier versions")
     command("export", export, "print all documents as JSON lines", reads=True)
     return root
 
@@ -184,14 +184,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lines = options.command in ("list", "export")
         for value in result if lines else [result]:
             _show(value, options.json or lines)
-    except BankError as e:
+    except BrokenPipeError:
+        return 0
+    except (BankError, CheckpointError, ConfigError, DataError, OSError) as e:
         print(f"bank: {' '.join(str(e).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("bank: interrupted; what was committed stays, the same command goes on from there.", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        return 0
     return 0
 
 

@@ -1,4 +1,4 @@
-"""One commit of a bank in the making: rows are added and buried, and the manifest counts them."""
+"""One commit of a bank in the making: chunks and rows are added, rows are buried, the manifest counts them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import datetime
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import tensorstore as ts
@@ -29,6 +30,22 @@ from msa_jax.bank.table import (
 # reading one document reads.
 _PIECE_BYTES = 1 << 18
 _ROWS_PER_PIECE = 4096
+
+
+class Encoded(NamedTuple):
+    """Chunks of several documents, one after another.
+
+    Attributes:
+      routing_keys: [L_r, C, M]; content_k, content_v: [L_r, C, K, D].
+      lengths: chunks of each document.
+      tokens: tokens of each document.
+    """
+
+    routing_keys: np.ndarray
+    content_k: np.ndarray
+    content_v: np.ndarray
+    lengths: np.ndarray
+    tokens: np.ndarray
 
 
 def now() -> str:

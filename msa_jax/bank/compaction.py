@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -11,7 +11,9 @@ from msa_jax.bank import folder
 from msa_jax.bank.change import commit, make_database
 from msa_jax.bank.copying import blocks, copy_chunks, copy_rows, moved
 from msa_jax.bank.manifest import BankError
-from msa_jax.bank.store import MemoryStore
+
+if TYPE_CHECKING:
+    from msa_jax.bank.store import MemoryStore
 
 
 def compact(store: MemoryStore, *, progress: bool = False) -> dict[str, Any]:
@@ -60,7 +62,7 @@ def compact(store: MemoryStore, *, progress: bool = False) -> dict[str, Any]:
         if isinstance(e, ValueError | OSError) and not isinstance(e, BankError):
             raise BankError(f"{path}: not compacted, the bank is as it was: {e}") from e
         raise
-    store.open()
+    store.refresh()
     held = folder.sweep(path, name, keep=None if folder.is_folder(path) else old)
     return {
         "version": version,

@@ -9,7 +9,7 @@ import numpy as np
 from msa_jax.bank.change import Change
 from msa_jax.bank.database import Database, reason_of
 from msa_jax.bank.manifest import BankError
-from msa_jax.bank.store import ARRAYS, MemoryStore
+from msa_jax.bank.reader import ARRAYS, BankReader
 from msa_jax.bank.table import LENGTH, NAMESPACE, START, body_key, unpack
 
 _BLOCK_BYTES = 1 << 26
@@ -39,7 +39,7 @@ def moved(columns: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def copy_chunks(
-    source: MemoryStore, chunks: np.ndarray, target: Database, first: int, progress: Callable[[int], object]
+    source: BankReader, chunks: np.ndarray, target: Database, first: int, progress: Callable[[int], object]
 ) -> None:
     """Copy chunks to `first` and following of another database, which no version of it shows until a manifest does.
 
@@ -65,7 +65,7 @@ def copy_chunks(
         progress(len(numbers))
 
 
-def copy_rows(source: MemoryStore, rows: np.ndarray, starts: np.ndarray, change: Change) -> None:
+def copy_rows(source: BankReader, rows: np.ndarray, starts: np.ndarray, change: Change) -> None:
     """Add rows of a bank to another one under `change`, with new STARTs."""
     for part in blocks(rows):
         bodies = source.database.read_many([body_key(row) for row in rows[part]])

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from msa_jax.bank.change import Encoded
 from msa_jax.bank.encoder import RowEncoder
 from msa_jax.bank.manifest import BankError, BankSpec
-from msa_jax.bank.store import Encoded
 from msa_jax.bank.table import BankDocument
 from msa_jax.data.batch import pack_documents
 from msa_jax.data.tokenizer import Tokenizer
@@ -48,21 +48,22 @@ class DocumentEncoder:
         self.spec = BankSpec.of(model)
         self._rows = RowEncoder(model)
 
-    def tokens(self, document: BankDocument) -> np.ndarray:
-        """Token ids, int32, of a document's text.
+    def tokens(self, documents: Sequence[BankDocument]) -> list[np.ndarray]:
+        """Token ids, int32, of documents' texts.
 
         Raises:
-          BankError: there are none, or more than a row holds.
+          BankError: one has none, or more than a row holds.
         """
-        ids = self.tokenizer.encode(" " + document.text)
-        if not ids:
-            raise BankError(f"document {document.id!r} has no text: leave it out.")
-        if len(ids) > self.row_len:
-            raise BankError(
-                f"document {document.id!r} has {len(ids)} tokens and the limit is {self.row_len}: raise row_len to a "
-                f"multiple of {self.spec.chunk_size} of at least that, or split the document."
-            )
-        return np.array(ids, np.int32)
+        lists = self.tokenizer.encode_batch([" " + document.text for document in documents])
+        for document, ids in zip(documents, lists, strict=True):
+            if not document.text or not ids:
+                raise BankError(f"document {document.id!r} has no text: leave it out.")
+            if len(ids) > self.row_len:
+                raise BankError(
+                    f"document {document.id!r} has {len(ids)} tokens and the limit is {self.row_len}: raise row_len to "
+                    f"a multiple of {self.spec.chunk_size} of at least that, or split the document."
+                )
+        return [np.array(ids, np.int32) for ids in lists]
 
     def encode(self, token_lists: Sequence[Sequence[int] | np.ndarray]) -> Encoded:
         """Chunks of documents given as token ids."""

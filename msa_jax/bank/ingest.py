@@ -9,16 +9,20 @@ import queue
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
 
 from msa_jax.bank.document_encoder import DocumentEncoder
 from msa_jax.bank.manifest import BankError, BankSpec
-from msa_jax.bank.store import MemoryStore
 from msa_jax.bank.table import TEXT_KEY, BankDocument, Key
 
+if TYPE_CHECKING:
+    from msa_jax.bank.store import MemoryStore
+
+# Texts given to the tokenizer together: it takes them in parallel.
+_TOKENIZED_AT_ONCE = 64
 # A commit holds at most this many bytes of chunks, and tokens; two or three commits' worth are in memory at a time.
 _COMMIT_BYTES, _COMMIT_TOKENS, _COMMIT_DOCUMENTS = 1 << 27, 1 << 20, 1 << 15
 
@@ -72,65 +76,38 @@ def commit_tokens_of(spec: BankSpec) -> int:
     return min(_COMMIT_TOKENS, max(1, _COMMIT_BYTES // spec.bytes_per_chunk) * spec.chunk_size)
 
 
-def add(
-    store: MemoryStore,
-    documents: Iterable[BankDocument],
-    encoder: DocumentEncoder,
-    *,
-    commit_tokens: int | None = None,
-    progress: bool = False,
-    total: int | None = None,
-) -> Report:
-    """Add documents, encoding only texts that their namespace does not hold.
-
-    A commit is made every `commit_tokens` tokens. A document that is there already with the same text is passed
-    over, so the same call after an interruption goes on from the last commit.
-
-    Args:
-      store: open for writing, of the encoder's model.
-      documents: an iterable that is read once, never held whole, in a thread.
-      commit_tokens: tokens encoded between commits; sets the memory needed. Default: what 128 MiB of chunks are,
-        1M at most.
-      progress: show a progress bar of documents.
-      total: how many documents there are, if known: the bar then tells the time that is left.
-
-    Raises:
-      BankError: another model's bank; an id that is there with another text, or comes twice; a document without
-        text or over the limit. What was committed before stays; of the rest nothing does.
-    """
-    return _ingest(store, documents, encoder, commit_tokens, progress, total, replace=False)
-
-
-def update(
-    store: MemoryStore,
-    documents: Iterable[BankDocument],
-    encoder: DocumentEncoder,
-    *,
-    commit_tokens: int | None = None,
-    progress: bool = False,
-    total: int | None = None,
-) -> Report:
-    """Give documents that exist new texts, titles or metadata. See `add`.
-
-    Raises:
-      BankError: as `add`, and for an id that does not exist.
-    """
-    return _ingest(store, documents, encoder, commit_tokens, progress, total, replace=True)
-
-
 @dataclasses.dataclass
 class _Batch:
     """Documents of one commit; `sources` is as in `MemoryStore.append`."""
 
     documents: list[BankDocument] = dataclasses.field(default_factory=list)
     token_lists: list[np.ndarray] = dataclasses.field(default_factory=list)
+    untokenised: list[BankDocument] = dataclasses.field(default_factory=list)
+    characters: int = 0
     sources: list[int] = dataclasses.field(default_factory=list)
     unchanged: int = 0
     tokens: int = 0
     seconds: float = 0.0
 
+    def tokenize(self, encoder: DocumentEncoder) -> None:
+        lists = encoder.tokens(self.untokenised)
+        self.token_lists += lists
+        self.tokens += sum(map(len, lists))
+        self.untokenised, self.characters = [], 0
 
-def _ingest(store, documents, encoder, commit_tokens, progress, total, *, replace):
+
+def ingest(
+    store: MemoryStore,
+    documents: Iterable[BankDocument],
+    encoder: DocumentEncoder,
+    *,
+    replace: bool,
+    commit_tokens: int | None,
+    progress: bool,
+    total: int | None,
+) -> Report:
+    """What `MemoryStore.add` and, with `replace`, `MemoryStore.update` do."""
+    store.require_writable()
     store.spec.require_same(encoder.spec, str(store.path))
     report, begin = Report(), time.monotonic()
     commit_tokens = commit_tokens or commit_tokens_of(store.spec)
@@ -205,9 +182,9 @@ def _batches(store, documents, encoder, commit_tokens, replace) -> Iterator[_Bat
             held = texts.get(document.text_key, table.row_with(document.text_key))
             if held is None:
                 held = texts[document.text_key] = next_row
-                batch.sources.append(len(batch.token_lists))
-                batch.token_lists.append(encoder.tokens(document))
-                batch.tokens += len(batch.token_lists[-1])
+                batch.sources.append(len(batch.token_lists) + len(batch.untokenised))
+                batch.untokenised.append(document)
+                batch.characters += len(document.text)
             else:
                 # A text of this very batch is in its token lists, else a row has it or will.
                 first = next_row - len(batch.documents)
@@ -215,12 +192,17 @@ def _batches(store, documents, encoder, commit_tokens, replace) -> Iterator[_Bat
             ids[document.id_key] = next_row
             next_row += 1
             batch.documents.append(document)
+        # Texts seldom have more tokens than characters.
+        if len(batch.untokenised) >= _TOKENIZED_AT_ONCE or batch.tokens + batch.characters >= commit_tokens:
+            batch.tokenize(encoder)
         if batch.tokens >= commit_tokens or max(len(batch.documents), batch.unchanged) >= _COMMIT_DOCUMENTS:
+            batch.tokenize(encoder)
             batch.seconds = time.monotonic() - start
             yield batch
             batch, start, shown = _Batch(), time.monotonic(), len(table.columns)
             ids = {key: row for key, row in ids.items() if row >= shown}
             texts = {key: row for key, row in texts.items() if row >= shown}
+    batch.tokenize(encoder)
     batch.seconds = time.monotonic() - start
     yield batch
 
@@ -258,3 +240,11 @@ def _ahead(iterator: Iterator[_Batch]) -> Iterator[_Batch]:
             yield item
     finally:
         stop.set()
+
+
+def add(store, documents, encoder, **options):
+    return store.add(documents, encoder, **options)
+
+
+def update(store, documents, encoder, **options):
+    return store.update(documents, encoder, **options)

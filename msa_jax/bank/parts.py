@@ -13,8 +13,9 @@ from tqdm import tqdm
 from msa_jax.bank import folder
 from msa_jax.bank.copying import copy_chunks, copy_rows, moved
 from msa_jax.bank.document_encoder import DocumentEncoder
-from msa_jax.bank.ingest import Report, add
+from msa_jax.bank.ingest import Report
 from msa_jax.bank.manifest import BankError
+from msa_jax.bank.reader import BankReader
 from msa_jax.bank.store import MemoryStore
 from msa_jax.bank.table import ID_KEY, START, TEXT_KEY, BankDocument, Key
 
@@ -57,7 +58,7 @@ def add_part(
             there = [0]
             mine = _new(store, (d for i, d in enumerate(documents) if i % count == index), there)
             share = None if total is None else -(-(total - index) // count)
-            report = add(part, mine, encoder, commit_tokens=commit_tokens, progress=progress, total=share)
+            report = part.add(mine, encoder, commit_tokens=commit_tokens, progress=progress, total=share)
             report.unchanged += there[0]
     with MemoryStore(path, writable=True, wait=_WAIT_SECONDS) as store, MemoryStore(place) as part:
         merge(store, part, progress=progress)
@@ -68,7 +69,7 @@ def add_part(
     return report
 
 
-def merge(store: MemoryStore, part: MemoryStore, *, progress: bool = False) -> int:
+def merge(store: MemoryStore, part: BankReader, *, progress: bool = False) -> int:
     """Add the documents of another bank of the same model in one commit, without encoding anything.
 
     Documents that are there already with the same text are passed over; texts that are there are not copied.
@@ -109,7 +110,7 @@ def _keys(row: np.ndarray) -> tuple[Key, Key]:
     return tuple(row[ID_KEY : ID_KEY + 2].tolist()), tuple(row[TEXT_KEY : TEXT_KEY + 2].tolist())
 
 
-def _holds(store: MemoryStore, id_key: Key, text_key: Key, *, what: str) -> bool:
+def _holds(store: BankReader, id_key: Key, text_key: Key, *, what: str) -> bool:
     """Whether a bank has a document with that text under that id."""
     row = store.table.row_of(id_key)
     if row is None:
@@ -119,7 +120,7 @@ def _holds(store: MemoryStore, id_key: Key, text_key: Key, *, what: str) -> bool
     return True
 
 
-def _new(store: MemoryStore, documents: Iterable[BankDocument], there: list[int]) -> Iterator[BankDocument]:
+def _new(store: BankReader, documents: Iterable[BankDocument], there: list[int]) -> Iterator[BankDocument]:
     """Documents that a bank does not have; `there` counts the others."""
     for document in documents:
         if _holds(store, document.id_key, document.text_key, what=f"document {document.id!r}"):

@@ -1,100 +1,30 @@
-"""`MemoryStore`: a bank on disk that documents are added to, changed in and deleted from, one commit at a time.
-
-A bank is a TensorStore OCDBT database (`folder` says where) of the manifest, the arrays routing_keys [L_r, C, M],
-content_k and content_v [L_r, C, K, D] and documents [N, 9], and the documents' ids, titles, texts and metadata.
-"""
+"""`MemoryStore`: a bank on disk that documents are added to, changed in and deleted from, one commit at a time."""
 
 from __future__ import annotations
 
 import contextlib
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
-import tensorstore as ts
 
-from msa_jax.bank import folder
-from msa_jax.bank.change import Change, commit, make_database, now
-from msa_jax.bank.database import Database, is_folder, reason_of
+from msa_jax.bank import compaction, folder, ingest, verify
+from msa_jax.bank.change import Change, Encoded, commit, make_database, now
+from msa_jax.bank.database import is_folder
+from msa_jax.bank.document_encoder import DocumentEncoder
+from msa_jax.bank.ingest import Report
 from msa_jax.bank.manifest import BankError, BankSpec, Manifest
-from msa_jax.bank.table import (
-    ALIVE,
-    COLUMNS,
-    DEFAULT_NAMESPACE,
-    NAMESPACE,
-    BankDocument,
-    Table,
-    body_key,
-    key_of,
-    pack_body,
-    unpack,
-)  # fmt: skip
-
-ARRAYS = ("routing_keys", "content_k", "content_v")
+from msa_jax.bank.reader import ARRAYS, BankReader
+from msa_jax.bank.table import DEFAULT_NAMESPACE, BankDocument, key_of, pack_body
 
 
-class Encoded(NamedTuple):
-    """Chunks of several documents, one after another.
+class MemoryStore(BankReader):
+    """A bank on disk, for reading and, by one process at a time, for writing.
 
-    Attributes:
-      routing_keys: [L_r, C, M]; content_k, content_v: [L_r, C, K, D].
-      lengths: chunks of each document.
-      tokens: tokens of each document.
+    Use as a context manager, or `close` it. A reader stays at the version it opened until `refresh`; a writer sees
+    its own commits. Attributes are those of `BankReader`.
     """
-
-    routing_keys: np.ndarray
-    content_k: np.ndarray
-    content_v: np.ndarray
-    lengths: np.ndarray
-    tokens: np.ndarray
-
-
-class MemoryStore:
-    """A bank on disk at one version; see the module. Use as a context manager, or `close` it.
-
-    Readers see the version they opened, whatever a writer does. A writer sees its own commits.
-
-    Attributes:
-      path: as given.
-      name: of the database in use; `compact` begins another, in which rows and chunks have other numbers.
-      manifest: the state of this version.
-      table: rows of this version; for reading.
-    """
-
-    def __init__(
-        self,
-        path: str | pathlib.Path,
-        *,
-        writable: bool = False,
-        version: int | None = None,
-        wait: float = 0.0,
-    ):
-        """Open a bank.
-
-        Args:
-          path: a folder, or a kvstore URL that TensorStore knows.
-          writable: take the lock of the one writer.
-          version: an earlier version to read; default the newest.
-          wait: seconds to wait for another writer to finish.
-
-        Raises:
-          BankError: no bank there, a damaged one, one of a newer format, no such version, or another writer.
-        """
-        self.path = path
-        self._writer_lock = self._reader_lock = None
-        self._writable = writable
-        if writable and version is not None:
-            raise BankError(f"{path}: an earlier version is for reading: open it with writable=False.")
-        if folder.current(path) is None:
-            raise BankError(f"{path}: no bank here: make one with `create`, or correct the path.")
-        try:
-            if writable:
-                self._writer_lock = folder.take_writer_lock(path, wait=wait)
-            self.open(version)
-        except BaseException:
-            self.close()
-            raise
 
     @classmethod
     def create(cls, path: str | pathlib.Path, spec: BankSpec) -> MemoryStore:
@@ -119,102 +49,65 @@ class MemoryStore:
             raise e if isinstance(e, BankError) else BankError(f"{path}: a bank cannot be made here: {e}") from e
         return cls(path, writable=True)
 
-    def open(self, version: int | None = None) -> None:
-        """Read the manifest and the table of the newest version, or of an earlier one."""
-        try:
-            self._hold_current()
-            url = folder.database_url(self.path, self.name)
-            # A reader pins the generation that it found, so that it never sees two.
-            generation = None if self._writable else _generation_of(url, version, str(self.path))
-            self.database = Database(url, generation=generation)
-            self.manifest = _manifest_of(self.database, str(self.path))
-            columns = np.array(self.database.array("documents").read().result())[: self.manifest.rows]
-            if len(columns) < self.manifest.rows or columns.shape[1] != COLUMNS:
-                raise BankError(f"{self.path}: the table of documents is cut short: restore the bank from a copy.")
-            self.table = Table(self.manifest.namespaces, columns)
-        except BankError:
-            raise
-        except (ValueError, OSError) as e:
-            raise BankError(f"{self.path}: the bank is damaged or unreadable: {reason_of(e)}") from e
+    @classmethod
+    def open(cls, path: str | pathlib.Path, *, writable: bool = False, version: int | None = None) -> MemoryStore:
+        """Open a bank: what the constructor does."""
+        return cls(path, writable=writable, version=version)
 
-    def _hold_current(self) -> None:
-        while True:
-            self.name = folder.current(self.path)
-            folder.release(self._reader_lock)
-            self._reader_lock = folder.take_reader_lock(self.path, self.name)
-            # Compaction may have come between.
-            if folder.current(self.path) == self.name:
-                return
+    def add(
+        self,
+        documents: Iterable[BankDocument],
+        encoder: DocumentEncoder,
+        *,
+        commit_tokens: int | None = None,
+        progress: bool = False,
+        total: int | None = None,
+    ) -> Report:
+        """Add documents, encoding only texts that their namespace does not hold.
 
-    # Reading.
+        A commit is made every `commit_tokens` tokens. A document that is there already with the same text is passed
+        over, so the same call after an interruption goes on from the last commit.
 
-    @property
-    def spec(self) -> BankSpec:
-        return self.manifest.spec
-
-    @property
-    def version(self) -> int:
-        return self.manifest.version
-
-    def __len__(self) -> int:
-        return self.manifest.documents
-
-    def get(self, identity: str, namespace: str = DEFAULT_NAMESPACE) -> BankDocument:
-        """The live document of an id.
+        Args:
+          documents: an iterable that is read once, never held whole, in a thread.
+          encoder: of the bank's model.
+          commit_tokens: tokens encoded between commits; sets the memory needed. Default: what 128 MiB of chunks
+            are, 1M at most.
+          progress: show a progress bar of documents.
+          total: how many documents there are, if known: the bar then tells the time that is left.
 
         Raises:
-          KeyError: there is none in that namespace.
+          BankError: opened for reading; another model's bank; an id that is there with another text, or comes
+            twice; a document without text or over the limit; no room. What was committed before stays; of the
+            rest nothing does.
         """
-        row = self.table.row_of(key_of(namespace, identity))
-        if row is None:
-            raise KeyError(f"{self.path}: no document {identity!r} in namespace {namespace!r}.")
-        return self.documents([row])[0]
+        options = dict(commit_tokens=commit_tokens, progress=progress, total=total)
+        return ingest.ingest(self, documents, encoder, replace=False, **options)
 
-    def documents(self, rows: Sequence[int]) -> list[BankDocument]:
-        """Documents of rows, read at once.
+    def update(
+        self,
+        documents: Iterable[BankDocument],
+        encoder: DocumentEncoder,
+        *,
+        commit_tokens: int | None = None,
+        progress: bool = False,
+        total: int | None = None,
+    ) -> Report:
+        """Give documents that exist new texts, titles or metadata. See `add`.
 
         Raises:
-          BankError: a damaged text.
+          BankError: as `add`, and for an id that does not exist.
         """
-        table = self.table
-        try:
-            bodies = [unpack(raw) for raw in self.database.read_many(list(map(body_key, rows)))]
-            return [
-                BankDocument(
-                    id=identity, title=title, text=text, metadata=metadata,
-                    namespace=table.namespaces[table.columns[row, NAMESPACE]],
-                )
-                for row, (identity, title, text, metadata) in zip(rows, bodies, strict=True)
-            ]  # fmt: skip
-        except (ValueError, OSError) as e:
-            raise BankError(f"{self.path}: the text of a document is damaged: {reason_of(e)}") from e
+        options = dict(commit_tokens=commit_tokens, progress=progress, total=total)
+        return ingest.ingest(self, documents, encoder, replace=True, **options)
 
-    def search(self, prefix: str = "", namespace: str | None = None) -> Iterator[tuple[str, str]]:
-        """(namespace, id) of live documents whose id begins with `prefix`, in the order they were added."""
-        columns, names = self.table.columns, self.table.namespaces
-        for key in self.database.keys("names/"):
-            first = int(key.removeprefix("names/"))
-            for row, identity in enumerate(unpack(self.database.read(key)), start=first):
-                space = names[columns[row, NAMESPACE]]
-                if columns[row, ALIVE] and identity.startswith(prefix) and namespace in (None, space):
-                    yield space, identity
+    def compact(self, *, progress: bool = False) -> dict[str, Any]:
+        """Reclaim the place of deleted documents and of earlier versions; see `compaction.compact`."""
+        return compaction.compact(self, progress=progress)
 
-    def array(self, name: str) -> ts.TensorStore:
-        """One of `ARRAYS`, on disk: slices of it are read when asked for."""
-        return self.database.array(name)
-
-    def versions(self, last: int | None = None) -> list[Manifest]:
-        """Manifests of the versions that can be opened, oldest first, or of the `last` ones."""
-        found: dict[int, Manifest] = {}
-        for generation in range(Database(self.database.url).newest(), 0, -1):
-            database = Database(self.database.url, generation=generation)
-            if database.read("manifest") is None or len(found) == last:
-                break  # the first generations are of the database's own making
-            manifest = _manifest_of(database, str(self.path))
-            found.setdefault(manifest.version, manifest)
-        return [found[version] for version in sorted(found)]
-
-    # Writing.
+    def verify(self, *, progress: bool = False) -> dict[str, Any]:
+        """Read everything and compare it with its checksums; see `verify.verify`."""
+        return verify.verify(self, progress=progress)
 
     def append(self, documents: Sequence[BankDocument], encoded: Encoded, sources: Sequence[int]) -> None:
         """Commit new documents: all of them appear at once, or none.
@@ -277,55 +170,10 @@ class MemoryStore:
                 yield change
         except BaseException:
             with contextlib.suppress(BankError):
-                self.open()  # an interrupted commit may have come through
+                self.refresh()  # an interrupted commit may have come through
             raise
         self.manifest = change.manifest(version, operation)
         self.table.namespaces = change.namespaces
         self.table.bury(change.buried)
         for columns in change.columns:
             self.table.extend(columns)
-
-    def require_writable(self) -> None:
-        """Raises BankError when it was opened for reading."""
-        if not self._writable:
-            raise BankError(f"{self.path}: opened for reading: open it with writable=True to change it.")
-
-    def close(self) -> None:
-        """Give the locks back."""
-        folder.release(self._writer_lock)
-        folder.release(self._reader_lock)
-        self._writer_lock = self._reader_lock = None
-        self._writable = False
-
-    def __enter__(self) -> MemoryStore:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
-
-
-def _manifest_of(database: Database, where: str) -> Manifest:
-    raw = database.read("manifest")
-    if raw is None:
-        raise BankError(f"{where}: the database has no manifest: restore the bank from a copy.")
-    return Manifest.from_bytes(raw, where)
-
-
-def _generation_of(url: str, version: int | None, where: str) -> int:
-    """The last commit of a version, by default of the newest; versions never fall from a commit to the next."""
-
-    def version_at(generation):
-        database = Database(url, generation=generation)
-        # The first generations are of the database's own making.
-        return 0 if database.read("manifest") is None else _manifest_of(database, where).version
-
-    last = Database(url).newest()
-    if version is None:
-        return last
-    low, high = 1, last
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (low, middle - 1) if version_at(middle) > version else (middle, high)
-    if version < 1 or version_at(low) != version:
-        raise BankError(f"{where}: no version {version}: `versions` lists those there are.")
-    return low

@@ -9,20 +9,14 @@ from tqdm import tqdm
 
 from msa_jax.bank.database import reason_of
 from msa_jax.bank.manifest import BankError
-from msa_jax.bank.store import ARRAYS, MemoryStore
+from msa_jax.bank.reader import ARRAYS, BankReader
 from msa_jax.bank.table import ID_KEY, LENGTH, START, TEXT_KEY, TOKENS
 
 _CHUNKS_AT_ONCE = 4096
 _ROWS_AT_ONCE = 1024
 
 
-def sizes(store: MemoryStore) -> dict[str, int]:
-    """Bytes of each array of a bank, on a device and before compression."""
-    arrays = {name: store.array(name) for name in ARRAYS}
-    return {name: int(np.prod(a.shape)) * a.dtype.numpy_dtype.itemsize for name, a in arrays.items()}
-
-
-def verify(store: MemoryStore, *, progress: bool = False) -> dict[str, Any]:
+def verify(store: BankReader, *, progress: bool = False) -> dict[str, Any]:
     """Read every chunk and text of a bank.
 
     Returns:

@@ -10,7 +10,6 @@ from msa_jax.bank.compaction import compact
 from msa_jax.bank.manifest import BankError
 from msa_jax.bank.store import MemoryStore
 from msa_jax.bank.table import BankDocument
-from msa_jax.bank.verify import verify
 from tests.bank.test_store import SPEC, check, put
 
 
@@ -52,7 +51,7 @@ def test_what_lives_stays_and_what_is_dead_goes(tmp_path, monkeypatch, block_byt
         assert [m.version for m in store.versions()] == [before.version + 1]
         assert sorted(store.manifest.namespaces) == ["space 1", "space 2"]
         assert sorted(store.search()) == sorted(live)
-        verify(store)
+        store.verify()
         put(store, [BankDocument("after", "compaction")])
     check(MemoryStore(tmp_path), live | {("default", "after"): BankDocument("after", "compaction")})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["CURRENT", "bank-1", "bank-1.lock", "writer.lock"]

@@ -5,10 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from msa_jax.bank import document_encoder
+from msa_jax.bank import document_encoder, ingest
 from msa_jax.bank.document_encoder import DocumentEncoder
 from msa_jax.bank.encoder import encode_bank
-from msa_jax.bank.ingest import add, update
 from msa_jax.bank.loading import load
 from msa_jax.bank.manifest import BankError, BankSpec, fingerprint_of
 from msa_jax.bank.store import ARRAYS, MemoryStore
@@ -24,6 +23,9 @@ class Bytes:
 
     def encode(self, text):
         return [byte % V for byte in text.encode()]
+
+    def encode_batch(self, texts):
+        return [self.encode(text) for text in texts]
 
 
 def encoder_of(**changes):
@@ -61,9 +63,10 @@ def same_bank(loaded, texts):
 
 
 @pytest.mark.parametrize("commit_tokens", [1, 20, 10_000])
-def test_what_is_added_comes_back_onto_the_device(tmp_path, commit_tokens):
+def test_what_is_added_comes_back_onto_the_device(tmp_path, commit_tokens, monkeypatch):
+    monkeypatch.setattr(ingest, "_TOKENIZED_AT_ONCE", 1)
     with create(tmp_path) as store:
-        report = add(store, iter(documents(TEXTS)), encoder_of(), commit_tokens=commit_tokens)
+        report = store.add(iter(documents(TEXTS)), encoder_of(), commit_tokens=commit_tokens)
         assert (report.added, report.unchanged) == (5, 0)
         assert report.encoded_tokens == sum(len(t) + 1 for t in TEXTS) == store.manifest.tokens
     with MemoryStore(tmp_path) as store:
@@ -76,7 +79,7 @@ def test_rows_of_several_lengths_give_the_same_bank(tmp_path, monkeypatch):
         encoder = encoder_of(row_len=64, rows_per_step=1)
         assert encoder._row_lens == [16, 64]
         texts = [*TEXTS, "long " * 11, "and long again " * 4, "short"]
-        add(store, documents(texts), encoder)
+        store.add(documents(texts), encoder)
         loaded = load(store)
     packed = pack_documents([Bytes().encode(" " + text) for text in texts], chunk_size=P, row_len=64)
     want = encode_bank(model_of(), packed, rows_per_step=2)
@@ -91,35 +94,37 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
 
     with create(tmp_path) as store:
         with pytest.raises(KeyboardInterrupt):
-            add(store, cut(), encoder_of(), commit_tokens=1)
+            store.add(cut(), encoder_of(), commit_tokens=1)
         assert len(store) == 3
-        report = add(store, documents(TEXTS), encoder_of())
+        report = store.add(documents(TEXTS), encoder_of())
         assert (report.added, report.unchanged) == (2, 3)
         same_bank(load(store), TEXTS)
 
 
-def test_equal_texts_are_encoded_once_in_a_namespace(tmp_path):
+@pytest.mark.parametrize("commit_tokens", [1, 30, 1000])
+def test_equal_texts_are_encoded_once_in_a_namespace(tmp_path, commit_tokens, monkeypatch):
+    monkeypatch.setattr(ingest, "_TOKENIZED_AT_ONCE", 2)
     with create(tmp_path) as store:
         twice = [*documents(TEXTS), BankDocument("again", TEXTS[1]), BankDocument("and again", TEXTS[1])]
-        add(store, twice, encoder_of(), commit_tokens=30)
+        store.add(twice, encoder_of(), commit_tokens=commit_tokens)
         assert store.manifest.chunks == direct(TEXTS).num_chunks and len(store) == 7
         assert store.get("again").text == TEXTS[1]
         same_bank(load(store), TEXTS)
-        add(store, [BankDocument("again", TEXTS[1], namespace="other")], encoder_of())
+        store.add([BankDocument("again", TEXTS[1], namespace="other")], encoder_of())
         assert store.manifest.chunks == direct([*TEXTS, TEXTS[1]]).num_chunks
 
 
 def test_updates_and_deletes_reach_the_device(tmp_path):
     with create(tmp_path) as store:
-        add(store, documents(TEXTS), encoder_of())
-        update(store, [BankDocument("default 1", "changed")], encoder_of())
+        store.add(documents(TEXTS), encoder_of())
+        store.update([BankDocument("default 1", "changed")], encoder_of())
         store.delete(["default 0", "default 3"])
         same_bank(load(store), [TEXTS[2], TEXTS[4], "changed"])
 
 
 def test_bad_documents_are_named_and_nothing_of_them_is_written(tmp_path):
     with create(tmp_path) as store:
-        add(store, documents(TEXTS), encoder_of())
+        store.add(documents(TEXTS), encoder_of())
         version = store.version
         for bad, message in [
             ([BankDocument("default 0", "other")], "'default 0' .* is there with another text: `update` it"),
@@ -127,9 +132,9 @@ def test_bad_documents_are_named_and_nothing_of_them_is_written(tmp_path):
             ([BankDocument("long", "y" * 24)], "'long' has 25 tokens and the limit is 24: raise row_len"),
         ]:
             with pytest.raises(BankError, match=message):
-                add(store, bad, encoder_of())
+                store.add(bad, encoder_of())
         with pytest.raises(BankError, match="no document 'z' in namespace 'default': `add` it"):
-            update(store, [BankDocument("z", "new")], encoder_of())
+            store.update([BankDocument("z", "new")], encoder_of())
         assert store.version == version
         with pytest.raises(BankError, match="multiple of the model's chunk size 4, got 25"):
             encoder_of(row_len=25)
@@ -142,4 +147,4 @@ def test_another_models_bank_is_refused(tmp_path):
     spec = dataclasses.replace(BankSpec.of(model), fingerprint="of another")
     with MemoryStore.create(tmp_path, spec) as store:
         with pytest.raises(BankError, match="made by another model .fingerprint"):
-            add(store, documents(TEXTS), encoder_of())
+            store.add(documents(TEXTS), encoder_of())

@@ -5,12 +5,10 @@ import concurrent.futures
 import pytest
 
 from msa_jax.bank import parts
-from msa_jax.bank.ingest import add
 from msa_jax.bank.manifest import BankError
 from msa_jax.bank.parts import add_part, merge
 from msa_jax.bank.store import MemoryStore
 from msa_jax.bank.table import BankDocument
-from msa_jax.bank.verify import verify
 from tests.bank.test_ingest_and_load import create, documents, encoder_of
 from tests.test_bank_encoder import close
 
@@ -22,7 +20,7 @@ def contents(path):
     """Every live document with its tokens and routing keys."""
     found = {}
     with MemoryStore(path) as store:
-        verify(store)
+        store.verify()
         for row in store.table.alive:
             start, length, tokens = store.table.columns[row, :3]
             document = store.documents([row])[0]
@@ -42,7 +40,7 @@ def same(path, other):
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_parts_make_the_bank_of_one_process(tmp_path, count):
     with create(tmp_path / "one") as store:
-        add(store, CORPUS, encoder_of(row_len=128))
+        store.add(CORPUS, encoder_of(row_len=128))
     create(tmp_path / "many").close()
     with concurrent.futures.ThreadPoolExecutor(count) as pool:
         call = lambda i: add_part(tmp_path / "many", iter(CORPUS), encoder_of(row_len=128), index=i, count=count)  # noqa: E731
@@ -82,19 +80,19 @@ def test_a_part_that_was_stopped_goes_on(tmp_path, monkeypatch):
             with pytest.raises(KeyboardInterrupt):
                 merge(store, part)
         assert len(store) == 0 and store.array("content_k").shape[1] > 0
-        verify(store)
-        add(store, [BankDocument("between", "the two")], encoder_of(row_len=128))
+        store.verify()
+        store.add([BankDocument("between", "the two")], encoder_of(row_len=128))
     report = add_part(tmp_path, CORPUS, encoder_of(row_len=128), **arguments)
     assert (report.added, report.unchanged) == (0, len(CORPUS))
     with create(tmp_path / "one") as store:
-        add(store, [BankDocument("between", "the two"), *CORPUS], encoder_of(row_len=128))
+        store.add([BankDocument("between", "the two"), *CORPUS], encoder_of(row_len=128))
     same(tmp_path, tmp_path / "one")
 
 
 def test_what_cannot_be_merged_is_refused_whole(tmp_path):
     with create(tmp_path / "a") as store, create(tmp_path / "b") as part:
-        add(store, documents(["one", "two"]), encoder_of())
-        add(part, [BankDocument("new", "text"), BankDocument("default 1", "not two")], encoder_of())
+        store.add(documents(["one", "two"]), encoder_of())
+        part.add([BankDocument("new", "text"), BankDocument("default 1", "not two")], encoder_of())
         version = store.version
         with pytest.raises(BankError, match="in .* with another text: `update` it, or rename one"):
             merge(store, part)

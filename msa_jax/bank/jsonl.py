@@ -1,0 +1,62 @@
+"""Documents from JSON lines."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+
+from msa_jax.bank.manifest import BankError
+from msa_jax.bank.table import BankDocument
+
+
+def read_documents(path: str) -> Iterator[BankDocument]:
+    """Documents of a file of JSON lines, or of standard input for "-"; the file is opened at once, then streamed.
+
+    Raises:
+      BankError: no such file, or a line that is no document; it is named.
+    """
+    file = _open(path)
+
+    def documents():
+        with file:
+            number = 0
+            try:
+                for number, line in enumerate(file, start=1):
+                    if line.strip():
+                        yield _document(line, f"{path}, line {number}")
+            except UnicodeDecodeError as e:
+                raise BankError(f"{path}: not UTF-8 after line {number} ({e.reason}).") from e
+
+    return documents()
+
+
+def count_lines(path: str) -> int | None:
+    """How many documents a file has at most; None for standard input."""
+    if path == "-":
+        return None
+    with _open(path, "rb") as file:
+        return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b"")) + 1
+
+
+def _open(path: str, mode: str = "r"):
+    try:
+        return sys.stdin if path == "-" else open(path, mode, encoding=None if "b" in mode else "utf-8")
+    except OSError as e:
+        raise BankError(f"{path}: {e.strerror}.") from e
+
+
+def _document(line: str, where: str) -> BankDocument:
+    try:
+        values = json.loads(line)
+    except ValueError as e:
+        raise BankError(f"{where}: not valid JSON ({e}).") from e
+    names = {field.name for field in dataclasses.fields(BankDocument)}
+    if not isinstance(values, dict) or not {"id", "text"} <= values.keys() <= names:
+        raise BankError(f"{where}: needs an object with id and text, and of these at most: {', '.join(sorted(names))}.")
+    if not all(isinstance(values.get(name, ""), str) for name in names - {"metadata"}) or not values["id"]:
+        raise BankError(f"{where}: id, text, title and namespace must be strings, and id not empty.")
+    if not isinstance(values.get("metadata", {}), dict):
+        raise BankError(f"{where}: metadata must be an object.")
+    return BankDocument(**values)
