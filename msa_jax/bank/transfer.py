@@ -25,9 +25,9 @@ from msa_jax.bank.manifest import BankError
 from msa_jax.bank.store import MemoryStore
 
 # Bytes on disk of one piece, of one layer: enough for the disk's pace, little beside any bank.
-_PIECE_BYTES = 8 << 20
+_PIECE_BYTES = 2 << 20
 # Pieces that are read at once, and as many again that wait to be written.
-_READERS = 2
+_READERS = 4
 # A few chunks are written in all layers at once, this many at a time, and in no more than so many pieces.
 _FEW, _FEW_PIECES = 64, 8
 

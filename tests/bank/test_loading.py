@@ -1,5 +1,10 @@
 """A bank from disk onto devices: filtered, sharded, in bounded memory, and nothing of other namespaces with it."""
 
+import os
+import pathlib
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -8,8 +13,9 @@ from hypothesis import strategies as st
 
 from msa_jax.bank.ingest import add
 from msa_jax.bank.loading import load
-from msa_jax.bank.manifest import BankError
+from msa_jax.bank.manifest import BankError, BankSpec
 from msa_jax.bank.placement import capacity_for
+from msa_jax.bank.store import Encoded, MemoryStore
 from msa_jax.bank.table import BankDocument
 from tests.bank.test_ingest_and_load import TEXTS, create, documents, encoder_of, same_bank
 from tests.test_bank_encoder import close, forward
@@ -64,3 +70,44 @@ def test_capacities_waste_little_and_are_few(size):
     assert size <= capacity <= max(8, 1.25 * size + 1)
     assert capacity_for(size) % 128 == 0 and capacity_for(size) >= size
     assert capacity_for(capacity, multiple=1) == capacity
+
+
+# Peak memory while a bank of 200 MB is loaded, beyond what the process has before, in bytes of the bank on the device.
+_PEAK = """
+import sys
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+from msa_jax.bank import MemoryStore, load
+
+def memory(what):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
+
+jax.numpy.zeros(1).block_until_ready()
+with MemoryStore(sys.argv[1]) as store:
+    before = memory("VmRSS")
+    bank = jax.block_until_ready(load(store).bank)
+    print((memory("VmHWM") - before) / bank.nbytes, bank.nbytes / 1e6)
+"""
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="reads the process's memory from /proc")
+def test_the_host_holds_one_copy_of_a_bank_while_it_is_loaded(tmp_path, root):
+    layers, chunks, heads, dim = 3, 98_304, 2, 64
+    spec = BankSpec("", 4, layers, heads * dim, heads, dim, "bfloat16")
+    block = np.random.default_rng(0).integers(1, 255, (layers, chunks, heads * dim), np.uint8).astype(spec.dtype)
+    content = block.reshape(layers, chunks, heads, dim)
+    lengths = np.full(chunks // 8, 8, np.int64)
+    encoded = Encoded(block, content, content, lengths, lengths * 4)
+    with MemoryStore.create(tmp_path, spec) as store:
+        texts = [BankDocument(str(i), str(i)) for i in range(len(lengths))]
+        store.append(texts, encoded, range(len(lengths)))
+    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(root)}
+    run = subprocess.run([sys.executable, "-c", _PEAK, tmp_path], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    ratio, megabytes = map(float, run.stdout.split())
+    assert megabytes > 220 and 1 < ratio < 1.5, run.stdout

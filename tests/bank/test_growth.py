@@ -1,0 +1,221 @@
+"""A bank on the device follows its store: as if loaded anew, at the cost of what is new, compiling nothing."""
+
+import dataclasses
+import logging
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from msa_jax.bank import change, transfer
+from msa_jax.bank.loading import load
+from msa_jax.bank.manifest import BankError
+from msa_jax.bank.store import ARRAYS, MemoryStore
+from tests.bank.drawn import chunks_of, create, put
+from tests.test_bank_encoder import B, _forward, close, forward
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    """So that a bank of a few chunks has pieces of each kind, whole, cut short and moved back from the end."""
+    monkeypatch.setattr(change, "_PIECE_BYTES", 1)
+    monkeypatch.setattr(transfer, "_PIECE_BYTES", 1)
+    monkeypatch.setattr(transfer, "_FEW", 5)
+    monkeypatch.setattr(transfer, "_FEW_PIECES", 3)
+
+
+def sharded():
+    mesh = jax.make_mesh((2,), ("memory",), axis_types=(jax.sharding.AxisType.Auto,))
+    named = jax.sharding.NamedSharding
+    return dict(sharding=named(mesh, jax.P(None, "memory")), layout_sharding=named(mesh, jax.P()))
+
+
+def pointers(loaded):
+    return [x.data.unsafe_buffer_pointer() for name in ARRAYS for x in getattr(loaded.bank, name).addressable_shards]
+
+
+def says_the_same(loaded, store, namespaces=None):
+    """The device holds each live text of each namespace once, where its layout says, and nothing else is anyone's."""
+    want = {}
+    for space, identity in store.search():
+        if namespaces is None or space in namespaces:
+            want.setdefault((space, store.get(identity, space).text), set()).add(identity)
+    layout, bank = loaded.bank.layout, jax.tree.map(np.asarray, loaded.bank)
+    starts, lengths, owners = (np.asarray(x) for x in (layout.starts, layout.lengths, layout.chunk_documents))
+    live = np.flatnonzero(lengths)
+    np.testing.assert_array_equal(live, np.flatnonzero(loaded.rows >= 0))
+    np.testing.assert_array_equal(live, np.flatnonzero(loaded.namespaces >= 0))
+    nobody = owners == layout.num_documents
+    assert (np.diff(owners[~nobody]) >= 0).all() and lengths.max(initial=0) <= layout.max_length
+    for place, document in zip(live, store.documents(loaded.rows[live]), strict=True):
+        assert document.id in want.pop((document.namespace, document.text))
+        assert loaded.names[loaded.namespaces[place]] == document.namespace
+        mine = slice(starts[place], starts[place] + lengths[place])
+        assert (owners[mine] == place).all()
+        nobody[mine] = True
+        for name, values in chunks_of(document.text).items():
+            close(getattr(bank, name)[:, mine], values)
+            np.testing.assert_array_equal(store.array(name)[:, loaded.source[mine]].read().result(), values)
+    assert not want and nobody.all()
+
+
+def answers(loaded, store, names):
+    """Hidden states, and for each layer and question the documents read, by their text and namespace."""
+    output = forward(loaded.bank, loaded.visible([names] * B))
+    read = [
+        {(document.namespace, document.text) for document in store.documents(loaded.rows[places[lengths > 0]])}
+        for layer, counts in zip(
+            np.asarray(output.selection.documents), np.asarray(output.selection.lengths), strict=True
+        )
+        for places, lengths in zip(layer, counts, strict=True)
+    ]
+    return output.hidden, read
+
+
+names = st.sampled_from(["a", "b", "c"])
+texts = st.lists(
+    st.sampled_from(["one", "two 1", "three", "four 9", "five", "six 3", "long 40"]), min_size=1, max_size=4
+)
+steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("add"), names, texts),
+        st.tuples(st.just("update"), names, texts),
+        st.tuples(st.just("delete"), names, st.integers(0, 3)),
+        st.just(("refresh", "a", None)),
+    ),
+    max_size=12,
+)
+
+
+def take(store, step, count):
+    what, name, value = step
+    mine = [identity for space, identity in store.search() if space == name]
+    if what == "add":
+        put(store, {f"{count} {i}": text for i, text in enumerate(value)}, name)
+    elif what == "update" and mine:
+        put(store, dict(zip(mine, value, strict=False)), name, replace=True)
+    elif what == "delete":
+        store.delete(mine[value : value + 2], name)
+
+
+@settings(max_examples=25)
+@given(steps=steps, shard=st.booleans(), only=st.sampled_from([None, ["a", "c"]]), question=st.sampled_from("abc"))
+def test_a_refreshed_bank_is_as_one_loaded_anew(tmp_path_factory, steps, shard, only, question):
+    with create(tmp_path_factory.mktemp("bank")) as store:
+        for name in "abc":
+            put(store, {"first": "one", "second": "of " + name}, name)
+        loaded = load(store, namespaces=only, **sharded() if shard else {})
+        for count, step in enumerate(steps):
+            take(store, step, count)
+            if step[0] == "refresh":
+                loaded = loaded.refresh(store)
+                says_the_same(loaded, store, only)
+        # A reader at the newest version is as good as the writer.
+        with MemoryStore(store.path) as reader:
+            loaded = loaded.refresh(reader)
+        says_the_same(loaded, store, only)
+        anew = load(store, namespaces=only)
+        got, want = answers(loaded, store, [question]), answers(anew, store, [question])
+    assert (loaded.version, loaded.names) == (anew.version, anew.names)
+    close(got[0], want[0])
+    assert got[1] == want[1] and all(name == question for read in got[1] for name, _ in read)
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_small_refreshes_compile_nothing_and_read_and_move_only_what_is_new(tmp_path, monkeypatch, shard):
+    read = []
+    real = transfer._read
+    monkeypatch.setattr(transfer, "_read", lambda a, piece, s: read.append(piece.chunks) or real(a, piece, s))
+    with create(tmp_path) as store:
+        put(store, {f"d{i}": f"text {i}" for i in (2, 3, 40)})
+        loaded = load(store, room=5.0, **sharded() if shard else {})
+        where, compiled = pointers(loaded), []
+        for i in range(12):
+            read.clear()
+            put(
+                store, {f"new {i}": f"new {i % 4 + 1}"} if i % 3 else {"d2": f"changed {i} {7 + i}"}, replace=i % 3 == 0
+            )
+            if i % 3 == 2:
+                store.delete([f"new {i - 1}"])
+            before, loaded = loaded.placement.chunks, loaded.refresh(store)
+            assert all(before <= first and last <= loaded.placement.chunks for first, last in read)
+            assert len(read) <= 12 and pointers(loaded) == where
+            forward(loaded.bank, loaded.visible([None] * B))
+            compiled.append((_forward._cache_size(), transfer._put._cache_size()))
+        assert loaded.refresh(store) is loaded
+        says_the_same(loaded, store)
+    # A write has two shapes, of few chunks and of many, and both have come after the tenth.
+    assert len(set(compiled[9:])) == 1 and compiled[-1][0] == compiled[0][0]
+
+
+def test_a_bank_that_outgrows_its_room_is_loaded_anew_with_room_to_grow(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    with create(tmp_path) as store:
+        put(store, {"a": "a 100", "b": "b 28"})
+        loaded = load(store)
+        assert loaded.bank.num_chunks == 128
+        store.delete(["b"])
+        put(store, {"c": "c 1"})
+        loaded = loaded.refresh(store)
+        # The same shape: what was deleted made room.
+        assert loaded.bank.num_chunks == 128 and "loaded anew" in caplog.text
+        put(store, {"d": "d 28"})
+        loaded = loaded.refresh(store)
+        assert loaded.bank.num_chunks == 256
+        caplog.clear()
+        put(store, {"e": "e 99"})
+        loaded = loaded.refresh(store)
+        assert not caplog.text
+        says_the_same(loaded, store)
+
+
+def test_an_earlier_version_and_another_bank_are_loaded_anew_and_another_models_is_refused(tmp_path):
+    with create(tmp_path / "one") as one, create(tmp_path / "two") as two:
+        put(one, {"a": "a 3"})
+        put(one, {"b": "b 4"}, "more")
+        put(two, {"c": "c 3"})
+        put(two, {"d": "d 5"}, "others")
+        loaded = load(one)
+        with MemoryStore(tmp_path / "one", version=2) as earlier:
+            loaded = loaded.refresh(earlier)
+            says_the_same(loaded, earlier)
+        loaded = loaded.refresh(one).refresh(two)
+        says_the_same(loaded, two)
+        loaded.spec = dataclasses.replace(loaded.spec, fingerprint="of another")
+        with pytest.raises(BankError, match="one: this bank was made by another model"):
+            loaded.refresh(one)
+
+
+def test_a_longer_document_raises_the_bound_that_is_compiled_for(tmp_path):
+    with create(tmp_path) as store:
+        put(store, {"a": "a 3"})
+        loaded = load(store)
+        assert loaded.bank.layout.max_length == 8
+        put(store, {"b": "b 13"})
+        loaded = loaded.refresh(store)
+        assert loaded.bank.layout.max_length == 14
+        says_the_same(loaded, store)
+
+
+def test_a_refresh_that_cannot_read_leaves_the_bank_as_it_was(tmp_path, monkeypatch):
+    with create(tmp_path) as store:
+        put(store, {"a": "a 3"})
+        loaded = load(store)
+        put(store, {"b": "b 12"})
+        real, calls = transfer._read, []
+
+        def fail(*args):
+            calls.append(args)
+            if len(calls) > 3:
+                raise OSError("the disk is gone")
+            return real(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(transfer, "_read", fail)
+            with pytest.raises(BankError, match=r"content_k cannot be read: the disk is gone"):
+                loaded.refresh(store)
+        with MemoryStore(tmp_path, version=2) as before:
+            says_the_same(loaded, before)
+        says_the_same(loaded.refresh(store), store)
