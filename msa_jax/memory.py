@@ -84,27 +84,67 @@ class ChunkStates:
 
 
 @struct.dataclass
-class LayerMemory:
+class StoredContent:
+    """Content that stays on disk; `msa_jax.tiers.stored` makes it of a reader.
+
+    Attributes:
+      number: scalar int32, which of this process's readers. A leaf, so that what is compiled serves other banks.
+      source: what is known of the content before it is read: shape [L_r, C, K, D], dtype, and the reader kept alive.
+    """
+
+    number: jax.Array
+    source: ContentSource = struct.field(pytree_node=False)
+
+
+class ContentSource:
+    """A reader and the form of what it reads. Two of one form are equal: one program reads from either."""
+
+    def __init__(self, reader: object, shape: tuple[int, int, int, int], dtype):
+        self.reader, self.shape, self.dtype = reader, tuple(shape), jnp.dtype(dtype)
+
+    def __eq__(self, other):
+        return isinstance(other, ContentSource) and (self.shape, self.dtype) == (other.shape, other.dtype)
+
+    def __hash__(self):
+        return hash((self.shape, self.dtype))
+
+
+class _Tiered:
+    """What a bank and a layer's view of it have in common: where the content K, V lies."""
+
+    @property
+    def tier(self) -> str:
+        """Where content is: "device", "host" (arrays in pinned host memory), or "disk"."""
+        if self.stored is not None:
+            return "disk"
+        return "host" if jax.typeof(self.content_k).memory_space == jax.memory.Space.Host else "device"
+
+
+@struct.dataclass
+class LayerMemory(_Tiered):
     """One router layer's view of the bank.
 
     Attributes:
-      routing_keys: [C, M], L2-normalised per key/value head (raw under `routing_score="dot"`); float or int8.
-      content_k, content_v: [C, K, D]; float or int8.
+      routing_keys: [C, M], L2-normalised per key/value head (raw under `routing_score="dot"`); float or int8. None
+        in what `msa_jax.tiers.fetch` gives, which is read with its own selection.
+      content_k, content_v: [C, K, D]; float or int8. None with `stored`.
       layout: which chunks belong to which document.
       index: scalar int32: the arrays are [L_r, ...] and this is the layer to read, where it lies. None: they are
         the layer's own.
       key_scale: [C] float32 with int8 routing keys: a key is `routing_keys[c] * key_scale[c]`. Else None.
       content_k_scale, content_v_scale: [K, C] float32 with int8 content: `content_k[c, h] * content_k_scale[h, c]`.
+      stored: content on disk; needs `index`.
     """
 
-    routing_keys: jax.Array
-    content_k: jax.Array
-    content_v: jax.Array
+    routing_keys: jax.Array | None
+    content_k: jax.Array | None
+    content_v: jax.Array | None
     layout: DocumentLayout
     index: jax.Array | None = None
     key_scale: jax.Array | None = None
     content_k_scale: jax.Array | None = None
     content_v_scale: jax.Array | None = None
+    stored: StoredContent | None = None
 
     def check(self) -> None:
         """Refuse arrays that do not fit together.
@@ -116,24 +156,29 @@ class LayerMemory:
 
 
 @struct.dataclass
-class MemoryBank:
+class MemoryBank(_Tiered):
     """All router layers' memory, stacked; the layout is shared.
 
+    Routing keys, scales and layout are on the device always; content may be in host memory (arrays whose sharding
+    has the memory kind "pinned_host") or on disk, and then no gradient reaches it.
+
     Attributes:
-      routing_keys: [L_r, C, M], float or int8.
-      content_k, content_v: [L_r, C, K, D], float or int8.
+      routing_keys: [L_r, C, M], float or int8; None in what `msa_jax.tiers.fetch` gives.
+      content_k, content_v: [L_r, C, K, D], float or int8; None with `stored`.
       layout: which chunks belong to which document.
       key_scale: [L_r, C] float32 with int8 routing keys, else None.
       content_k_scale, content_v_scale: [L_r, K, C] float32 with int8 content, else None.
+      stored: content on disk.
     """
 
-    routing_keys: jax.Array
-    content_k: jax.Array
-    content_v: jax.Array
+    routing_keys: jax.Array | None
+    content_k: jax.Array | None
+    content_v: jax.Array | None
     layout: DocumentLayout
     key_scale: jax.Array | None = None
     content_k_scale: jax.Array | None = None
     content_v_scale: jax.Array | None = None
+    stored: StoredContent | None = None
 
     @property
     def num_documents(self) -> int:
@@ -144,17 +189,28 @@ class MemoryBank:
         return self.layout.num_chunks
 
     @property
+    def num_layers(self) -> int:
+        return (self.stored.source if self.stored else self.content_k).shape[0]
+
+    @property
     def arrays(self) -> dict[str, jax.Array | None]:
-        """What is stacked by layer, by name: the fields of a `LayerMemory`."""
+        """What is stacked by layer, by name: fields of a `LayerMemory`."""
         return {name: getattr(self, name) for name in LAYER_ARRAYS}
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all arrays, in device or host memory."""
         return sum(x.nbytes for x in self.arrays.values() if x is not None)
 
     def layer(self, index: int) -> LayerMemory:
-        """Memory of the `index`-th router layer."""
+        """Memory of the `index`-th router layer: its own arrays, or with content off the device all layers'."""
+        if self.tier != "device":
+            return self.layer_at(jnp.int32(index))
         return LayerMemory(**jax.tree.map(lambda x: x[index], self.arrays), layout=self.layout)
+
+    def layer_at(self, index: jax.Array) -> LayerMemory:
+        """Memory of the `index`-th router layer, a scalar int32 that may be traced: nothing is copied."""
+        return LayerMemory(**self.arrays, layout=self.layout, index=index, stored=self.stored)
 
     def check(self) -> None:
         """Refuse arrays that do not fit together.
@@ -169,27 +225,37 @@ LAYER_ARRAYS = ("routing_keys", "content_k", "content_v", "key_scale", "content_
 
 
 def _check(memory: LayerMemory | MemoryBank, *, stacked: bool) -> None:
-    name, keys, content = type(memory).__name__, memory.routing_keys, memory.content_k
-    layers = keys.shape[:1] if stacked else ()
-    layer, chunks = "L_r, " if stacked else "", memory.layout.num_chunks
+    name, chunks, stored = type(memory).__name__, memory.layout.num_chunks, memory.stored
+    arrays = (memory.content_k, memory.content_v)
+    if any((x is None) != (stored is not None) for x in arrays) or (stored is not None and not stacked):
+        raise ValueError(
+            f"{name}: content_k and content_v, or `stored` and neither of them (and in a LayerMemory `index`), must "
+            "be given."
+        )
+    k, v = (stored.source, stored.source) if stored else arrays
+    kv_heads, head_dim = k.shape[-2:]
+    first = k if memory.routing_keys is None else memory.routing_keys
+    layers, prefix = (first.shape[:1], "L_r, ") if stacked else ((), "")
 
-    def need(what, x, dims, shape):
-        if x.shape != shape:
-            raise ValueError(f"{name}: {what} must be [{layer}{dims}] = {shape}, got {x.shape}.")
+    def need(what, x, dims, *shape):
+        if x.shape != (*layers, *shape):
+            raise ValueError(f"{name}: {what} must be [{prefix}{dims}] = {(*layers, *shape)}, got {x.shape}.")
 
-    need("routing_keys", keys, "C, M", (*layers, chunks, *keys.shape[-1:]))
-    need("content_k", content, "C, K, D", (*layers, chunks, *content.shape[-2:]))
-    need("content_v", memory.content_v, "C, K, D", content.shape)
-    key_scale, scale = (*layers, chunks), (*layers, *content.shape[-2:-1], chunks)
-    for what, dims, shape in (
-        ("routing_keys", "C", key_scale), ("content_k", "K, C", scale), ("content_v", "K, C", scale)
-    ):  # fmt: skip
+    need("content_k", k, "C, K, D", chunks, kv_heads, head_dim)
+    need("content_v", v, "C, K, D", chunks, kv_heads, head_dim)
+    if memory.routing_keys is not None:
+        need("routing_keys", memory.routing_keys, "C, M", chunks, memory.routing_keys.shape[-1])
+    for what, values, dims, shape in (
+        ("routing_keys", memory.routing_keys, "C", (chunks,)),
+        ("content_k", k, "K, C", (kv_heads, chunks)),
+        ("content_v", v, "K, C", (kv_heads, chunks)),
+    ):
         scale_name = "key_scale" if what == "routing_keys" else f"{what}_scale"
-        values, scales = getattr(memory, what), getattr(memory, scale_name)
-        if (values.dtype == jnp.int8) != (scales is not None):
+        scale = getattr(memory, scale_name)
+        if (values is not None and values.dtype == jnp.int8) != (scale is not None):
             raise ValueError(
-                f"{name}: {what} of {values.dtype} {'with' if scales is not None else 'without'} {scale_name}: int8 "
-                f"needs a scale, and only int8 has one (`msa_jax.bank.quantization` makes both)."
+                f"{name}: {what} of {values.dtype} {'without' if scale is None else 'with'} {scale_name}: int8 needs "
+                "a scale, and only int8 has one (`msa_jax.bank.quantization` makes both)."
             )
-        if scales is not None:
-            need(scale_name, scales, dims, shape)
+        if scale is not None:
+            need(scale_name, scale, dims, *shape)

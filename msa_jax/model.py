@@ -187,10 +187,14 @@ class MSATransformer(nnx.Module):
             raise ValueError(f"MSATransformer: mask must be [B, S] = {expected}, got {mask.shape}.")
         if bank is not None:
             bank.check()
-            if bank.routing_keys.shape[0] != len(c.router_layers):
+            if bank.num_layers != len(c.router_layers):
                 raise ValueError(
-                    f"MSATransformer: the model has {len(c.router_layers)} router layers, the bank "
-                    f"{bank.routing_keys.shape[0]}: it is another model's."
+                    f"MSATransformer: the model has {len(c.router_layers)} router layers, the bank {bank.num_layers}: "
+                    "it is another model's."
+                )
+            if bank_gradients and bank.tier != "device":
+                raise ValueError(
+                    f"MSATransformer: bank_gradients needs content on the device, this bank's is on the {bank.tier}."
                 )
         x = self.embed(tokens)
         own, scores, selections, hidden = [], [], [], []
@@ -211,9 +215,9 @@ class MSATransformer(nnx.Module):
                 past_k, past_v = xs["past"] or (None, None)
                 kwargs = dict(positions=positions, mask=mask, past_k=past_k, past_v=past_v, slot=slot)
                 if reads_bank:
-                    arrays = xs["memory"] or bank.arrays
+                    own = xs["memory"] and LayerMemory(**xs["memory"], layout=bank.layout)
                     kwargs |= dict(
-                        memory=LayerMemory(**arrays, layout=bank.layout, index=xs["index"]),
+                        memory=own or bank.layer_at(xs["index"]),
                         route=route, visible=visible,
                         selection=xs["selection"], mean_over_tokens=mean_over_tokens,
                     )  # fmt: skip

@@ -224,8 +224,8 @@ def test_a_stack_equals_its_blocks_and_a_block_its_parts():
             dict(past_k=np.zeros((B, 9, 2, 4)), past_v=np.zeros((B, 9, 2, 4)), slot=3),
             "MemorySparseAttention: a cache slot takes one token at a time, got T 5",
         ),
-        (dict(memory="short"), r"routing_keys must be \[C, M\] = \(8, 8\), got \(7, 8\)"),
-        (dict(memory="narrow"), r"routing_keys must be \[C, M\] = \(8, 8\), got \(8, 7\)"),
+        (dict(memory="short"), r"LayerMemory: routing_keys must be \[C, M\] = \(8, 8\), got \(7, 8\)"),
+        (dict(memory="narrow"), r"to route, routing_keys must be \[C, M\] = \(8, 8\), got \(8, 7\)"),
     ],
 )
 def test_errors_say_what_is_wrong(change, message):

@@ -58,9 +58,11 @@ def quantize(bank: MemoryBank, *, keys: bool = True, content: bool = True) -> Me
       content: quantise K and V of the content.
 
     Raises:
-      ValueError: arrays that do not fit together.
+      ValueError: arrays that do not fit together, or content elsewhere.
     """
     bank.check()
+    if content and bank.tier != "device":
+        raise ValueError(f"quantize: content must be on the device, this bank's is on the {bank.tier}.")
     if keys and bank.routing_keys.dtype != jnp.int8:
         values, scale = _device_rows(bank.routing_keys)
         bank = bank.replace(routing_keys=values, key_scale=scale)

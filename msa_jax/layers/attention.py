@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 
-from msa_jax import routing
+from msa_jax import routing, tiers
 from msa_jax.config import AttentionConfig
 from msa_jax.layers.linear import linear
 from msa_jax.layers.norm import RMSNorm
@@ -250,13 +250,12 @@ class MemorySparseAttention(SelfAttention):
         b, t = x.shape[:2]
         q, k, v = self._qkv(x, positions)
         k, v = self._own(k, v, past_k, past_v, slot)
-        wanted = (memory.layout.num_chunks, c.router_width)
-        if memory.routing_keys.shape[0 if memory.index is None else 1 :] != wanted:
-            raise ValueError(
-                f"MemorySparseAttention: routing_keys must be [C, M] = {wanted}, got {memory.routing_keys.shape}."
-            )
         scores = None
         if selection is None:
+            wanted = (memory.layout.num_chunks, c.router_width)
+            got = None if memory.routing_keys is None else memory.routing_keys.shape[-2:]
+            if got != wanted:
+                raise ValueError(f"MemorySparseAttention: to route, routing_keys must be [C, M] = {wanted}, got {got}.")
             if route is None:
                 if mask is None:
                     route = jnp.ones((b, t), bool)
@@ -277,13 +276,11 @@ class MemorySparseAttention(SelfAttention):
             selection = routing.select(
                 scores, memory.layout, top_k=c.top_k, method=c.top_k_method, recall=c.top_k_recall
             )
+        content = tiers.content_of(memory, selection.starts, selection.lengths)
         out, _ = gather_attention(
-            q, k, v,
-            bank_k=memory.content_k, bank_v=memory.content_v,
-            bank_k_scale=memory.content_k_scale, bank_v_scale=memory.content_v_scale,
-            starts=selection.starts, lengths=selection.lengths,
+            q, k, v, **content._asdict(),
             bias=routing.bias_of(selection, self.router_beta[...]) if c.router_bias else None,
-            mask=mask, layer=memory.index, max_length=memory.layout.max_length, implementation=implementation,
+            mask=mask, implementation=implementation,
         )  # fmt: skip
         return AttentionOutput(
             out=self.o_proj(out.reshape(b, t, -1)), k=k, v=v, document_scores=scores, selection=selection
