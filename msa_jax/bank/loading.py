@@ -8,13 +8,13 @@ import math
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from msa_jax.bank import transfer
+from msa_jax.bank.arrays import chunk_shards, empty, fields_of, resize
 from msa_jax.bank.manifest import BankError, BankSpec
 from msa_jax.bank.placement import Placement
-from msa_jax.bank.store import ARRAYS, MemoryStore
+from msa_jax.bank.reader import BankReader
 from msa_jax.memory import DocumentLayout, MemoryBank
 
 _LOG = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class LoadedBank:
             masks.append(np.isin(self.namespaces, list(numbers)))
         return np.stack(masks)
 
-    def refresh(self, store: MemoryStore, *, progress: bool = False) -> LoadedBank:
+    def refresh(self, store: BankReader, *, progress: bool = False) -> LoadedBank:
         """The bank at the version of `store`, a reader of a newer version or a writer that went on.
 
         What is new is read and written behind the rest, in place: nothing else is read or moved, and no shape
@@ -100,22 +100,19 @@ class LoadedBank:
         before, after = self.placement, self.placement.follow(store)
         if after is before:
             return self
-        arrays = _arrays(self.bank)
+        arrays = {name: array for name, array in self.bank.arrays.items() if array is not None}
+        fields = fields_of(arrays)
         if after is None:
             after = before.anew(store)
             room = after.source.size
             _LOG.info("%s: version %d is loaded anew, into room for %d chunks", store.path, after.version, room)
             if room != before.source.size:
-                for name, array in arrays.items():
-                    array.delete()  # first, for a device need not hold both
-                    axis = _chunk_axis(name)
-                    shape = *array.shape[:axis], room, *array.shape[axis + 1 :]
-                    arrays[name] = jnp.zeros(shape, array.dtype, device=array.sharding)
-            transfer.write(store, _fields(arrays), arrays, after.source, 0, after.chunks, progress=progress)
+                resize(arrays, room)
+            transfer.write(store, fields, arrays, after.source, 0, after.chunks, progress=progress)
         else:
-            new = before.chunks, after.chunks
             try:
-                transfer.write(store, _fields(arrays), arrays, after.source, *new, progress=progress)
+                new = before.chunks, after.chunks
+                transfer.write(store, fields, arrays, after.source, *new, progress=progress)
             finally:
                 self.bank = self.bank.replace(**arrays)
         layout = _layout(after, self.bank.layout.starts.sharding)
@@ -123,10 +120,12 @@ class LoadedBank:
 
 
 def load(
-    store: MemoryStore,
+    store: BankReader,
     *,
     namespaces: Sequence[str] | None = None,
     room: float = 0.0,
+    key_dtype: str | None = None,
+    content_dtype: str | None = None,
     sharding: jax.sharding.Sharding | None = None,
     layout_sharding: jax.sharding.Sharding | None = None,
     progress: bool = False,
@@ -140,12 +139,13 @@ def load(
       namespaces: which ones; default all.
       room: capacity beyond what is needed, as part of it, for `refresh` to grow into. Capacities are padded to a few
         sizes anyhow, by up to a quarter.
+      key_dtype, content_dtype: "int8" quantises routing keys or content while they are read; default as stored.
       sharding: of arrays [L_r, C, ...]; default the first device.
       layout_sharding: of the layout's arrays [C] and [N]; default the first device.
       progress: show a progress bar of bytes read.
 
     Raises:
-      BankError: no such namespace, or a bank that cannot be read.
+      BankError: no such namespace, another dtype, or a bank that cannot be read.
     """
     spec, names = store.spec, store.table.namespaces
     unknown = [name for name in namespaces or () if name not in names]
@@ -153,36 +153,12 @@ def load(
         raise BankError(f"{store.path}: no namespace {unknown[0]!r}: it has {', '.join(names)}.")
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     sharding, layout_sharding = sharding or device, layout_sharding or device
-    multiple = math.lcm(128, _chunk_shards(sharding))
+    multiple = math.lcm(128, chunk_shards(sharding))
     placement = Placement.of(store, only=namespaces, room=room, multiple=multiple)
-    shapes = dict(routing_keys=(spec.width,), content_k=(spec.kv_heads, spec.head_dim))
-    shapes["content_v"] = shapes["content_k"]
-    arrays = {
-        name: jnp.zeros((spec.layers, placement.source.size, *shapes[name]), spec.dtype, device=sharding)
-        for name in ARRAYS
-    }
-    transfer.write(store, _fields(arrays), arrays, placement.source, 0, placement.chunks, progress=progress)
+    dtypes = dict(routing_keys=key_dtype, content_k=content_dtype, content_v=content_dtype)
+    arrays = empty(spec, placement.source.size, dtypes, sharding)
+    transfer.write(store, fields_of(arrays), arrays, placement.source, 0, placement.chunks, progress=progress)
     return LoadedBank(MemoryBank(**arrays, layout=_layout(placement, layout_sharding)), placement, spec)
-
-
-def _chunk_shards(sharding: jax.sharding.Sharding) -> int:
-    """Into how many parts the axis of chunks is cut."""
-    if not isinstance(sharding, jax.sharding.NamedSharding) or len(sharding.spec) < 2 or sharding.spec[1] is None:
-        return 1
-    axes = sharding.spec[1] if isinstance(sharding.spec[1], tuple) else (sharding.spec[1],)
-    return math.prod(sharding.mesh.shape[axis] for axis in axes)
-
-
-def _arrays(bank: MemoryBank) -> dict[str, jax.Array]:
-    return {name: array for name, array in bank.arrays.items() if array is not None}
-
-
-def _chunk_axis(name: str) -> int:
-    return 2 if name in ("content_k_scale", "content_v_scale") else 1
-
-
-def _fields(arrays):
-    return {name: transfer.Field({name: 1}, lambda block, name=name: {name: block}) for name in ARRAYS}
 
 
 def _layout(placement: Placement, sharding: jax.sharding.Sharding) -> DocumentLayout:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from msa_jax.bank.database import url_of
-from msa_jax.bank.store import MemoryStore
+from msa_jax.bank.reader import BankReader
 from msa_jax.bank.table import LENGTH, NAMESPACE, START
 
 # Capacities are a power of two times one of these, so that a growing bank is compiled for seldom and wastes at
@@ -75,7 +75,7 @@ class Placement:
     @classmethod
     def of(
         cls,
-        store: MemoryStore,
+        store: BankReader,
         *,
         only: Sequence[str] | None,
         room: float,
@@ -119,7 +119,7 @@ class Placement:
         )
         return empty._with(keys, rows, lengths)
 
-    def follow(self, store: MemoryStore) -> Placement | None:
+    def follow(self, store: BankReader) -> Placement | None:
         """The placement of a later version: what is deleted becomes nobody's, what is new comes behind the rest.
 
         Returns:
@@ -155,7 +155,7 @@ class Placement:
             self, version=store.version, names=names, chunk_documents=nobody[self.chunk_documents], **changed
         )._with(keys[~found], fresh, lengths)
 
-    def anew(self, store: MemoryStore) -> Placement:
+    def anew(self, store: BankReader) -> Placement:
         """All live documents of a store placed as they were asked for, with some room to grow into."""
         room = max(self.room, _ROOM_AFTER)
         return Placement.of(store, only=self.only, room=room, multiple=self.multiple, like=self)
@@ -184,7 +184,7 @@ class Placement:
         )
 
 
-def origin_of(store: MemoryStore) -> tuple[str, str]:
+def origin_of(store: BankReader) -> tuple[str, str]:
     """What chunk numbers of a store mean something in: its place, and the database in use there."""
     return url_of(store.path), store.name
 
@@ -193,7 +193,7 @@ def _key(starts: np.ndarray, namespaces: np.ndarray) -> np.ndarray:
     return (starts << _NAMESPACE_BITS) | namespaces
 
 
-def _texts(store: MemoryStore, only: Sequence[str] | None) -> tuple[np.ndarray, np.ndarray]:
+def _texts(store: BankReader, only: Sequence[str] | None) -> tuple[np.ndarray, np.ndarray]:
     """Keys of the live texts of the namespaces asked for, ascending, and a live row of each.
 
     Documents of one text share its chunks: the first row of them stands for all. Nothing is shared across namespaces.

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from msa_jax.bank.database import reason_of
 from msa_jax.bank.manifest import BankError
-from msa_jax.bank.store import MemoryStore
+from msa_jax.bank.reader import BankReader
 
 # Bytes on disk of one piece, of one layer: enough for the disk's pace, little beside any bank.
 _PIECE_BYTES = 2 << 20
@@ -63,7 +63,7 @@ class _Piece(NamedTuple):
 
 
 def write(
-    store: MemoryStore,
+    store: BankReader,
     fields: Mapping[str, Field],
     arrays: dict[str, jax.Array],
     source: np.ndarray,
@@ -99,10 +99,9 @@ def write(
 
     def read(piece):
         try:
-            block = _read(stored[piece.part.field], piece, source)
+            return fields[piece.part.field].make(_read(stored[piece.part.field], piece, source))
         except (ValueError, OSError) as e:
             raise BankError(f"{store.path}: {piece.part.field} cannot be read: {reason_of(e)}") from e
-        return fields[piece.part.field].make(block)
 
     try:
         with tqdm(desc="load", total=total, unit="B", unit_scale=True, mininterval=1.0, disable=not progress) as bar:

@@ -1,0 +1,98 @@
+"""The arrays of a bank on devices: their shapes, dtypes and shardings, and what they are made of on disk."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from msa_jax.bank.manifest import BankError, BankSpec
+from msa_jax.bank.quantization import quantize_content, quantize_keys
+from msa_jax.bank.reader import ARRAYS
+from msa_jax.bank.transfer import Field
+
+# By name of the values: their scales, and the axes of the values [L_r, C, M] or [L_r, C, K, D] that scales have.
+_SCALES = {
+    "routing_keys": ("key_scale", (0, 1)),
+    "content_k": ("content_k_scale", (0, 2, 1)),
+    "content_v": ("content_v_scale", (0, 2, 1)),
+}
+
+
+def empty(
+    spec: BankSpec, chunks: int, dtypes: dict[str, str | None], sharding: jax.sharding.Sharding
+) -> dict[str, jax.Array]:
+    """Zeros for a bank of C = `chunks`, by name; with scales where values are int8.
+
+    Args:
+      dtypes: by name of values: "int8", or None for the bank's.
+      sharding: of values.
+
+    Raises:
+      BankError: a dtype that is neither, or scales under a sharding that says nothing of axes.
+    """
+    for name, dtype in dtypes.items():
+        if dtype not in (None, "int8"):
+            raise BankError(f"{name} can be loaded as they are stored (None) or as 'int8', not as {dtype!r}.")
+    arrays = {}
+    for name in ARRAYS:
+        rest = (spec.width,) if name == "routing_keys" else (spec.kv_heads, spec.head_dim)
+        shape = spec.layers, chunks, *rest
+        arrays[name] = jnp.zeros(shape, dtypes[name] or spec.dtype, device=sharding)
+        if dtypes[name]:
+            scale, axes = _SCALES[name]
+            on = _of_axes(sharding, axes)
+            arrays[scale] = jnp.zeros([shape[a] for a in axes], jnp.float32, device=on)
+    return arrays
+
+
+def resize(arrays: dict[str, jax.Array], chunks: int) -> None:
+    """Zeros of another C in place of every array, whose memory is given back before."""
+    for name, array in arrays.items():
+        shape = [*array.shape]
+        shape[_chunk_axis(name)] = chunks
+        array.delete()
+        arrays[name] = jnp.zeros(shape, array.dtype, device=array.sharding)
+
+
+def fields_of(arrays: dict[str, jax.Array]) -> dict[str, Field]:
+    """How each stored array becomes arrays such as these: as it is, or quantised where there is a scale."""
+    return {name: _quantised(name) if _SCALES[name][0] in arrays else _as_it_is(name) for name in ARRAYS}
+
+
+def _as_it_is(name: str) -> Field:
+    return Field({name: 1}, lambda block: {name: block})
+
+
+def _quantised(name: str) -> Field:
+    scale, quantize = _SCALES[name][0], quantize_keys if name == "routing_keys" else quantize_content
+
+    def make(block: np.ndarray) -> dict[str, np.ndarray]:
+        return dict(zip((name, scale), quantize(block), strict=True))
+
+    return Field({name: 1, scale: _chunk_axis(scale)}, make)
+
+
+def _chunk_axis(name: str) -> int:
+    return 2 if name in ("content_k_scale", "content_v_scale") else 1
+
+
+def chunk_shards(sharding: jax.sharding.Sharding) -> int:
+    """Into how many parts a sharding of [L_r, C, ...] cuts the axis of chunks; 1 if it does not say."""
+    if not isinstance(sharding, jax.sharding.NamedSharding) or len(sharding.spec) < 2 or sharding.spec[1] is None:
+        return 1
+    axes = sharding.spec[1] if isinstance(sharding.spec[1], tuple) else (sharding.spec[1],)
+    return math.prod(sharding.mesh.shape[axis] for axis in axes)
+
+
+def _of_axes(sharding: jax.sharding.Sharding, axes: tuple[int, ...]) -> jax.sharding.Sharding:
+    """The sharding of an array that has these axes only, in this order."""
+    if isinstance(sharding, jax.sharding.SingleDeviceSharding):
+        return sharding
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        raise BankError(f"int8 needs a sharding by names of axes for its scales: give a NamedSharding, not {sharding}.")
+    spec = [*sharding.spec, None, None, None, None]
+    named = jax.P(*(spec[a] for a in axes))
+    return jax.sharding.NamedSharding(sharding.mesh, named, memory_kind=sharding.memory_kind)
