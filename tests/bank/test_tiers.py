@@ -11,10 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msa_jax import MemoryBank, MSAConfig, MSATransformer, tiers
+from msa_jax.bank.disk_content import DiskContent
+from msa_jax.bank.loading import load
 from msa_jax.bank.quantization import quantize
 from msa_jax.data.batch import ROUTING
 from msa_jax.inference.generate import Context, generate
 from msa_jax.memory import DocumentLayout
+from tests.bank import drawn
 
 B, T, V, N, LAYERS, HEADS, WIDTH = 3, 5, 41, 7, 2, 2, 6
 LENGTHS = (3, 1, 2, 5, 1, 2, 3)
@@ -241,6 +244,46 @@ def test_a_failing_disk_is_one_exception_that_says_why(result, message):
 def test_other_errors_stay_as_they_are():
     with pytest.raises(ValueError, match="^mine$"), tiers.content_errors():
         raise ValueError("mine")
+
+
+@pytest.fixture
+def store(tmp_path):
+    """Thirty documents, some of them deleted, so that chunks do not stand in memory where they stand on disk."""
+    with drawn.create(tmp_path / "bank") as store:
+        drawn.put(store, {f"{i}": f"text {i}" for i in range(1, 6)})
+        drawn.put(store, {f"{i}": f"other text {i % 5 + 1}-{i % 3 + 1}" for i in range(6, 31)})
+        store.delete(["2", "7", "8", "20"])
+        yield store
+
+
+def left_on_disk(loaded, store):
+    content = DiskContent(store, loaded.source).stored()
+    return loaded.bank.replace(content_k=None, content_v=None, stored=content)
+
+
+def test_a_bank_left_in_its_store_is_the_bank_that_is_loaded(store):
+    loaded = load(store)
+    elsewhere = left_on_disk(loaded, store)
+    elsewhere.check()
+    store.delete(["30"])  # a reader stays at its version
+    layout, documents = loaded.bank.layout, np.flatnonzero(np.asarray(loaded.bank.layout.lengths))
+    starts, lengths = (np.asarray(x)[documents][None] for x in (layout.starts, layout.lengths))
+    for layer in range(drawn.L):
+        near = _content_of(elsewhere, jnp.int32(layer), starts, lengths)
+        for first, start, n in zip(np.asarray(near.starts)[0], starts[0], lengths[0], strict=True):
+            for got, want in ((near.bank_k, loaded.bank.content_k), (near.bank_v, loaded.bank.content_v)):
+                np.testing.assert_array_equal(got[first : first + n], want[layer, start : start + n])
+
+
+def test_a_damaged_store_is_named(store):
+    loaded = load(store)
+    elsewhere = left_on_disk(loaded, store)
+    for file in store.path.rglob("d/*"):
+        file.unlink()
+    with pytest.raises(tiers.ContentError, match=f"^content of router layer 1 cannot .* disk: {store.path}: NOT_FOUND"):
+        with tiers.content_errors():
+            ranges = np.array([[0]]), np.array([[2]])
+            jax.block_until_ready(_content_of(elsewhere, jnp.int32(1), *ranges))
 
 
 def test_what_cannot_be_is_refused():
