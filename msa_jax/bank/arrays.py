@@ -20,6 +20,9 @@ _SCALES = {
     "content_v": ("content_v_scale", (0, 2, 1)),
 }
 
+# Elements: their float32 intermediates stay in a core's cache, which is twice as fast.
+_QUANTISED_AT_ONCE = 1 << 17
+
 
 def empty(
     spec: BankSpec, chunks: int, dtypes: dict[str, str | None], sharding: jax.sharding.Sharding
@@ -70,7 +73,10 @@ def _quantised(name: str) -> Field:
     scale, quantize = _SCALES[name][0], quantize_keys if name == "routing_keys" else quantize_content
 
     def make(block: np.ndarray) -> dict[str, np.ndarray]:
-        return dict(zip((name, scale), quantize(block), strict=True))
+        step = max(1, _QUANTISED_AT_ONCE * block.shape[1] // max(1, block.size))
+        parts = [quantize(block[:, i : i + step]) for i in range(0, block.shape[1], step)]
+        values, scales = zip(*parts, strict=True)
+        return {name: np.concatenate(values, axis=1), scale: np.concatenate(scales, axis=_chunk_axis(scale))}
 
     return Field({name: 1, scale: _chunk_axis(scale)}, make)
 

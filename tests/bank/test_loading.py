@@ -72,14 +72,9 @@ def test_capacities_waste_little_and_are_few(size):
     assert capacity_for(capacity, multiple=1) == capacity
 
 
-# Peak memory while a bank of 200 MB is loaded, beyond what the process has before, in bytes of the bank on the device.
+# Prints bytes of a loaded bank, and by how much they are exceeded by the peak of memory while it is loaded.
 _PEAK = """
 import sys
-import os
-import pathlib
-import subprocess
-import sys
-
 import jax
 from msa_jax.bank import MemoryStore, load
 
@@ -88,15 +83,16 @@ def memory(what):
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
 
 jax.numpy.zeros(1).block_until_ready()
+dtype = sys.argv[2] or None
 with MemoryStore(sys.argv[1]) as store:
     before = memory("VmRSS")
-    bank = jax.block_until_ready(load(store).bank)
-    print((memory("VmHWM") - before) / bank.nbytes, bank.nbytes / 1e6)
+    bank = jax.block_until_ready(load(store, key_dtype=dtype, content_dtype=dtype).bank)
+    print(bank.nbytes, memory("VmHWM") - before - bank.nbytes)
 """
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="reads the process's memory from /proc")
-def test_the_host_holds_one_copy_of_a_bank_while_it_is_loaded(tmp_path, root):
+def test_the_host_holds_one_copy_of_a_bank_while_it_is_loaded_and_none_in_float_of_int8(tmp_path, root):
     layers, chunks, heads, dim = 3, 98_304, 2, 64
     spec = BankSpec("", 4, layers, heads * dim, heads, dim, "bfloat16")
     block = np.random.default_rng(0).integers(1, 255, (layers, chunks, heads * dim), np.uint8).astype(spec.dtype)
@@ -107,7 +103,14 @@ def test_the_host_holds_one_copy_of_a_bank_while_it_is_loaded(tmp_path, root):
         texts = [BankDocument(str(i), str(i)) for i in range(len(lengths))]
         store.append(texts, encoded, range(len(lengths)))
     environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(root)}
-    run = subprocess.run([sys.executable, "-c", _PEAK, tmp_path], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    ratio, megabytes = map(float, run.stdout.split())
-    assert megabytes > 220 and 1 < ratio < 1.5, run.stdout
+    for dtype in ("", "int8"):
+        command = [sys.executable, "-c", _PEAK, tmp_path, dtype]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        size, more = map(int, run.stdout.split())
+        assert size >= 3 * block.nbytes // (2 if dtype else 1) and 0 < more < 1.5 * block.nbytes, run.stdout
+
+
+def test_a_dtype_that_cannot_be_made_is_refused(tmp_path):
+    with create(tmp_path) as store, pytest.raises(BankError, match="content_k .* as 'int8', not as 'int4'"):
+        load(store, content_dtype="int4")
