@@ -103,7 +103,8 @@ class Database:
     @contextlib.contextmanager
     def commit(self) -> Iterator[ts.Transaction]:
         """A transaction: all that is written under it appears at once when the block ends, nothing if it raises."""
-        transaction = ts.Transaction(atomic=True)
+        transaction, files = ts.Transaction(atomic=True), self._files()
+        before = self.newest() if files else 0
         try:
             yield transaction
             pending = transaction.commit_async()
@@ -114,9 +115,18 @@ class Database:
                 raise
         except BaseException as e:
             transaction.abort()
+            # What was written would stay, of no commit, and keep a full disk full.
+            if files and self.newest() == before:
+                for file in self._files() - files:
+                    file.unlink(missing_ok=True)
             if isinstance(e, ValueError | OSError) and not isinstance(e, BankError):
                 raise BankError(f"{self.url}: nothing was written, the last version stands: {reason_of(e)}") from e
             raise
+
+    def _files(self) -> set[pathlib.Path]:
+        """Files with the data of commits; none where that is no folder."""
+        folder = pathlib.Path(self.url.removeprefix("file://")) / "d"
+        return set(folder.iterdir()) if self.url.startswith("file://") and folder.is_dir() else set()
 
     def newest(self) -> int:
         """Number of the last commit; commits are numbered from 1 on."""

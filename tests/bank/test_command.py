@@ -2,7 +2,6 @@
 
 import io
 import json
-import pathlib
 
 import pytest
 
@@ -95,21 +94,6 @@ def test_refusals_are_one_sentence_and_exit_1(run, bank, arguments, message):
     status, printed, said = run(*[bank if a == "BANK" else a for a in arguments])
     assert status == 1 and printed == "" and message in said
     assert said.startswith("bank: ") and said.count("\n") == 1
-
-
-def largest_file(bank) -> pathlib.Path:
-    return max((p for p in bank.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-
-
-@pytest.mark.parametrize("damage", ["flip", "truncate"])
-def test_damage_is_found_and_named(bank, damage):
-    path = largest_file(bank)
-    raw = bytearray(path.read_bytes())
-    if damage == "flip":
-        raw[len(raw) // 2] ^= 1
-    path.write_bytes(raw[: len(raw) // 2] if damage == "truncate" else raw)
-    with pytest.raises(BankError, match="damaged|not the one added"):
-        MemoryStore(bank).verify()
 
 
 def test_a_damaged_manifest_is_refused(bank):

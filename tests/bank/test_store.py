@@ -1,11 +1,6 @@
 """`MemoryStore`: what is committed is there, at every version, and nothing else; one writer; clear refusals."""
 
 import dataclasses
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import ml_dtypes
 import numpy as np
@@ -175,41 +170,6 @@ class AnyHistory(RuleBasedStateMachine):
 
 TestAnyHistory = AnyHistory.TestCase
 TestAnyHistory.settings = settings(max_examples=12, stateful_step_count=12)
-
-
-WRITER = """
-import sys
-from tests.bank.test_store import BankDocument, MemoryStore, put
-with MemoryStore(sys.argv[1], writable=True) as store:
-    while True:
-        n = store.version
-        put(store, [BankDocument(f"{n}-{i}", f"text {n} {i}" * 9) for i in range(3)])
-        put(store, [BankDocument(f"{n}-0", f"changed {n}")], "replace")
-        store.delete([f"{n}-1"])
-        print(store.version, flush=True)
-"""
-
-
-@pytest.mark.parametrize("delay", [0.0, 0.011, 0.023])
-def test_kill_9_at_any_moment_leaves_the_last_version(tmp_path, root, delay):
-    MemoryStore.create(tmp_path / "bank", SPEC).close()
-    environment = os.environ | {"PYTHONPATH": str(root)}
-    process = subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(tmp_path / "bank")], stdout=subprocess.PIPE, text=True, env=environment
-    )
-    for _ in range(3):
-        seen = int(process.stdout.readline())
-    time.sleep(delay)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
-    with MemoryStore(tmp_path / "bank", writable=True) as store:
-        assert store.version >= seen
-        live = {(d.namespace, d.id): d for d in store.documents(store.table.alive)}
-        check(store, live)
-        # Whole commits only: three documents come, one of them changes, one of them goes.
-        assert store.manifest.rows == sum({"add": 3, "update": 1}.get(m.operation, 0) for m in store.versions())
-        put(store, [BankDocument("after", "the crash")])
 
 
 def test_one_writer_at_a_time(tmp_path):
