@@ -1,6 +1,7 @@
 """Encoding documents, and what may not change an answer: packing, order, room, documents that are not read."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from msa_jax import MemoryBank, MSAConfig, MSATransformer
-from msa_jax.bank.encoder import encode_bank
+from msa_jax.bank.encoder import RowEncoder, _encode_rows, encode_bank
 from msa_jax.data.batch import pack_documents
 from msa_jax.memory import DocumentLayout
 
@@ -212,3 +213,13 @@ def test_more_documents_allowed_than_seen_moves_no_position():
     many = model_of(top_k=N + 3)
     assert many.config.position_offset == CONFIG.position_offset
     close(forward(bank_of(), visible, many).hidden, forward(bank_of(), visible).hidden)
+
+
+def test_rows_are_spread_over_the_devices_and_none_waits_for_another():
+    encoder = RowEncoder(model_of())
+    rows = np.zeros((4, 12), np.int32)
+    arrays = jax.device_put([rows] * 3, encoder._by_row)
+    compiled = _encode_rows.lower(encoder._graphdef, encoder._params, *arrays).compile()
+    assert jax.local_device_count() == 2 and len(arrays[0].sharding.device_set) == 2
+    assert all(len(s.device_set) == 2 and not s.is_fully_replicated for s in jax.tree.leaves(compiled.output_shardings))
+    assert not re.search(r"all-(gather|reduce|to-all)|collective", compiled.as_text())
