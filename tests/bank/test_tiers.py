@@ -10,7 +10,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msa_jax import MemoryBank, MSAConfig, MSATransformer, tiers
+from msa_jax import MemoryBank, MemorySparseAttention, MSAConfig, MSATransformer, tiers
 from msa_jax.bank.disk_content import DiskContent
 from msa_jax.bank.loading import load
 from msa_jax.bank.quantization import quantize
@@ -68,10 +68,9 @@ off_device = pytest.mark.parametrize("place", ["host", "disk"])
 
 
 @functools.cache
-def model_of(**changes):
+def model_of():
     rng = np.random.default_rng(1)
-    config = CONFIG.replace(**changes)
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: MSATransformer(config, rngs=nnx.Rngs(0))))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: MSATransformer(CONFIG, rngs=nnx.Rngs(0))))
     draw = lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype)  # noqa: E731
     return graphdef, jax.tree.map(draw, state)
 
@@ -86,9 +85,10 @@ def forward(params, graphdef, bank, kwargs):
 _run = jax.jit(forward, static_argnames="graphdef")
 
 
-def run(bank, **kwargs):
+def run(bank, visible=None, **kwargs):
     graphdef, params = model_of()
-    return _run(params, graphdef, bank, kwargs)
+    visible = np.ones((B, N), bool) if visible is None else visible
+    return _run(params, graphdef, bank, dict(visible=visible, **kwargs))
 
 
 def equal(got, want):
@@ -96,8 +96,7 @@ def equal(got, want):
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
-@off_device
-@pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
+@pytest.mark.parametrize(("place", "int8"), [("host", False), ("disk", False), ("host", True)])
 def test_outputs_are_those_of_content_on_the_device(place, int8):
     bank, elsewhere = bank_of(int8), placed(place, int8)
     assert (bank.tier, elsewhere.tier) == ("device", place)
@@ -133,8 +132,7 @@ def test_any_ranges_are_fetched_as_they_are(place, data):
 _content_of = jax.jit(lambda bank, layer, starts, lengths: tiers.content_of(bank.layer_at(layer), starts, lengths))
 
 
-@off_device
-@pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
+@pytest.mark.parametrize(("place", "int8"), [("host", False), ("disk", True)])
 def test_what_is_fetched_once_serves_every_step_of_decoding(place, int8):
     bank = bank_of(int8)
     want, _, selection = run(bank)
@@ -151,14 +149,13 @@ def test_what_is_fetched_once_serves_every_step_of_decoding(place, int8):
     assert same is bank and same_selection is selection
 
 
-@off_device
-def test_generation_reads_content_from_anywhere(place):
+def test_generation_reads_content_from_host_memory():
     graphdef, params = model_of()
     context = Context(
         tokens=jnp.asarray(TOKENS), roles=jnp.full((B, T), ROUTING, jnp.int32), mask=jnp.ones((B, T), bool)
     )
-    ask = lambda bank: generate(graphdef, params, jnp.arange(2), context, bank, max_new_tokens=4)  # noqa: E731
-    equal(ask(placed(place)), ask(bank_of()))
+    ask = lambda bank: generate(graphdef, params, jnp.arange(0), context, bank, max_new_tokens=3)  # noqa: E731
+    equal(ask(placed("host")), ask(bank_of()))
 
 
 @off_device
@@ -168,25 +165,28 @@ def test_a_single_layer_without_jit(place):
     np.testing.assert_array_equal(content.bank_v[first : first + 3], bank_of().layer(1).content_v[14:17])
 
 
-def test_gradients_reach_the_model_and_no_content_elsewhere():
-    graphdef, params = model_of()
-    bank = bank_of()
+@off_device
+def test_gradients_reach_the_layer_and_no_content_elsewhere(place):
+    draw = np.random.default_rng(3).normal
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: MemorySparseAttention(CONFIG, rngs=nnx.Rngs(0))))
+    params = jax.tree.map(lambda x: jnp.asarray(draw(0, 0.3, x.shape), x.dtype), state)
+    x, positions = jnp.asarray(draw(size=(B, T, 12)), jnp.float32), jnp.broadcast_to(jnp.arange(T), (B, T))
 
-    def loss(params, content_v, bank):
-        logits, scores, _ = forward(params, graphdef, bank.replace(content_v=content_v), {})
-        return jnp.sum(logits**2) + jnp.sum(jnp.where(scores > -1e29, scores, 0) ** 2)
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1), allow_int=True)
+    def gradient(params, content_v, bank):
+        memory = bank.replace(content_v=content_v).layer_at(jnp.int32(1))
+        output = nnx.merge(graphdef, params)(x, positions=positions, memory=memory)
+        return jnp.sum(output.out**2) + jnp.sum(output.document_scores**2)
 
-    gradient = jax.jit(jax.grad(loss, argnums=(0, 1), allow_int=True))
-    want, of_content = gradient(params, bank.content_v, bank)
-    assert np.asarray(of_content).any()
-    for place in ("host", "disk"):
-        elsewhere = placed(place)
-        got, of_content = gradient(params, elsewhere.content_v, elsewhere)
-        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), got, want)
-        assert of_content is None or not np.asarray(of_content).any()
-        message = f"bank_gradients needs content on the device, this bank's is on the {place}"
-        with pytest.raises(ValueError, match=message):
-            forward(params, graphdef, elsewhere, dict(bank_gradients=True))
+    banks = (bank_of(), placed(place))
+    (want, near), (got, elsewhere) = (gradient(params, bank.content_v, bank) for bank in banks)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), got, want)
+    assert np.asarray(near).any() and not any(np.asarray(x).any() for x in jax.tree.leaves(elsewhere))
+    message = f"bank_gradients needs content on the device, this bank's is on the {place}"
+    with pytest.raises(ValueError, match=message):
+        graphdef, params = model_of()
+        forward(params, graphdef, placed(place), dict(bank_gradients=True))
 
 
 def test_the_disk_is_asked_for_the_selected_chunks_once_and_no_others():
