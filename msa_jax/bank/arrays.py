@@ -13,6 +13,7 @@ from msa_jax.bank.quantization import quantize_content, quantize_keys
 from msa_jax.bank.reader import ARRAYS
 from msa_jax.bank.transfer import Field
 
+HOST = "pinned_host"
 # By name of the values: their scales, and the axes of the values [L_r, C, M] or [L_r, C, K, D] that scales have.
 _SCALES = {
     "routing_keys": ("key_scale", (0, 1)),
@@ -25,29 +26,27 @@ _QUANTISED_AT_ONCE = 1 << 17
 
 
 def empty(
-    spec: BankSpec, chunks: int, dtypes: dict[str, str | None], sharding: jax.sharding.Sharding
+    spec: BankSpec, chunks: int, dtypes: dict[str, str | None], shardings: dict[str, jax.sharding.Sharding]
 ) -> dict[str, jax.Array]:
     """Zeros for a bank of C = `chunks`, by name; with scales where values are int8.
 
     Args:
       dtypes: by name of values: "int8", or None for the bank's.
-      sharding: of values.
+      shardings: by name of values, those that are wanted. Scales lie on the same devices, and never on the host.
 
     Raises:
       BankError: a dtype that is neither, or scales under a sharding that says nothing of axes.
     """
-    for name, dtype in dtypes.items():
+    arrays = {}
+    for name, sharding in shardings.items():
+        dtype, rest = dtypes[name], (spec.width,) if name == "routing_keys" else (spec.kv_heads, spec.head_dim)
         if dtype not in (None, "int8"):
             raise BankError(f"{name} can be loaded as they are stored (None) or as 'int8', not as {dtype!r}.")
-    arrays = {}
-    for name in ARRAYS:
-        rest = (spec.width,) if name == "routing_keys" else (spec.kv_heads, spec.head_dim)
         shape = spec.layers, chunks, *rest
-        arrays[name] = jnp.zeros(shape, dtypes[name] or spec.dtype, device=sharding)
-        if dtypes[name]:
+        arrays[name] = _zeros(shape, dtype or spec.dtype, sharding)
+        if dtype:
             scale, axes = _SCALES[name]
-            on = _of_axes(sharding, axes)
-            arrays[scale] = jnp.zeros([shape[a] for a in axes], jnp.float32, device=on)
+            arrays[scale] = _zeros([shape[a] for a in axes], "float32", _of_axes(sharding, axes))
     return arrays
 
 
@@ -57,12 +56,20 @@ def resize(arrays: dict[str, jax.Array], chunks: int) -> None:
         shape = [*array.shape]
         shape[_chunk_axis(name)] = chunks
         array.delete()
-        arrays[name] = jnp.zeros(shape, array.dtype, device=array.sharding)
+        arrays[name] = _zeros(shape, array.dtype, array.sharding)
+
+
+def _zeros(shape, dtype, sharding: jax.sharding.Sharding) -> jax.Array:
+    if sharding.memory_kind == HOST:
+        # Not made on the device, which may be smaller; NumPy's zeros take no memory until they are written.
+        return jax.device_put(np.zeros(shape, dtype), sharding)
+    return jnp.zeros(shape, dtype, device=sharding)
 
 
 def fields_of(arrays: dict[str, jax.Array]) -> dict[str, Field]:
     """How each stored array becomes arrays such as these: as it is, or quantised where there is a scale."""
-    return {name: _quantised(name) if _SCALES[name][0] in arrays else _as_it_is(name) for name in ARRAYS}
+    stored = [name for name in ARRAYS if name in arrays]
+    return {name: _quantised(name) if _SCALES[name][0] in arrays else _as_it_is(name) for name in stored}
 
 
 def _as_it_is(name: str) -> Field:
@@ -94,11 +101,11 @@ def chunk_shards(sharding: jax.sharding.Sharding) -> int:
 
 
 def _of_axes(sharding: jax.sharding.Sharding, axes: tuple[int, ...]) -> jax.sharding.Sharding:
-    """The sharding of an array that has these axes only, in this order."""
+    """The sharding of an array on the devices that has these axes only, in this order."""
     if isinstance(sharding, jax.sharding.SingleDeviceSharding):
-        return sharding
+        (device,) = sharding.device_set
+        return jax.sharding.SingleDeviceSharding(device)
     if not isinstance(sharding, jax.sharding.NamedSharding):
         raise BankError(f"int8 needs a sharding by names of axes for its scales: give a NamedSharding, not {sharding}.")
     spec = [*sharding.spec, None, None, None, None]
-    named = jax.P(*(spec[a] for a in axes))
-    return jax.sharding.NamedSharding(sharding.mesh, named, memory_kind=sharding.memory_kind)
+    return jax.sharding.NamedSharding(sharding.mesh, jax.P(*(spec[a] for a in axes)))

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from msa_jax import tiers
 from msa_jax.bank import transfer
-from msa_jax.bank.arrays import chunk_shards, empty, fields_of, resize
+from msa_jax.bank.arrays import HOST, chunk_shards, empty, fields_of, resize
+from msa_jax.bank.disk_content import DiskContent
 from msa_jax.bank.manifest import BankError, BankSpec
 from msa_jax.bank.placement import Placement
 from msa_jax.bank.reader import BankReader
@@ -28,11 +30,13 @@ class LoadedBank:
       bank: C and N padded to capacities; padding is of no document.
       placement: which document and chunk of the store stands where.
       spec: of the store.
+      reader: of content that stays on disk: at the version of the bank, whatever becomes of the store.
     """
 
     bank: MemoryBank
     placement: Placement
     spec: BankSpec
+    reader: BankReader | None = None
 
     @property
     def version(self) -> int:
@@ -115,8 +119,14 @@ class LoadedBank:
                 transfer.write(store, fields, arrays, after.source, *new, progress=progress)
             finally:
                 self.bank = self.bank.replace(**arrays)
-        layout = _layout(after, self.bank.layout.starts.sharding)
-        return dataclasses.replace(self, bank=self.bank.replace(**arrays, layout=layout), placement=after)
+        after = _loaded(store, arrays, after, self.bank.layout.starts.sharding)
+        self.close()
+        return after
+
+    def close(self) -> None:
+        """Let `compact` delete what content on disk was read from. `refresh` does it for the bank it takes over."""
+        if self.reader is not None:
+            self.reader.close()
 
 
 def load(
@@ -124,6 +134,7 @@ def load(
     *,
     namespaces: Sequence[str] | None = None,
     room: float = 0.0,
+    content: str = "device",
     key_dtype: str | None = None,
     content_dtype: str | None = None,
     sharding: jax.sharding.Sharding | None = None,
@@ -139,14 +150,21 @@ def load(
       namespaces: which ones; default all.
       room: capacity beyond what is needed, as part of it, for `refresh` to grow into. Capacities are padded to a few
         sizes anyhow, by up to a quarter.
+      content: where content goes: "device"; "host", into its pinned memory; or "disk", where it stays, and where
+        what a question selected is read from.
       key_dtype, content_dtype: "int8" quantises routing keys or content while they are read; default as stored.
       sharding: of arrays [L_r, C, ...]; default the first device.
       layout_sharding: of the layout's arrays [C] and [N]; default the first device.
       progress: show a progress bar of bytes read.
 
     Raises:
-      BankError: no such namespace, another dtype, or a bank that cannot be read.
+      BankError: no such namespace, tier or dtype, or a bank that cannot be read.
+      ValueError: content off the device for a bank on several devices.
     """
+    if content not in ("device", "host", "disk"):
+        raise BankError(f"load: content goes to 'device', 'host' or 'disk', not to {content!r}.")
+    if content == "disk" and content_dtype is not None:
+        raise BankError("load: content on disk is read as it is stored: leave content_dtype out.")
     spec, names = store.spec, store.table.namespaces
     unknown = [name for name in namespaces or () if name not in names]
     if unknown:
@@ -155,12 +173,24 @@ def load(
     sharding, layout_sharding = sharding or device, layout_sharding or device
     multiple = math.lcm(128, chunk_shards(sharding))
     placement = Placement.of(store, only=namespaces, room=room, multiple=multiple)
+    tiers.require_one_device(sharding, content)
     dtypes = dict(routing_keys=key_dtype, content_k=content_dtype, content_v=content_dtype)
-    arrays = empty(spec, placement.source.size, dtypes, sharding)
+    shardings = dict(routing_keys=sharding)
+    if content != "disk":
+        place = sharding.with_memory_kind(HOST) if content == "host" else sharding
+        shardings |= dict(content_k=place, content_v=place)
+    arrays = empty(spec, placement.source.size, dtypes, shardings)
     transfer.write(store, fields_of(arrays), arrays, placement.source, 0, placement.chunks, progress=progress)
-    return LoadedBank(MemoryBank(**arrays, layout=_layout(placement, layout_sharding)), placement, spec)
+    return _loaded(store, arrays, placement, layout_sharding)
 
 
-def _layout(placement: Placement, sharding: jax.sharding.Sharding) -> DocumentLayout:
+def _loaded(store, arrays, placement, layout_sharding) -> LoadedBank:
     parts = {name: getattr(placement, name) for name in ("chunk_documents", "starts", "lengths")}
-    return DocumentLayout(**jax.device_put(parts, sharding), max_length=placement.max_length)
+    layout = DocumentLayout(**jax.device_put(parts, layout_sharding), max_length=placement.max_length)
+    if "content_k" in arrays:
+        return LoadedBank(MemoryBank(**arrays, layout=layout), placement, store.spec)
+    # Of its own, so that `store` may write, go on to other versions, or be closed.
+    reader = BankReader(store.path, version=store.version)
+    stored = DiskContent(reader, placement.source).stored()
+    bank = MemoryBank(**arrays, content_k=None, content_v=None, stored=stored, layout=layout)
+    return LoadedBank(bank, placement, store.spec, reader)

@@ -85,7 +85,7 @@ def write(
     Raises:
       BankError: a chunk cannot be read.
     """
-    shards = {name: [shard.data for shard in array.addressable_shards] for name, array in arrays.items()}
+    shards = {name: _shards(array) for name, array in arrays.items()}
     holders: dict[_Part, list[tuple[str, int, int, tuple[slice, ...]]]] = {}
     for stored_name, field in fields.items():
         for name, axis in field.axes.items():
@@ -116,7 +116,15 @@ def write(
                 bar.update(_bytes_of(piece, stored))
     finally:
         for name, array in arrays.items():
-            arrays[name] = jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards[name])
+            if array.sharding.num_devices == 1:
+                (arrays[name],) = shards[name]
+            else:
+                arrays[name] = jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards[name])
+
+
+def _shards(array: jax.Array) -> list[jax.Array]:
+    """The parts of an array that this process holds. What is on one device is its own part, not a view of itself."""
+    return [array] if array.sharding.num_devices == 1 else [shard.data for shard in array.addressable_shards]
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames="axis")
@@ -128,12 +136,14 @@ def _put(array: jax.Array, block: jax.Array, numbers: jax.Array, *, axis: int) -
     Args:
       numbers: [4] int32, layer, chunk, low and high.
     """
+    # An array in the host's memory is neither read nor computed with there: pieces of it are copied.
+    near, far = jax.memory.Space.Device, jax.typeof(array).memory_space
     layer, chunk, low, high = numbers
-    start = [layer if a == 0 else chunk if a == axis else 0 for a in range(array.ndim)]
+    start = [layer if a == 0 else chunk if a == axis else jnp.int32(0) for a in range(array.ndim)]
     place = jax.lax.broadcasted_iota(jnp.int32, block.shape, axis)
-    before = jax.lax.dynamic_slice(array, start, block.shape)
-    block = jnp.where((low <= place) & (place < high), block, before)
-    return jax.lax.dynamic_update_slice(array, block, start)
+    before = jax.lax.dynamic_slice(array, start, block.shape, allow_negative_indices=False)
+    block = jnp.where((low <= place) & (place < high), block, jax.device_put(before, near))
+    return jax.lax.dynamic_update_slice(array, jax.device_put(block, far), start, allow_negative_indices=False)
 
 
 def _pieces(part: _Part, stored: ts.TensorStore, first: int, last: int) -> Iterator[_Piece]:

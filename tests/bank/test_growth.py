@@ -13,9 +13,8 @@ from msa_jax.bank import change, transfer
 from msa_jax.bank.loading import load
 from msa_jax.bank.manifest import BankError
 from msa_jax.bank.quantization import quantize_content, quantize_keys
-from msa_jax.bank.reader import ARRAYS
 from msa_jax.bank.store import MemoryStore
-from tests.bank.drawn import chunks_of, create, put
+from tests.bank.drawn import L, chunks_of, create, put
 from tests.test_bank_encoder import B, _forward, close, forward
 
 
@@ -35,7 +34,18 @@ def sharded():
 
 
 def pointers(loaded):
-    return [x.data.unsafe_buffer_pointer() for name in ARRAYS for x in getattr(loaded.bank, name).addressable_shards]
+    arrays = [array for array in loaded.bank.arrays.values() if array is not None]
+    return [shard.data.unsafe_buffer_pointer() for array in arrays for shard in array.addressable_shards]
+
+
+def of_chunks(bank, name, chunks):
+    """Values and scales of some chunks, on whatever tier."""
+    if bank.stored is not None and name != "routing_keys":
+        kv = [bank.stored.source.reader.read(layer, np.arange(chunks.start, chunks.stop)) for layer in range(L)]
+        return np.stack([pair[name == "content_v"] for pair in kv]), None
+    values, scale = getattr(bank, name), getattr(bank, "key_scale" if name == "routing_keys" else f"{name}_scale")
+    assert (values.dtype == np.int8) == (scale is not None)
+    return np.asarray(values)[:, chunks], None if scale is None else np.asarray(scale)[..., chunks]
 
 
 def says_the_same(loaded, store, namespaces=None):
@@ -44,7 +54,7 @@ def says_the_same(loaded, store, namespaces=None):
     for space, identity in store.search():
         if namespaces is None or space in namespaces:
             want.setdefault((space, store.get(identity, space).text), set()).add(identity)
-    layout, bank = loaded.bank.layout, jax.tree.map(np.asarray, loaded.bank)
+    layout = loaded.bank.layout
     starts, lengths, owners = (np.asarray(x) for x in (layout.starts, layout.lengths, layout.chunk_documents))
     live = np.flatnonzero(lengths)
     np.testing.assert_array_equal(live, np.flatnonzero(loaded.rows >= 0))
@@ -58,14 +68,11 @@ def says_the_same(loaded, store, namespaces=None):
         assert (owners[mine] == place).all()
         nobody[mine] = True
         for name, values in chunks_of(document.text).items():
-            np.testing.assert_array_equal(store.array(name)[:, loaded.source[mine]].read().result(), values)
-            if getattr(bank, name).dtype == np.int8:
-                quantize, scale = (
-                    (quantize_keys, "key_scale") if values.ndim == 3 else (quantize_content, f"{name}_scale")
-                )
-                values, scales = quantize(values)
-                np.testing.assert_array_equal(getattr(bank, scale)[..., mine], scales)
-            np.testing.assert_array_equal(getattr(bank, name)[:, mine], values)
+            got, scales = of_chunks(loaded.bank, name, mine)
+            if scales is not None:
+                values, want_scales = (quantize_keys if values.ndim == 3 else quantize_content)(values)
+                np.testing.assert_array_equal(scales, want_scales)
+            np.testing.assert_array_equal(got, values)
     assert not want and nobody.all()
 
 
@@ -111,19 +118,23 @@ def take(store, step, count):
         store.compact()
 
 
-@settings(max_examples=20)
+INT8 = dict(key_dtype="int8", content_dtype="int8")
+FORMS = [{}, INT8, dict(content="host"), INT8 | dict(content="host"), dict(content="disk", key_dtype="int8")]
+
+
+@settings(max_examples=15)
 @given(
     steps=steps,
     shard=st.booleans(),
     only=st.sampled_from([None, ["a", "c"]]),
-    dtypes=st.sampled_from([{}, dict(key_dtype="int8", content_dtype="int8")]),
+    form=st.sampled_from(FORMS),
     question=st.sampled_from("abc"),
 )
-def test_a_refreshed_bank_is_as_one_loaded_anew(tmp_path_factory, steps, shard, only, dtypes, question):
+def test_a_refreshed_bank_is_as_one_loaded_anew(tmp_path_factory, steps, shard, only, form, question):
     with create(tmp_path_factory.mktemp("bank")) as store:
         for name in "abc":
             put(store, {"first": "one", "second": name + " 30"}, name)
-        loaded = load(store, namespaces=only, **dtypes, **sharded() if shard else {})
+        loaded = load(store, namespaces=only, **form, **sharded() if shard and "content" not in form else {})
         for count, step in enumerate(steps):
             take(store, step, count)
             if step[0] == "refresh":
@@ -136,7 +147,7 @@ def test_a_refreshed_bank_is_as_one_loaded_anew(tmp_path_factory, steps, shard, 
         says_the_same(loaded, store, only)
         # A namespace of which nothing is left is gone after compaction.
         there = loaded.names
-        anew = load(store, namespaces=only and [name for name in only if name in there], **dtypes)
+        anew = load(store, namespaces=only and [name for name in only if name in there], **form)
         asked = [name for name in question if name in there]
         got, want = answers(loaded, store, asked), answers(anew, store, asked)
     assert (loaded.version, loaded.names) == (anew.version, anew.names)
@@ -144,14 +155,14 @@ def test_a_refreshed_bank_is_as_one_loaded_anew(tmp_path_factory, steps, shard, 
     assert got[1] == want[1] and all(name == question for read in got[1] for name, _ in read)
 
 
-@pytest.mark.parametrize("shard", [False, True])
-def test_small_refreshes_compile_nothing_and_read_and_move_only_what_is_new(tmp_path, monkeypatch, shard):
+@pytest.mark.parametrize("form", ["sharded", {}, *FORMS[3:]], ids=str)
+def test_small_refreshes_compile_nothing_and_read_and_move_only_what_is_new(tmp_path, monkeypatch, form):
     read = []
     real = transfer._read
     monkeypatch.setattr(transfer, "_read", lambda a, piece, s: read.append(piece.chunks) or real(a, piece, s))
     with create(tmp_path) as store:
         put(store, {f"d{i}": f"text {i}" for i in (2, 3, 40)})
-        loaded = load(store, room=5.0, **sharded() if shard else {})
+        loaded = load(store, room=5.0, **sharded() if form == "sharded" else form)
         where, compiled = pointers(loaded), []
         for i in range(12):
             read.clear()
@@ -240,3 +251,23 @@ def test_a_refresh_that_cannot_read_leaves_the_bank_as_it_was(tmp_path, monkeypa
         with MemoryStore(tmp_path, version=2) as before:
             says_the_same(loaded, before)
         says_the_same(loaded.refresh(store), store)
+
+
+def test_content_on_disk_outlives_the_store_it_was_loaded_from_until_it_is_given_back(tmp_path):
+    with create(tmp_path) as store:
+        put(store, {"a": "a 3", "b": "b 4"})
+        with MemoryStore(tmp_path) as other:
+            loaded = load(other, content="disk")
+        put(store, {"c": "c 5"})
+        store.delete(["a"])
+        store.compact()
+        for name, values in chunks_of("b 4").items():
+            np.testing.assert_array_equal(of_chunks(loaded.bank, name, slice(3, 7))[0], values)
+        loaded = loaded.refresh(store)
+        says_the_same(loaded, store)
+        store.compact()
+        assert not (tmp_path / "bank-0").exists() and (tmp_path / "bank-1").exists()
+        says_the_same(loaded, store)
+        loaded.close()
+        store.compact()
+        assert not (tmp_path / "bank-1").exists()

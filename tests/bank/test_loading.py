@@ -11,12 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from msa_jax.bank import change, transfer
 from msa_jax.bank.ingest import add
 from msa_jax.bank.loading import load
 from msa_jax.bank.manifest import BankError, BankSpec
 from msa_jax.bank.placement import capacity_for
 from msa_jax.bank.store import Encoded, MemoryStore
 from msa_jax.bank.table import BankDocument
+from tests.bank import drawn
 from tests.bank.test_ingest_and_load import TEXTS, create, documents, encoder_of, same_bank
 from tests.test_bank_encoder import close, forward
 
@@ -111,6 +113,34 @@ def test_the_host_holds_one_copy_of_a_bank_while_it_is_loaded_and_none_in_float_
         assert size >= 3 * block.nbytes // (2 if dtype else 1) and 0 < more < 1.5 * block.nbytes, run.stdout
 
 
-def test_a_dtype_that_cannot_be_made_is_refused(tmp_path):
-    with create(tmp_path) as store, pytest.raises(BankError, match="content_k .* as 'int8', not as 'int4'"):
-        load(store, content_dtype="int4")
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (dict(content_dtype="int4"), "content_k .* as 'int8', not as 'int4'"),
+        (dict(content="tape"), "'device', 'host' or 'disk', not to 'tape'"),
+        (dict(content="disk", content_dtype="int8"), "read as it is stored: leave content_dtype out"),
+        (dict(content="host", sharding=True), "serves one device, and this bank is on 2"),
+    ],
+)
+def test_what_cannot_be_loaded_is_refused(tmp_path, wrong, message):
+    if "sharding" in wrong:
+        wrong = wrong | dict(sharding=jax.sharding.NamedSharding(jax.make_mesh((2,), ("x",)), jax.P(None, "x")))
+    with create(tmp_path) as store, pytest.raises(ValueError, match=message):
+        load(store, **wrong)
+
+
+def test_fragments_of_a_bank_are_read_as_they_are(tmp_path, monkeypatch):
+    """Every other document deleted, and long ones between: pieces of one run, of two, and of single chunks."""
+    monkeypatch.setattr(change, "_PIECE_BYTES", 1)
+    monkeypatch.setattr(transfer, "_PIECE_BYTES", 256 * drawn.M * 4)
+    with drawn.create(tmp_path) as store:
+        lengths = [*[1, 2, 3] * 30, 1, 600, 1, 601, *[2, 1] * 40]
+        drawn.put(store, {str(i): f"document {i}-{n} {n}" for i, n in enumerate(lengths)})
+        store.delete([str(i) for i in range(0, len(lengths), 2)])
+        bank = load(store).bank
+        first = 0
+        for document in store.documents(store.table.alive):
+            for name, values in drawn.chunks_of(document.text).items():
+                np.testing.assert_array_equal(getattr(bank, name)[:, first : first + values.shape[1]], values)
+            first += values.shape[1]
+        assert first > 1300
