@@ -232,6 +232,6 @@ def bias_of(selection: Selection, beta: jax.Array) -> jax.Array:
     """Router bias [B, k, H]: `beta_h * (s_d - max s)`, 0 where nothing was selected."""
     found = selection.lengths > 0
     scores = jnp.where(found, selection.scores, 0.0)
-    best = jnp.max(jnp.where(found, selection.scores, NO_SCORE), axis=1, keepdims=True)
+    best = jnp.max(jnp.where(found, selection.scores, NO_SCORE), axis=1, keepdims=True, initial=NO_SCORE)
     gap = jnp.where(found, scores - best, 0.0)
     return gap[:, :, None] * beta.astype(jnp.float32)[None, None, :]

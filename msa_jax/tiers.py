@@ -127,7 +127,7 @@ def _scales(scale, layer, chunks):
 
 def _from_host(memory, first, starts, lengths, longest):
     """[B, k, S, K, D] k and v: of each selected document the `longest` chunks from `first`."""
-    del starts, lengths
+    del starts, lengths  # what is fetched beyond the document is not read
     arrays = tuple(map(jax.lax.stop_gradient, (memory.content_k, memory.content_v)))
     layer = () if memory.index is None else (memory.index,)
 
@@ -141,6 +141,8 @@ def _from_host(memory, first, starts, lengths, longest):
         # Not a gather, which the device cannot do there. Apart from each other, so that the copies overlap.
         return tuple(jnp.stack([one(array, start) for start in first]) for array in arrays)
 
+    if not first.size:
+        return tuple(jnp.zeros((*first.shape, longest, *x.shape[-2:]), x.dtype) for x in arrays)
     return jax.lax.map(question, first)
 
 

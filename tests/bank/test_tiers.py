@@ -17,6 +17,7 @@ from msa_jax.bank.quantization import quantize
 from msa_jax.data.batch import ROUTING
 from msa_jax.inference.generate import Context, generate
 from msa_jax.memory import DocumentLayout
+from msa_jax.routing import NO_SCORE, Selection, bias_of
 from tests.bank import drawn
 
 B, T, V, N, LAYERS, HEADS, WIDTH = 3, 5, 41, 7, 2, 2, 6
@@ -156,6 +157,19 @@ def test_generation_reads_content_from_host_memory():
     )
     ask = lambda bank: generate(graphdef, params, jnp.arange(0), context, bank, max_new_tokens=3)  # noqa: E731
     equal(ask(placed("host")), ask(bank_of()))
+
+
+@off_device
+@pytest.mark.parametrize(("chunks", "selected"), [(0, 3), (4, 0)])
+def test_a_bank_without_chunks_or_without_documents(place, chunks, selected):
+    arrays = (jnp.ones((LAYERS, chunks, *rest)) for rest in ((HEADS * WIDTH,), (HEADS, WIDTH), (HEADS, WIDTH)))
+    layout = DocumentLayout.from_chunk_documents(np.full(chunks, selected), selected)
+    nothing = jnp.zeros((LAYERS, B, selected), jnp.int32)
+    selection = Selection(documents=nothing, scores=nothing + NO_SCORE, starts=nothing, lengths=nothing)
+    near, selection = jax.jit(tiers.fetch)(PLACES[place](MemoryBank(*arrays, layout)), selection)
+    assert near.num_chunks == 0 and not np.asarray(selection.lengths).any()
+    first = jax.tree.map(lambda x: x[0], selection)
+    assert not np.asarray(bias_of(first, jnp.ones((4,)))).any()
 
 
 @off_device
