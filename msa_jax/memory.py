@@ -20,12 +20,15 @@ class DocumentLayout:
       starts: [N] int32, first chunk of each document.
       lengths: [N] int32, chunks of each document; 0 means that there is no such document.
       max_length: a static bound on `lengths`.
+      axes: mesh axes over which chunks and documents are spread, in equal parts; a document's chunks lie in the part
+        that it lies in. None: the memory is on one device.
     """
 
     chunk_documents: jax.Array
     starts: jax.Array
     lengths: jax.Array
     max_length: int = struct.field(pytree_node=False)
+    axes: tuple[str, ...] | None = struct.field(pytree_node=False, default=None)
 
     @property
     def num_documents(self) -> int:

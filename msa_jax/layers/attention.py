@@ -13,6 +13,7 @@ from flax import nnx, struct
 
 from msa_jax import routing, tiers
 from msa_jax.config import AttentionConfig
+from msa_jax.layers import sharded
 from msa_jax.layers.linear import linear
 from msa_jax.layers.norm import RMSNorm
 from msa_jax.layers.rope import rope
@@ -268,20 +269,22 @@ class MemorySparseAttention(SelfAttention):
             )
             if memory.routing_keys.dtype == jnp.int8:
                 query = query.astype(c.compute_dtype)
-            scores = routing.document_scores(
-                query, memory.routing_keys, memory.layout,
-                route=route, visible=visible, mean_over_tokens=mean_over_tokens, key_scale=memory.key_scale,
-                layer=memory.index, implementation=implementation,
-            )  # fmt: skip
-            selection = routing.select(
-                scores, memory.layout, top_k=c.top_k, method=c.top_k_method, recall=c.top_k_recall
-            )
-        content = tiers.content_of(memory, selection.starts, selection.lengths)
-        out, _ = gather_attention(
-            q, k, v, **content._asdict(),
-            bias=routing.bias_of(selection, self.router_beta[...]) if c.router_bias else None,
-            mask=mask, implementation=implementation,
-        )  # fmt: skip
+            how = dict(top_k=c.top_k, method=c.top_k_method, recall=c.top_k_recall)
+            what = dict(route=route, visible=visible, mean_over_tokens=mean_over_tokens, implementation=implementation)
+            if memory.layout.axes is not None:
+                scores, selection = sharded.route(query, memory, **what, **how)
+            else:
+                scores = routing.document_scores(
+                    query, memory.routing_keys, memory.layout, key_scale=memory.key_scale, layer=memory.index, **what
+                )
+                selection = routing.select(scores, memory.layout, **how)
+        bias = routing.bias_of(selection, self.router_beta[...]) if c.router_bias else None
+        last = dict(bias=bias, mask=mask, implementation=implementation)
+        if memory.layout.axes is not None:
+            out = sharded.attend(q, k, v, memory, selection, **last)
+        else:
+            content = tiers.content_of(memory, selection.starts, selection.lengths)
+            out, _ = gather_attention(q, k, v, **content._asdict(), **last)
         return AttentionOutput(
             out=self.o_proj(out.reshape(b, t, -1)), k=k, v=v, document_scores=scores, selection=selection
         )
