@@ -82,13 +82,12 @@ class LoadedBank:
         return np.stack(masks)
 
     def refresh(self, store: BankReader, *, progress: bool = False) -> LoadedBank:
-        """The bank at the version of `store`, a reader of a newer version or a writer that went on.
+        """The bank at the version of `store`, a reader of another version or a writer that went on.
 
         What is new is read and written behind the rest, in place: nothing else is read or moved, and no shape
         changes, so nothing is compiled anew for questions unless a document is longer than all before. Deleted
         documents keep their place as nobody's. All is loaded anew, with room to grow, when the capacity is
-        outgrown or the store was compacted, is at an earlier version or another bank of the model; a line of the
-        log says so.
+        outgrown or the store was compacted or is another bank of the model; a line of the log says so.
 
         Use what is returned from then on, and nothing of this one: its arrays are donated. When reading fails, this
         one stands as it was, unless all was being loaded anew: then `load` again.

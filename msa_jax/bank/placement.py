@@ -120,13 +120,13 @@ class Placement:
         return empty._with(keys, rows, lengths)
 
     def follow(self, store: BankReader) -> Placement | None:
-        """The placement of a later version: what is deleted becomes nobody's, what is new comes behind the rest.
+        """The placement of another version: what is not in it becomes nobody's, what is new comes behind the rest.
 
         Returns:
           This one for the same version. None when what stands on the device cannot stay where it is: the bank was
-          compacted, is another one or an earlier version, or has outgrown its capacity.
+          compacted or is another one, or has outgrown its capacity.
         """
-        if origin_of(store) != self.origin or store.version < self.version:
+        if origin_of(store) != self.origin:
             return None
         if store.version == self.version:
             return self

@@ -53,7 +53,8 @@ class _Part(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """Ranges of layers and chunks of a part; written as `size` chunks from `start` on, the others as they were."""
+    """Ranges of layers and chunks of a part, written as `size` chunks from `start` on: those before `chunks` as they
+    were, those behind, which are nobody's yet, as zeros."""
 
     part: _Part
     layers: tuple[int, int]
@@ -72,7 +73,7 @@ def write(
     *,
     progress: bool = False,
 ) -> None:
-    """Fill chunks `first` to `last` of every array from disk.
+    """Fill chunks `first` to `last` of every array from disk; what is behind them may be set to zero.
 
     Args:
       store: an open bank.
@@ -106,9 +107,8 @@ def write(
     try:
         with tqdm(desc="load", total=total, unit="B", unit_scale=True, mininterval=1.0, disable=not progress) as bar:
             for piece, blocks in _ahead(pieces, read):
-                low = piece.chunks[0] - piece.start
-                place = piece.layers[0] - piece.part.layers[0], piece.start - piece.part.chunks[0]
-                numbers = np.array([*place, low, low + piece.chunks[1] - piece.chunks[0]], np.int32)
+                layer, chunk = piece.layers[0] - piece.part.layers[0], piece.start - piece.part.chunks[0]
+                numbers = np.array([layer, chunk, piece.chunks[0] - piece.start], np.int32)
                 for name, number, axis, rest in holders[piece.part]:
                     shards[name][number] = _put(shards[name][number], blocks[name][rest], numbers, axis=axis)
                 # Pieces in flight are memory, so no more than those that are read ahead.
@@ -129,20 +129,18 @@ def _shards(array: jax.Array) -> list[jax.Array]:
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames="axis")
 def _put(array: jax.Array, block: jax.Array, numbers: jax.Array, *, axis: int) -> jax.Array:
-    """`array` with chunks low to high of `block`, whose first layer and chunk come to lie at (layer, chunk).
-
-    One program for every place and number of chunks.
+    """`array` with `block` at (layer, chunk), but for the first `kept` chunks that lie there.
 
     Args:
-      numbers: [4] int32, layer, chunk, low and high.
+      numbers: [3] int32, layer, chunk and kept: one program for every place.
     """
     # An array in the host's memory is neither read nor computed with there: pieces of it are copied.
     near, far = jax.memory.Space.Device, jax.typeof(array).memory_space
-    layer, chunk, low, high = numbers
+    layer, chunk, kept = numbers
     start = [layer if a == 0 else chunk if a == axis else jnp.int32(0) for a in range(array.ndim)]
     place = jax.lax.broadcasted_iota(jnp.int32, block.shape, axis)
     before = jax.lax.dynamic_slice(array, start, block.shape, allow_negative_indices=False)
-    block = jnp.where((low <= place) & (place < high), block, jax.device_put(before, near))
+    block = jnp.where(place < kept, jax.device_put(before, near), block)
     return jax.lax.dynamic_update_slice(array, jax.device_put(block, far), start, allow_negative_indices=False)
 
 
@@ -162,7 +160,7 @@ def _pieces(part: _Part, stored: ts.TensorStore, first: int, last: int) -> Itera
 
 
 def _read(stored: ts.TensorStore, piece: _Piece, source: np.ndarray) -> np.ndarray:
-    """Layers and chunks of a piece [l, size, ...]; what is not of the piece is zero."""
+    """What is written of a piece, [l, size, ...]; zero where it has no chunks."""
     layers, wanted = slice(*piece.layers), source[slice(*piece.chunks)]
     bounds = [0, *(np.flatnonzero(np.diff(wanted) != 1) + 1), len(wanted)]
     # A run is read twice as fast as an index array, unless it shares what is stored as one piece with other runs.

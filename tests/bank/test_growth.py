@@ -187,23 +187,47 @@ def test_a_bank_that_outgrows_its_room_is_loaded_anew_with_room_to_grow(tmp_path
     with create(tmp_path) as store:
         put(store, {"a": "a 100", "b": "b 28"})
         loaded = load(store)
-        assert loaded.bank.num_chunks == 128
         store.delete(["b"])
         put(store, {"c": "c 1"})
         loaded = loaded.refresh(store)
         # The same shape: what was deleted made room.
-        assert loaded.bank.num_chunks == 128 and "loaded anew" in caplog.text
-        put(store, {"d": "d 28"})
+        assert loaded.bank.num_chunks == 128 and "version 4 is loaded anew, into room for 128 chunks" in caplog.text
+        caplog.clear()
+        put(store, {"d": "d 27"})
+        loaded = loaded.refresh(store)
+        assert not caplog.text and loaded.placement.chunks == loaded.bank.num_chunks == 128
+        put(store, {"e": "e 1"}, "more")
+        loaded = loaded.refresh(store)
+        assert loaded.bank.num_chunks == 256 and "loaded anew" in caplog.text
+        store.delete(["e"], "more")
+        store.compact()
+        # All would fit into 128 chunks, and none would be left for the next document.
         loaded = loaded.refresh(store)
         assert loaded.bank.num_chunks == 256
-        caplog.clear()
-        put(store, {"e": "e 99"})
+        store.delete(["a"])
+        store.compact()
         loaded = loaded.refresh(store)
-        assert not caplog.text
+        assert loaded.bank.num_chunks == 128
         says_the_same(loaded, store)
 
 
-def test_an_earlier_version_and_another_bank_are_loaded_anew_and_another_models_is_refused(tmp_path):
+def test_a_text_stays_while_one_document_has_it(tmp_path):
+    with create(tmp_path) as store:
+        put(store, {"a": "shared 3", "b": "shared 3", "c": "of c 2"})
+        loaded = load(store)
+        store.delete(["a"])
+        loaded = loaded.refresh(store)
+        assert loaded.placement.documents == 2
+        says_the_same(loaded, store)
+        store.delete(["b"])
+        put(store, {"b": "shared 3"})
+        loaded = loaded.refresh(store)
+        assert loaded.placement.documents == 3
+        says_the_same(loaded, store)
+
+
+def test_another_version_is_followed_another_bank_is_loaded_and_another_models_is_refused(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
     with create(tmp_path / "one") as one, create(tmp_path / "two") as two:
         put(one, {"a": "a 3"})
         put(one, {"b": "b 4"}, "more")
@@ -213,8 +237,13 @@ def test_an_earlier_version_and_another_bank_are_loaded_anew_and_another_models_
         with MemoryStore(tmp_path / "one", version=2) as earlier:
             loaded = loaded.refresh(earlier)
             says_the_same(loaded, earlier)
-        loaded = loaded.refresh(one).refresh(two)
+            assert loaded.version == 2
+        loaded = loaded.refresh(one)
+        says_the_same(loaded, one)
+        assert not caplog.text
+        loaded = loaded.refresh(two)
         says_the_same(loaded, two)
+        assert "two: version 3 is loaded anew" in caplog.text
         loaded.spec = dataclasses.replace(loaded.spec, fingerprint="of another")
         with pytest.raises(BankError, match="one: this bank was made by another model"):
             loaded.refresh(one)
