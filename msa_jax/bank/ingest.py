@@ -240,11 +240,3 @@ def _ahead(iterator: Iterator[_Batch]) -> Iterator[_Batch]:
             yield item
     finally:
         stop.set()
-
-
-def add(store, documents, encoder, **options):
-    return store.add(documents, encoder, **options)
-
-
-def update(store, documents, encoder, **options):
-    return store.update(documents, encoder, **options)

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msa_jax.bank import change, transfer
-from msa_jax.bank.ingest import add
 from msa_jax.bank.loading import load
 from msa_jax.bank.manifest import BankError, BankSpec
 from msa_jax.bank.placement import capacity_for
@@ -26,7 +25,7 @@ from tests.test_bank_encoder import close, forward
 def test_namespaces_load_alone_and_questions_see_what_they_name(tmp_path):
     with create(tmp_path) as store:
         for i, text in enumerate(TEXTS):
-            add(store, [BankDocument(str(i), text, namespace="odd" if i % 2 else "even")], encoder_of())
+            store.add([BankDocument(str(i), text, namespace="odd" if i % 2 else "even")], encoder_of())
         same_bank(load(store, namespaces=["odd"]), TEXTS[1::2])
         loaded = load(store)
         visible = loaded.visible([["odd"], None, ["even", "odd"], []])[:, :5]
@@ -46,7 +45,7 @@ def test_no_document_of_another_namespace_can_influence_an_output(tmp_path_facto
     outputs = []
     for others in (theirs, changed, []):
         with create(tmp_path_factory.mktemp("bank")) as store:
-            add(store, [*documents(others, "theirs"), *documents(mine, "mine")], encoder_of())
+            store.add([*documents(others, "theirs"), *documents(mine, "mine")], encoder_of())
             loaded = load(store)
             output = forward(loaded.bank, loaded.visible([["mine"]] * 2))
         read = np.asarray(output.selection.documents)[np.asarray(output.selection.lengths) > 0]
@@ -58,7 +57,7 @@ def test_no_document_of_another_namespace_can_influence_an_output(tmp_path_facto
 
 def test_a_sharded_bank_is_read_part_by_part(tmp_path):
     with create(tmp_path) as store:
-        add(store, documents(TEXTS), encoder_of())
+        store.add(documents(TEXTS), encoder_of())
         mesh = jax.make_mesh((2,), ("memory",))
         shards = jax.sharding.NamedSharding(mesh, jax.P(None, "memory"))
         loaded = load(store, sharding=shards, layout_sharding=jax.sharding.NamedSharding(mesh, jax.P()))
