@@ -29,7 +29,6 @@ from flax import nnx  # noqa: E402
 
 from msa_jax import tiers  # noqa: E402
 from msa_jax.bank import BankDocument, BankSpec, MemoryStore, load  # noqa: E402
-from msa_jax.bank.disk_content import DiskContent  # noqa: E402
 from msa_jax.bank.store import Encoded  # noqa: E402
 from msa_jax.config import MSAConfig  # noqa: E402
 from msa_jax.model import MSATransformer  # noqa: E402
@@ -38,7 +37,7 @@ CHUNK, TOP_K, CHUNKS_EACH, T = 16, 16, 8, 64
 
 
 def random_bank(folder: pathlib.Path, config: MSAConfig, model: MSATransformer, tokens: int):
-    """A bank on disk of random chunks, and what is loaded of it, content on the device."""
+    """A bank on disk of random chunks."""
     rng, chunks = np.random.default_rng(0), tokens // CHUNK
     store = MemoryStore.create(folder, BankSpec.of(model))
     layers, step = len(config.router_layers), 1 << 14
@@ -51,7 +50,7 @@ def random_bank(folder: pathlib.Path, config: MSAConfig, model: MSATransformer, 
         documents = [BankDocument(f"{first} {i}", f"text {first} {i}") for i in range(count)]
         encoded = Encoded(keys.reshape(*shape[:2], -1), k, v, lengths, lengths * CHUNK)
         store.append(documents, encoded, range(count))
-    return store, load(store)
+    return store
 
 
 def latency(tokens: int, repeats: int) -> dict:
@@ -78,11 +77,10 @@ def latency(tokens: int, repeats: int) -> dict:
 
     fetch = jax.jit(tiers.fetch)
     with tempfile.TemporaryDirectory() as folder:
-        store, loaded = random_bank(pathlib.Path(folder) / "bank", config, model, tokens)
-        on_disk = DiskContent(store, loaded.source).stored()
-        banks = {"device": loaded.bank, "host": tiers.to_host(loaded.bank)}
-        banks["disk"] = loaded.bank.replace(content_k=None, content_v=None, stored=on_disk)
-        _, own, selection = ask(params, questions[0], loaded.bank)
+        store = random_bank(pathlib.Path(folder) / "bank", config, model, tokens)
+        loaded = {name: load(store, content=name) for name in ("device", "host", "disk")}
+        banks = {name: each.bank for name, each in loaded.items()}
+        _, own, selection = ask(params, questions[0], banks["device"])
         each = {name: iter(questions * (repeats + 1)) for name in banks}
         forms = {f"question, {name}": lambda name=name: ask(params, next(each[name]), banks[name]) for name in banks}
         near, selected = fetch(banks["disk"], selection)
@@ -94,8 +92,8 @@ def latency(tokens: int, repeats: int) -> dict:
     for name, value in milliseconds.items():
         print(f"{name:20}{value:10.2f} ms")
     return dict(
-        model="tiny", tokens=tokens, chunks=loaded.bank.num_chunks, top_k=TOP_K, chunks_a_document=CHUNKS_EACH,
-        content_mib=round(2 * loaded.bank.content_k.nbytes / 2**20, 1), milliseconds=milliseconds,
+        model="tiny", tokens=tokens, chunks=banks["device"].num_chunks, top_k=TOP_K, chunks_a_document=CHUNKS_EACH,
+        content_mib=round(2 * banks["device"].content_k.nbytes / 2**20, 1), milliseconds=milliseconds,
         note="the files of the bank were in the page cache",
     )  # fmt: skip
 
