@@ -211,6 +211,18 @@ def test_a_bank_that_outgrows_its_room_is_loaded_anew_with_room_to_grow(tmp_path
         says_the_same(loaded, store)
 
 
+def test_a_bank_that_shrinks_keeps_its_shape_while_half_of_it_is_used(tmp_path):
+    with create(tmp_path) as store:
+        put(store, {"a": "a 470", "b": "b 120", "c": "c 5"})
+        loaded = load(store)
+        for gone, chunks, room in (("b", 475, 640), ("a", 5, 128)):
+            store.delete([gone])
+            store.compact()
+            loaded = loaded.refresh(store)
+            assert (loaded.placement.chunks, loaded.bank.num_chunks) == (chunks, room)
+        says_the_same(loaded, store)
+
+
 def test_a_text_stays_while_one_document_has_it(tmp_path):
     with create(tmp_path) as store:
         put(store, {"a": "shared 3", "b": "shared 3", "c": "of c 2"})
