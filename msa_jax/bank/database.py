@@ -41,10 +41,13 @@ class Database:
           generation: commit to read; None follows the newest.
         """
         self.url = url
-        self._context = ts.Context()
         self._base: dict[str, Any] = {"driver": "ocdbt", "base": url}
         if generation is not None:
             self._base["version"] = generation
+        self._open()
+
+    def _open(self) -> None:
+        self._context = ts.Context()
         self._keys = ts.KvStore.open(self._base, context=self._context).result()
 
     def read(self, key: str) -> bytes | None:
@@ -103,6 +106,8 @@ class Database:
     @contextlib.contextmanager
     def commit(self) -> Iterator[ts.Transaction]:
         """A transaction: all that is written under it appears at once when the block ends, nothing if it raises."""
+        # Anew, for an array that somebody holds keeps its old shape in the context's cache, and cannot grow then.
+        self._open()
         transaction, files = ts.Transaction(atomic=True), self._files()
         before = self.newest() if files else 0
         try:

@@ -99,6 +99,16 @@ def test_any_of_many_versions_opens(tmp_path):
         assert len(MemoryStore(tmp_path, version=version)) == version - 1
 
 
+def test_arrays_that_are_held_do_not_hinder_a_writer(tmp_path):
+    with MemoryStore.create(tmp_path, SPEC) as store:
+        held = []
+        for i in range(5):
+            put(store, [BankDocument(str(i), f"text {i}" * (i + 1))])
+            held.append(store.array("content_k"))
+            assert held[-1].shape[1] == store.manifest.chunks
+        held[0].read().result()
+
+
 texts = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), min_size=1, max_size=9)
 names = st.sampled_from("abcd")
 spaces = st.sampled_from(["default", "other"])
