@@ -68,12 +68,15 @@ def stored(reader: ContentReader, shape: tuple[int, int, int, int], dtype) -> St
 def to_host(bank: MemoryBank) -> MemoryBank:
     """The bank with its content in pinned host memory; scales and routing keys stay on the device.
 
+    Of a bank over several devices (`DocumentLayout.axes`) each has its part of the content in its own host's memory.
+
     Raises:
-      ValueError: the content is on disk, or on several devices.
+      ValueError: the content is on disk, or on several devices without `axes`.
     """
     if bank.stored is not None:
         raise ValueError("to_host: the content is on disk: load the bank with content in host memory instead.")
-    require_one_device(bank.content_k.sharding, "host")
+    if bank.layout.axes is None:
+        require_one_device(bank.content_k.sharding, "host")
 
     def move(x):
         return jax.device_put(x, x.sharding.with_memory_kind("pinned_host"))
@@ -82,7 +85,7 @@ def to_host(bank: MemoryBank) -> MemoryBank:
 
 
 def require_one_device(sharding: jax.sharding.Sharding, tier: str) -> None:
-    """Refuse content off the device for a bank that lies on several devices.
+    """Refuse content off the device for a bank on several devices, whose layout does not say what lies where.
 
     Raises:
       ValueError: `tier` is not "device" and `sharding` has several devices.
@@ -94,12 +97,13 @@ def require_one_device(sharding: jax.sharding.Sharding, tier: str) -> None:
         )
 
 
-def content_of(memory: LayerMemory, starts: jax.Array, lengths: jax.Array) -> Content:
+def content_of(memory: LayerMemory, starts: jax.Array, lengths: jax.Array, *, origin: jax.Array | int = 0) -> Content:
     """What a layer attends to, fetched to the device if it is not there. No gradient reaches what is fetched.
 
     Args:
-      memory: of the layer.
+      memory: of the layer, or a device's part of it.
       starts, lengths: [B, k] int32, chunk ranges; length 0 selects nothing.
+      origin: chunk of the whole bank that this part begins with; a reader on disk counts from the bank's first.
     """
     layout, tier = memory.layout, memory.tier
     longest = min(layout.max_length, layout.num_chunks)
@@ -109,7 +113,10 @@ def content_of(memory: LayerMemory, starts: jax.Array, lengths: jax.Array) -> Co
         return Content(*arrays, *scales, starts, lengths, layer=memory.index, max_length=longest)
     lengths = jnp.clip(lengths, 0, longest)
     first = jnp.clip(starts, 0, layout.num_chunks - longest)  # of the `longest` chunks that are fetched of a document
-    k, v = (_from_disk if tier == "disk" else _from_host)(memory, first, starts, lengths, longest)
+    if tier == "disk":
+        k, v = _from_disk(memory, first + origin, starts + origin, lengths, longest)
+    else:
+        k, v = _from_host(memory, first, longest)
     local = longest * jnp.arange(starts.size, dtype=jnp.int32).reshape(starts.shape)
     flat = lambda x: x.reshape(-1, *x.shape[3:])  # noqa: E731
     chunks = (first.reshape(-1, 1) + jnp.arange(longest, dtype=jnp.int32)[None]).reshape(-1)
@@ -125,9 +132,8 @@ def _scales(scale, layer, chunks):
     return scale.at[layer, :, chunks].get(mode="promise_in_bounds").T
 
 
-def _from_host(memory, first, starts, lengths, longest):
+def _from_host(memory, first, longest):
     """[B, k, S, K, D] k and v: of each selected document the `longest` chunks from `first`."""
-    del starts, lengths  # what is fetched beyond the document is not read
     arrays = tuple(map(jax.lax.stop_gradient, (memory.content_k, memory.content_v)))
     layer = () if memory.index is None else (memory.index,)
 
@@ -207,10 +213,18 @@ def fetch(bank: MemoryBank, selection: Selection) -> tuple[MemoryBank, Selection
     Returns:
       A bank of L_r * B * k * S chunks' content on the device, without routing keys, and the selection that reads it:
       give both to the model. With content on the device, `bank` and `selection` as they are.
+
+    Raises:
+      ValueError: content off the device of a bank over several devices.
     """
     bank.check()
     if bank.tier == "device":
         return bank, selection
+    if bank.layout.axes is not None:
+        raise ValueError(
+            f"fetch: this bank is spread over the mesh axes {', '.join(bank.layout.axes)}, each device reading its own "
+            "part: give the bank itself to every step of decoding."
+        )
     layers = jnp.arange(bank.num_layers, dtype=jnp.int32)
 
     def of_layer(xs):

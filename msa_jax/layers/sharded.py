@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from msa_jax import routing
+from msa_jax import routing, tiers
 from msa_jax.memory import DocumentLayout, LayerMemory
 from pallas_kernels import gather_attention
 from pallas_kernels.gather_attention.api import merge
@@ -133,36 +133,44 @@ def attend(
     layout = memory.layout
     mesh = _mesh(layout)
     batch, axes = _batch(mesh, layout, q.shape[0]), layout.axes or None
-    lead = () if memory.index is None else (None,)
     mask = jnp.ones(k.shape[:2], bool) if mask is None else mask
+    # What attention does not read stays outside.
+    memory = dataclasses.replace(memory, routing_keys=None, key_scale=None)
 
-    def local(q, k, v, content, index, starts, lengths, bias, mask):
-        device = jax.lax.axis_index(layout.axes) if layout.axes else 0
-        starts = starts - device * content["bank_k"].shape[-3]
-        mine = (starts >= 0) & (starts < content["bank_k"].shape[-3])
+    def local(q, k, v, memory, starts, lengths, bias, mask):
+        mine, device = _local(memory.layout), jax.lax.axis_index(layout.axes) if layout.axes else 0
+        origin = device * mine.num_chunks
+        here = (starts >= origin) & (starts < origin + mine.num_chunks)
+        content = tiers.content_of(
+            dataclasses.replace(memory, layout=mine),
+            jnp.where(here, starts - origin, 0),
+            jnp.where(here, lengths, 0),
+            origin=origin,
+        )
         out, lse = gather_attention(
-            q, k, v, **content,
-            starts=jnp.where(mine, starts, 0), lengths=jnp.where(mine, lengths, 0), bias=bias,
             # The first device has the own tokens.
-            mask=mask & (device == 0), layer=index, max_length=layout.max_length, implementation=implementation,
+            q, k, v, **content._asdict(), bias=bias, mask=mask & (device == 0), implementation=implementation,
         )  # fmt: skip
         return out[None], lse[None]
 
-    content = dict(
-        bank_k=memory.content_k, bank_v=memory.content_v,
-        bank_k_scale=memory.content_k_scale, bank_v_scale=memory.content_v_scale,
-    )  # fmt: skip
-    chunks, scales = P(*lead, axes), P(*lead, None, axes)
     by_batch, parts = P(batch), P(axes, batch)
     out, lse = jax.shard_map(
         local,
         mesh=mesh,
         in_specs=(
-            by_batch, by_batch, by_batch,
-            dict(bank_k=chunks, bank_v=chunks, bank_k_scale=scales, bank_v_scale=scales),
-            P(), by_batch, by_batch, by_batch, by_batch,
+            by_batch, by_batch, by_batch, _memory_specs(memory), by_batch, by_batch, by_batch, by_batch,
         ),
         out_specs=(parts, parts),
         check_vma=False,
-    )(q, k, v, content, memory.index, selection.starts, selection.lengths, bias, mask)  # fmt: skip
+    )(q, k, v, memory, selection.starts, selection.lengths, bias, mask)  # fmt: skip
     return merge(out, lse)[0]
+
+
+def _memory_specs(memory: LayerMemory) -> LayerMemory:
+    """Of a layer's content, its scales and layout."""
+    lead, axes = () if memory.index is None else (None,), memory.layout.axes or None
+    specs = dict.fromkeys(("content_k", "content_v"), P(*lead, axes))
+    specs |= dict.fromkeys(("content_k_scale", "content_v_scale"), P(*lead, None, axes))
+    specs = {name: spec for name, spec in specs.items() if getattr(memory, name) is not None}
+    rest = jax.tree.map(lambda _: P(), dataclasses.replace(memory, layout=None, **dict.fromkeys(specs)))
+    return dataclasses.replace(rest, layout=_layout_specs(memory.layout), **specs)
