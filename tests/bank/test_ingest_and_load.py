@@ -1,6 +1,7 @@
 """Documents through a model into a bank on disk and back onto the device: none is lost, mixed up or seen by others."""
 
 import dataclasses
+import time
 
 import numpy as np
 import pytest
@@ -112,6 +113,17 @@ def test_equal_texts_are_encoded_once_in_a_namespace(tmp_path, commit_tokens, mo
         same_bank(load(store), TEXTS)
         store.add([BankDocument("again", TEXTS[1], namespace="other")], encoder_of())
         assert store.manifest.chunks == direct([*TEXTS, TEXTS[1]]).num_chunks
+
+
+def test_texts_and_ids_of_commits_under_way_are_known(tmp_path, monkeypatch):
+    twins = [BankDocument(f"{text} {i}", text) for text in TEXTS for i in range(2)]
+    with create(tmp_path) as store:
+        append = store.append
+        monkeypatch.setattr(store, "append", lambda *args: (time.sleep(0.05), append(*args)))
+        store.add(twins, encoder_of(), commit_tokens=1)
+        assert store.manifest.chunks == direct(TEXTS).num_chunks and len(store) == 10
+        with pytest.raises(BankError, match="'new' .* comes twice"):
+            store.add([BankDocument("new", "new"), BankDocument("new", "newer")], encoder_of(), commit_tokens=1)
 
 
 def test_updates_and_deletes_reach_the_device(tmp_path):
