@@ -6,6 +6,7 @@ from msa_jax.bank.ingest import Report
 from msa_jax.bank.loading import LoadedBank, load
 from msa_jax.bank.manifest import BankError, BankSpec
 from msa_jax.bank.parts import add_part
+from msa_jax.bank.quantization import quantize
 from msa_jax.bank.store import MemoryStore
 from msa_jax.bank.table import BankDocument
 from msa_jax.memory import MemoryBank
@@ -22,4 +23,5 @@ __all__ = [
     "add_part",
     "encode_bank",
     "load",
+    "quantize",
 ]

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 
+from msa_jax import tiers
 from msa_jax.data.batch import ROUTING
 from msa_jax.memory import MemoryBank
 from msa_jax.model import KeyValues, MSATransformer
@@ -105,16 +106,17 @@ def generate(
             mask=cache_mask,
             past=cache,
             slot=slot,
-            bank=bank,
-            selection=selection,
+            bank=near,
+            selection=selected,
         )
         token, done = choose(output.hidden[:, 0], done)
         written = jax.lax.dynamic_update_slice_in_dim(written, token[:, None], step, axis=1)
         return step + 1, written, done, KeyValues(k=output.own.k, v=output.own.v), cache_mask
 
-    selection = output.selection
+    # Content that is not on the device is fetched once, not for every token.
+    near, selected = (None, None) if bank is None else tiers.fetch(bank, output.selection)
     written = jnp.full((b, max_new_tokens), -1, jnp.int32)
     token, done = choose(last, jnp.zeros((b,), bool))
     written = written.at[:, 0].set(token)
     _, written, *_ = jax.lax.while_loop(more, decode, (jnp.int32(1), written, done, cache, cache_mask))
-    return Generation(tokens=written, document_scores=output.document_scores, selection=selection)
+    return Generation(tokens=written, document_scores=output.document_scores, selection=output.selection)

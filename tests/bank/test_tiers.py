@@ -150,13 +150,17 @@ def test_what_is_fetched_once_serves_every_step_of_decoding(place, int8):
     assert same is bank and same_selection is selection
 
 
-def test_generation_reads_content_from_host_memory():
+def test_generation_reads_content_from_anywhere_and_once():
     graphdef, params = model_of()
     context = Context(
         tokens=jnp.asarray(TOKENS), roles=jnp.full((B, T), ROUTING, jnp.int32), mask=jnp.ones((B, T), bool)
     )
-    ask = lambda bank: generate(graphdef, params, jnp.arange(0), context, bank, max_new_tokens=3)  # noqa: E731
+    ask = lambda bank: generate(graphdef, params, jnp.arange(0), context, bank, max_new_tokens=5)  # noqa: E731
     equal(ask(placed("host")), ask(bank_of()))
+    reader = Arrays(bank_of())
+    equal(ask(on_disk(bank_of(), reader)), ask(bank_of()))
+    # Every layer when the prompt is read, and once more for all tokens.
+    assert sorted(layer for layer, _ in reader.asked) == [0, 0, 1, 1]
 
 
 @off_device
