@@ -12,15 +12,16 @@ from msa_jax.bank.table import BankDocument
 
 
 def read_documents(path: str) -> Iterator[BankDocument]:
-    """Documents of a file of JSON lines, or of standard input for "-"; the file is opened at once, then streamed.
+    """Documents of a file of JSON lines, or of standard input for "-", streamed.
 
     Raises:
       BankError: no such file, or a line that is no document; it is named.
     """
-    file = _open(path)
+    if path != "-":
+        _open(path).close()  # what cannot be read is told now, not in a thread later
 
     def documents():
-        with file:
+        with _open(path) as file:
             number = 0
             try:
                 for number, line in enumerate(file, start=1):

@@ -4,10 +4,14 @@ import io
 import json
 
 import pytest
+from flax import nnx
 
+from msa_jax import MSAConfig, MSATransformer
 from msa_jax.bank import __main__ as command
 from msa_jax.bank.manifest import BankError
 from msa_jax.bank.store import MemoryStore
+from msa_jax.data.tokenizer import Tokenizer
+from msa_jax.hf import save_model
 from tests.bank.test_ingest_and_load import TEXTS, encoder_of
 
 LINES = [{"id": str(i), "text": text, "title": f"Title {i}"} for i, text in enumerate(TEXTS)]
@@ -101,3 +105,34 @@ def test_a_damaged_manifest_is_refused(bank):
         path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(BankError, match="damaged or unreadable"):
         MemoryStore(bank)
+
+
+def test_a_checkpoint_encodes(tmp_path, capsys):
+    tokenizer = Tokenizer.train(TEXTS, vocab_size=340)
+    config = MSAConfig.preset(
+        "tiny",
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=16,
+        head_dim=4,
+        mlp_size=8,
+        num_layers=1,
+        router_layers=(0,),
+    )
+    save_model(MSATransformer(config, rngs=nnx.Rngs(0)), tmp_path / "model")
+    tokenizer.save(tmp_path / "model")
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, LINES)))
+    bank, source = str(tmp_path / "bank"), str(tmp_path / "in.jsonl")
+    assert command.main(["create", bank, "--checkpoint", str(tmp_path / "model")]) == 0
+    for part in ("1/2", "2/2"):
+        assert command.main(["add", bank, source, "--checkpoint", str(tmp_path / "model"), "--part", part]) == 0
+    capsys.readouterr()
+    assert command.main(["stats", bank, "--device", "h200", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["documents"] == len(LINES) and shown["on_device"]["needs"]["all int8"]["devices"] == 1
+    assert shown["bytes"]["keys"]["float32"] == shown["chunks"] * 2 * 4 * 4
+    assert command.main(["compact", bank, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["documents"] == len(LINES)
+    assert command.main(["add", bank, source, "--checkpoint", str(tmp_path / "nowhere")]) == 1
+    assert capsys.readouterr().err.startswith("bank: ")
+    with pytest.raises(SystemExit):
+        command.main(["add", bank, source, "--checkpoint", "x", "--part", "3/2"])
