@@ -34,11 +34,14 @@ def read_documents(path: str) -> Iterator[BankDocument]:
 
 
 def count_lines(path: str) -> int | None:
-    """How many documents a file has at most; None for standard input."""
+    """How many lines a file has; None for standard input."""
     if path == "-":
         return None
+    count, last = 0, b"\n"
     with _open(path, "rb") as file:
-        return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b"")) + 1
+        while block := file.read(1 << 20):
+            count, last = count + block.count(b"\n"), block[-1:]
+    return count + (last != b"\n")
 
 
 def _open(path: str, mode: str = "r"):

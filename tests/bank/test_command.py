@@ -8,6 +8,7 @@ from flax import nnx
 
 from msa_jax import MSAConfig, MSATransformer
 from msa_jax.bank import __main__ as command
+from msa_jax.bank.jsonl import count_lines
 from msa_jax.bank.manifest import BankError
 from msa_jax.bank.store import MemoryStore
 from msa_jax.data.tokenizer import Tokenizer
@@ -136,3 +137,9 @@ def test_a_checkpoint_encodes(tmp_path, capsys):
     assert capsys.readouterr().err.startswith("bank: ")
     with pytest.raises(SystemExit):
         command.main(["add", bank, source, "--checkpoint", "x", "--part", "3/2"])
+
+
+@pytest.mark.parametrize(("text", "lines"), [("", 0), ("a", 1), ("a\n", 1), ("a\nb", 2), ("\n\n", 2)])
+def test_lines_are_counted(tmp_path, text, lines):
+    (tmp_path / "file").write_text(text)
+    assert count_lines(str(tmp_path / "file")) == lines
