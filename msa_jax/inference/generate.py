@@ -113,8 +113,10 @@ def generate(
         written = jax.lax.dynamic_update_slice_in_dim(written, token[:, None], step, axis=1)
         return step + 1, written, done, KeyValues(k=output.own.k, v=output.own.v), cache_mask
 
-    # Content that is not on the device is fetched once, not for every token.
-    near, selected = (None, None) if bank is None else tiers.fetch(bank, output.selection)
+    # Content that is not on the device is fetched once, not for every token; a spread bank is read where it lies.
+    near, selected = bank, output.selection
+    if bank is not None and bank.layout.axes is None:
+        near, selected = tiers.fetch(bank, selected)
     written = jnp.full((b, max_new_tokens), -1, jnp.int32)
     token, done = choose(last, jnp.zeros((b,), bool))
     written = written.at[:, 0].set(token)
