@@ -63,7 +63,7 @@ def compact(store: MemoryStore, *, progress: bool = False) -> dict[str, Any]:
             raise BankError(f"{path}: not compacted, the bank is as it was: {e}") from e
         raise
     store.refresh()
-    held = folder.sweep(path, name, keep=None if folder.is_folder(path) else old)
+    held = folder.sweep(path, name, keep=None if folder.folder_of(path) is not None else old)
     return {
         "version": version,
         "documents": len(rows),

@@ -15,15 +15,15 @@ from msa_jax.bank.manifest import BankError
 
 def url_of(path: str | pathlib.Path) -> str:
     """A kvstore URL that ends in a slash, of a folder or of a URL that TensorStore knows."""
-    text = str(path)
-    if "://" not in text:
-        text = f"file://{pathlib.Path(text).resolve()}"
+    folder = folder_of(path)
+    text = str(path) if folder is None else f"file://{folder.resolve()}"
     return text if text.endswith("/") else text + "/"
 
 
-def is_folder(path: str | pathlib.Path) -> bool:
-    """Whether a bank's place is on a file system, where locks can be held."""
-    return "://" not in str(path)
+def folder_of(path: str | pathlib.Path) -> pathlib.Path | None:
+    """The folder of a bank's place, where locks can be held; None of one that is no file system's."""
+    text = str(path).removeprefix("file://")
+    return None if "://" in text else pathlib.Path(text)
 
 
 class Database:
@@ -124,19 +124,31 @@ class Database:
             if files and self.newest() == before:
                 for file in self._files() - files:
                     file.unlink(missing_ok=True)
+                remove_stale_locks(folder_of(self.url))
             if isinstance(e, ValueError | OSError) and not isinstance(e, BankError):
                 raise BankError(f"{self.url}: nothing was written, the last version stands: {reason_of(e)}") from e
             raise
 
     def _files(self) -> set[pathlib.Path]:
         """Files with the data of commits; none where that is no folder."""
-        folder = pathlib.Path(self.url.removeprefix("file://")) / "d"
-        return set(folder.iterdir()) if self.url.startswith("file://") and folder.is_dir() else set()
+        folder = folder_of(self.url)
+        return set() if folder is None or not (folder / "d").is_dir() else set((folder / "d").iterdir())
 
     def newest(self) -> int:
         """Number of the last commit; commits are numbered from 1 on."""
         dump = ts.ocdbt.dump(ts.KvStore.open(self.url).result()).result()
         return dump["versions"][-1]["generation_number"]
+
+
+def remove_stale_locks(*folders: pathlib.Path) -> None:
+    """Delete what a killed writer was writing; for the one writer, while it writes nothing.
+
+    TensorStore writes a file under the name of its lock and renames that. It does not shorten one that it finds, so
+    that the end of a longer one would stay behind the new file's content.
+    """
+    for folder in folders:
+        for file in folder.glob("*.__lock"):
+            file.unlink(missing_ok=True)
 
 
 def reason_of(error: Exception) -> str:

@@ -15,7 +15,7 @@ import time
 
 import tensorstore as ts
 
-from msa_jax.bank.database import is_folder, reason_of, url_of
+from msa_jax.bank.database import folder_of, reason_of, remove_stale_locks, url_of
 from msa_jax.bank.manifest import BankError
 
 FIRST = "bank-0"
@@ -48,8 +48,7 @@ def database_url(path: str | pathlib.Path, name: str) -> str:
 def remove(path: str | pathlib.Path, name: str) -> None:
     """Delete a database with all that is in it."""
     ts.KvStore.open(database_url(path, name)).result().delete_range(ts.KvStore.KeyRange()).result()
-    if is_folder(path):
-        folder = pathlib.Path(path)
+    if (folder := folder_of(path)) is not None:
         for empty in sorted((folder / name).glob("**/"), reverse=True):
             empty.rmdir()
         (folder / f"{name}.lock").unlink(missing_ok=True)
@@ -67,8 +66,8 @@ def sweep(path: str | pathlib.Path, in_use: str, *, keep: str | None = None) -> 
     for name in sorted(names):
         if not re.fullmatch(r"bank-\d+", name) or name in (in_use, keep):
             continue
-        lock = _flock(path, f"{name}.lock", fcntl.LOCK_EX) if is_folder(path) else None
-        if is_folder(path) and lock is None:
+        lock = None if folder_of(path) is None else _flock(path, f"{name}.lock", fcntl.LOCK_EX)
+        if folder_of(path) is not None and lock is None:
             held.append(name)
             continue
         remove(path, name)
@@ -79,13 +78,13 @@ def sweep(path: str | pathlib.Path, in_use: str, *, keep: str | None = None) -> 
 def take_reader_lock(path: str | pathlib.Path, name: str) -> int | None:
     """Keep a database from being deleted; None where there are no locks or the folder cannot be written."""
     try:
-        return _flock(path, f"{name}.lock", fcntl.LOCK_SH) if is_folder(path) else None
+        return None if folder_of(path) is None else _flock(path, f"{name}.lock", fcntl.LOCK_SH)
     except BankError:
         return None
 
 
 def take_writer_lock(path: str | pathlib.Path, *, wait: float = 0.0) -> int | None:
-    """Become the one writer.
+    """Become the one writer, and clear away what the last one was writing when it was killed.
 
     Args:
       wait: seconds to wait for another writer.
@@ -93,13 +92,14 @@ def take_writer_lock(path: str | pathlib.Path, *, wait: float = 0.0) -> int | No
     Raises:
       BankError: another process writes, or the folder cannot be written.
     """
-    if not is_folder(path):
+    if (folder := folder_of(path)) is None:
         return None
     until = time.monotonic() + wait
     while (lock := _flock(path, _WRITER_LOCK, fcntl.LOCK_EX)) is None:
         if time.monotonic() >= until:
             raise BankError(f"{path}: another process is writing to this bank: wait until it is done, or stop it.")
         time.sleep(0.05)
+    remove_stale_locks(folder, *folder.glob("bank-*/"), *folder.glob("bank-*/d/"))
     return lock
 
 
@@ -110,7 +110,7 @@ def release(lock: int | None) -> None:
 
 def _flock(path: str | pathlib.Path, name: str, kind: int) -> int | None:
     """A descriptor that holds the lock, or None when another process does."""
-    file = pathlib.Path(path) / name
+    file = folder_of(path) / name
     try:
         try:
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)

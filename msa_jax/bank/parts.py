@@ -62,8 +62,8 @@ def add_part(
             report.unchanged += there[0]
     with MemoryStore(path, writable=True, wait=_WAIT_SECONDS) as store, MemoryStore(place) as part:
         merge(store, part, progress=progress)
-    if folder.is_folder(path):
-        shutil.rmtree(place)
+    if (local := folder.folder_of(place)) is not None:
+        shutil.rmtree(local)
     else:
         ts.KvStore.open(f"{place}/").result().delete_range(ts.KvStore.KeyRange()).result()
     return report

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import pathlib
 from typing import Any
 
-from msa_jax.bank import folder
-from msa_jax.bank.database import is_folder
+from msa_jax.bank.database import folder_of
 from msa_jax.bank.manifest import BankError, BankSpec
 from msa_jax.bank.reader import BankReader
 
@@ -67,7 +65,7 @@ def stats(store: BankReader, *, device: str | None = None) -> dict[str, Any]:
 
 def disk_bytes(store: BankReader) -> int | None:
     """Bytes of the database's files, earlier versions included; None where it is no folder."""
-    if not is_folder(store.path):
+    if (place := folder_of(store.path)) is None:
         return None
-    root = pathlib.Path(folder.database_url(store.path, store.name).removeprefix("file://"))
+    root = place / store.name
     return sum(entry.stat().st_size for entry in os.scandir(root / "d")) if (root / "d").is_dir() else 0

@@ -11,7 +11,7 @@ import numpy as np
 
 from msa_jax.bank import compaction, folder, ingest, verify
 from msa_jax.bank.change import Change, Encoded, commit, make_database, now
-from msa_jax.bank.database import is_folder
+from msa_jax.bank.database import folder_of
 from msa_jax.bank.document_encoder import DocumentEncoder
 from msa_jax.bank.ingest import Report
 from msa_jax.bank.manifest import BankError, BankSpec, Manifest
@@ -34,8 +34,8 @@ class MemoryStore(BankReader):
           BankError: there is a bank already, or the place cannot be written.
         """
         try:
-            if is_folder(path):
-                pathlib.Path(path).mkdir(parents=True, exist_ok=True)
+            if (place := folder_of(path)) is not None:
+                place.mkdir(parents=True, exist_ok=True)
             if folder.current(path) is not None:
                 raise BankError(f"{path}: there is a bank already: open it, or delete it first.")
             lock = folder.take_writer_lock(path)

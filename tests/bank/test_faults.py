@@ -28,6 +28,7 @@ def kill_and_look(path, times, seed):
         process = faults.context.Process(target=faults.keep_writing, args=(path, there))
         process.start()
         for _ in range(rng.randrange(1, 9)):
+            assert here.poll(60), "the writer stopped by itself"
             last = here.recv()
         time.sleep(rng.random() * 0.03)
         process.kill()
@@ -52,6 +53,17 @@ def test_kill_9_at_200_moments(tmp_path):
     MemoryStore.create(tmp_path / "bank", SPEC).close()
     # Every kind of change was struck.
     assert kill_and_look(tmp_path / "bank", 200, seed=1) == set(range(7))
+
+
+def test_what_a_killed_writer_was_writing_does_not_reach_the_next_ones_files(tmp_path):
+    # Once in some hundred kills: the file that was to be renamed is there, longer than the next one.
+    MemoryStore.create(tmp_path, SPEC).close()
+    for name in ("CURRENT", "bank-0/manifest.ocdbt"):
+        (tmp_path / f"{name}.__lock").write_bytes(b"half written " * 999)
+    with MemoryStore(tmp_path, writable=True) as store:
+        put(store, [BankDocument("a", "b")])
+        store.compact()
+    check(MemoryStore(tmp_path), {("default", "a"): BankDocument("a", "b")})
 
 
 def test_every_flipped_byte_is_found_or_of_no_consequence(tmp_path):

@@ -35,7 +35,7 @@ def test_a_bank_lives_at_a_url(url):
     assert MemoryStore(url, version=2).get("b").text == "two"
     reader.verify()
     with MemoryStore.open(url, writable=True) as store:
-        # What readers hold is not known, so the database before stays until the next compaction.
+        # What readers hold at an object store is not known: the database before stays until the next compaction.
         store.compact()
         check(store, live)
         check(reader, live)
