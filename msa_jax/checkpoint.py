@@ -41,18 +41,22 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, data: grain.DatasetIterator) -> None:
-        """Start saving; returns once the state is copied. A step that is already saved is left as it is."""
+        """Start saving; returns once the state is copied. A step that is already saved is left as it is.
+
+        Of several processes each writes its own parts of the arrays, and the position in the data, which is the same
+        in all, is written once: any number of processes can restore it.
+        """
         if step == self.latest_step:
             return
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(data)
+                state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data.get_state())
             ),
         )
 
     def restore(self, state: Any, data: grain.DatasetIterator) -> Any:
-        """Latest state, given one of the same shapes; `data` is moved to its position in place.
+        """Latest state, given one of the same shapes, spread as that one; `data` is moved to its position in place.
 
         Raises:
           CheckpointError: there is none, or its arrays do not fit `state`.
@@ -63,7 +67,7 @@ class Checkpoints:
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardRestore(_abstract(state)),
-                    data=grain.checkpoint.CheckpointRestore(data),
+                    data=ocp.args.JsonRestore(),
                 ),
             )
         except (ValueError, KeyError, FileNotFoundError) as e:
@@ -71,6 +75,7 @@ class Checkpoints:
                 f"{self._folder}/{step}: this checkpoint does not fit the model or optimiser of the config; "
                 f"use the config it was trained with, or another workdir. ({str(e).splitlines()[0]})"
             ) from e
+        data.set_state(restored.data)
         return restored.state
 
     def restore_params(self, params: nnx.State, *, ema: bool) -> nnx.State:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import pathlib
 import sys
+import traceback
 from collections.abc import Callable
 
 from absl import app, flags
 from absl import logging as absl_logging
 
+from msa_jax import distributed
 from msa_jax.checkpoint import CheckpointError
 from msa_jax.config import ConfigError
 from msa_jax.data import DataError
@@ -17,19 +19,19 @@ from msa_jax.training.loop import TrainingDiverged
 
 
 def _show_log() -> None:
-    """Print this project's log lines to stderr, and of its libraries only warnings."""
+    """Print this project's log lines to stderr (those of process 0), and of its libraries only warnings."""
     absl_logging.set_verbosity(absl_logging.WARNING)
     log = logging.getLogger("msa_jax")
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.INFO if distributed.is_main() else logging.WARNING)
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     log.addHandler(handler)
     log.propagate = False
 
 
-def _fail(message: object) -> SystemExit:
-    """Exit status 1 with the message on one line, after the command's name."""
-    return SystemExit(f"{pathlib.Path(sys.argv[0]).name}: {' '.join(str(message).split())}")
+def _line(message: object) -> str:
+    """The message on one line, after the command's name."""
+    return f"{pathlib.Path(sys.argv[0]).name}: {' '.join(str(message).split())}"
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
@@ -38,22 +40,34 @@ def _parse_flags(argv: list[str]) -> list[str]:
     except (flags.Error, AttributeError, KeyError, TypeError, IndexError, FileNotFoundError) as error:
         # A config's fields are flags, and one that it lacks is no flags.Error.
         detail = str(error).strip('"')
-        raise _fail(f"{detail} (--help lists flags; --config.NAME=VALUE sets a field of the config file)") from None
+        usage = "(--help lists flags; --config.NAME=VALUE sets a field of the config file)"
+        raise SystemExit(_line(f"{detail} {usage}")) from None
     if rest[1:]:
-        raise _fail(f"unknown arguments {' '.join(rest[1:])}.")
+        raise SystemExit(_line(f"unknown arguments {' '.join(rest[1:])}."))
     return rest
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Parse flags and call `main`; a mistake of the user's ends in one sentence and exit status 1."""
+    """Parse flags, join other processes and call `main`; a mistake of the user's ends in one sentence and status 1."""
 
     def guarded(_):
-        _show_log()
         try:
+            distributed.start()
+            _show_log()
             main()
         except DataError as error:
-            raise SystemExit(f"{pathlib.Path(sys.argv[0]).name}: {error}") from None  # several faults, a line each
+            distributed.end(f"{pathlib.Path(sys.argv[0]).name}: {error}")  # several faults, a line each
         except (ConfigError, CheckpointError, TrainingDiverged, OSError) as error:
-            raise _fail(error) from None
+            distributed.end(_line(error))
+        except (Exception, KeyboardInterrupt) as error:
+            if not distributed.several():
+                raise
+            traceback.print_exc()
+            distributed.end(
+                _line(
+                    f"stopped by {type(error).__name__}. Where it tells of a lost connection another process has "
+                    "ended, and its output says why. The same command in all processes goes on from the last checkpoint."
+                )
+            )
 
     app.run(guarded, flags_parser=_parse_flags)

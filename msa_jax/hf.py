@@ -23,6 +23,7 @@ from msa_jax.checkpoint import CheckpointError
 from msa_jax.config import MSAConfig
 from msa_jax.model import MSATransformer
 from msa_jax.published import PublishedTensor, published_config, published_tensors, published_value, skeleton
+from msa_jax.sharding import Shardings, put
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -110,7 +111,13 @@ def _fresh_layer(tensor: PublishedTensor, config: MSAConfig, key: jax.Array, dty
 
 
 def load_model(
-    path: str | os.PathLike, config: MSAConfig | None = None, *, seed: int = 0, **config_changes: Any
+    path: str | os.PathLike,
+    config: MSAConfig | None = None,
+    *,
+    seed: int = 0,
+    mesh: jax.sharding.Mesh | None = None,
+    shardings: Shardings = Shardings(),  # noqa: B008
+    **config_changes: Any,
 ) -> MSATransformer:
     """Load a published checkpoint, MSA or Qwen3, in one file or sharded.
 
@@ -122,6 +129,7 @@ def load_model(
       path: folder with `config.json` and `model.safetensors` or `model.safetensors.index.json`.
       config: used instead of the folder's `config.json`.
       seed: of the fresh router weights.
+      mesh: devices over which parameters are spread, never whole on one of them, as `shardings` says.
       **config_changes: fields of `MSAConfig` to replace, such as `dtype="float32"`.
 
     Raises:
@@ -143,7 +151,7 @@ def load_model(
         for tensor in published_tensors(config):
             by_path.setdefault(tensor.path, []).append(tensor)
         key = jax.random.key(seed)
-        graphdef, parameters = skeleton(config)
+        graphdef, parameters = skeleton(config, shardings)
         loaded = []
         for number, (leaf_path, variable) in enumerate(parameters):
             buffer = np.empty(variable.shape, variable.dtype)
@@ -156,7 +164,12 @@ def load_model(
                     value = files[tensor.name].get_tensor(tensor.name)
                     place[...] = value.T if tensor.transposed else value
             # Waited for, or the host would hold every parameter that is still on its way.
-            loaded.append((leaf_path, variable.replace(jax.block_until_ready(jax.device_put(buffer)))))
+            if mesh:
+                spec = shardings.parameter(leaf_path, buffer.ndim)
+                value = put(buffer, jax.NamedSharding(mesh, spec))
+            else:
+                value = jax.device_put(buffer)
+            loaded.append((leaf_path, variable.replace(jax.block_until_ready(value))))
             del buffer, place
     return nnx.merge(graphdef, nnx.from_flat_state(loaded))
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
+from jax.sharding import PartitionSpec as P
 
 from msa_jax import routing
 from msa_jax.config import MSAConfig
 from msa_jax.layers.block import DecoderBlock, scan_stack, stack
 from msa_jax.layers.norm import RMSNorm
 from msa_jax.memory import ChunkStates, DocumentLayout, LayerMemory, MemoryBank
+from msa_jax.sharding import Shardings, constrain
 
 
 @struct.dataclass
@@ -65,10 +67,12 @@ class MSATransformer(nnx.Module):
     Args:
       config: sizes, dtypes and options.
       rngs: where parameters are drawn from.
+      shardings: how activations are spread under a mesh.
     """
 
-    def __init__(self, config: MSAConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: MSAConfig, *, rngs: nnx.Rngs, shardings: Shardings = Shardings()):  # noqa: B008
         self.config = c = config
+        self.shardings = shardings
         self.embed = nnx.Embed(
             c.vocab_size, c.hidden_size, dtype=c.compute_dtype, param_dtype=c.storage_dtype,
             embedding_init=nnx.initializers.normal(0.02), rngs=rngs,
@@ -82,10 +86,18 @@ class MSATransformer(nnx.Module):
             c.hidden_size, c.vocab_size, use_bias=False, dtype=c.compute_dtype, param_dtype=c.storage_dtype, rngs=rngs
         )  # fmt: skip
 
+    def _embed(self, tokens):
+        # Gathered from where its columns are spread: else XLA moves activations, which are larger.
+        table = self._whole_rows(self.embed.embedding[...]).astype(self.config.compute_dtype)
+        return jnp.take(table, tokens, axis=0)
+
+    def _whole_rows(self, table):
+        return constrain(table, P(*self.shardings.embedding[:1]))
+
     @property
     def output_embedding(self) -> jax.Array:
         """[V, E], rows to score the hidden state against."""
-        return self.embed.embedding[...] if self.lm_head is None else self.lm_head.kernel[...].T
+        return self._whole_rows(self.embed.embedding[...] if self.lm_head is None else self.lm_head.kernel[...].T)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., E] to [..., V] float32."""
@@ -94,13 +106,14 @@ class MSATransformer(nnx.Module):
 
     def _encode(self, tokens, positions, segment_ids, return_hidden):
         """Documents or a template through all layers: final hidden, per-layer k and v or chunk states."""
-        x = self.embed(tokens)
+        spread = lambda x: constrain(x, self.shardings.documents)  # noqa: E731
+        x = spread(self._embed(tokens))
         hidden, extras = [], []
         for (is_router, _, _), group in zip(self.config.layer_groups, self.groups, strict=True):
 
             def body(layer, x, _):
                 y, extra = layer.encode(x, positions=positions, segment_ids=segment_ids)
-                return y, (extra, x if return_hidden else None)
+                return spread(y), (extra, x if return_hidden else None)
 
             x, (extra, inputs) = scan_stack(group, body, x, None, remat=self.config.remat)
             extras.append(extra[0] if is_router else None)
@@ -196,7 +209,8 @@ class MSATransformer(nnx.Module):
                 raise ValueError(
                     f"MSATransformer: bank_gradients needs content on the device, this bank's is on the {bank.tier}."
                 )
-        x = self.embed(tokens)
+        spread = lambda x: constrain(x, self.shardings.questions)  # noqa: E731
+        x = spread(self._embed(tokens))
         own, scores, selections, hidden = [], [], [], []
         first_router = 0
         for (is_router, first, count), group in zip(c.layer_groups, self.groups, strict=True):
@@ -223,7 +237,7 @@ class MSATransformer(nnx.Module):
                     )  # fmt: skip
                 y, result = layer(x, **kwargs)
                 ys = (KeyValues(k=result.k, v=result.v), result.document_scores, result.selection)
-                return y, (*ys, x if return_hidden else None)
+                return spread(y), (*ys, x if return_hidden else None)
 
             x, ys = scan_stack(group, body, x, xs, remat=c.remat)
             for kept, value in zip((own, scores, selections, hidden), ys, strict=True):

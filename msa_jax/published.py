@@ -15,6 +15,7 @@ from flax import nnx
 
 from msa_jax.config import PUBLISHED_ONLY, MSAConfig
 from msa_jax.model import MSATransformer
+from msa_jax.sharding import Shardings
 
 _TOP = {
     ("embed", "embedding"): "model.embed_tokens.weight",
@@ -59,9 +60,13 @@ class PublishedTensor:
     transposed: bool
 
 
-def skeleton(config: MSAConfig) -> tuple[nnx.GraphDef, list[tuple[tuple, nnx.Variable]]]:
+def skeleton(
+    config: MSAConfig,
+    shardings: Shardings = Shardings(),  # noqa: B008
+) -> tuple[nnx.GraphDef, list[tuple[tuple, nnx.Variable]]]:
     """Graph and parameters of a model, shapes only."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: MSATransformer(config, rngs=nnx.Rngs(0))))
+    make = lambda: MSATransformer(config, rngs=nnx.Rngs(0), shardings=shardings)  # noqa: E731
+    graphdef, state = nnx.split(nnx.eval_shape(make))
     return graphdef, nnx.to_flat_state(state)
 
 

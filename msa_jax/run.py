@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import pathlib
 from collections.abc import Iterable
@@ -12,7 +13,7 @@ from typing import Literal
 import jax
 from flax import nnx
 
-from msa_jax import hf
+from msa_jax import distributed, hf
 from msa_jax.config import ConfigError
 from msa_jax.data import (
     JsonlSource,
@@ -29,6 +30,7 @@ from msa_jax.data import (
 )
 from msa_jax.model import MSATransformer
 from msa_jax.run_config import DataConfig, RunConfig
+from msa_jax.sharding import DATA, MEMORY, MODEL, Shardings, check_model
 from msa_jax.training.init import copy_circuit, embedding_stream, tie_router
 from msa_jax.training.loop import TrainingResult, train
 
@@ -87,8 +89,32 @@ def open_tokenizer(run: RunConfig, workdir: pathlib.Path, *, train: bool) -> Tok
     return tokenizer
 
 
-def make_model(run: RunConfig, tokenizer: Tokenizer) -> MSATransformer:
-    """The model at the start of training."""
+def make_mesh(run: RunConfig) -> jax.sharding.Mesh | None:
+    """The mesh of training over all devices of all processes; None: there is one device.
+
+    Raises:
+      ConfigError: the mesh does not fit the devices, or does not divide the batch.
+    """
+    mesh = run.mesh.make()
+    if mesh.size == 1:
+        return None
+    for name, axes in (("num_documents", (DATA, MEMORY)), ("num_questions", (DATA,))):
+        size, ways = getattr(run.data, name), math.prod(mesh.shape[a] for a in axes)
+        if size % ways:
+            raise ConfigError(
+                f"data.{name} {size} cannot be spread over {ways} devices (mesh axes {', '.join(axes)}); "
+                f"{size // ways * ways + ways} can."
+            )
+    check_model(run.model_config(vocab_size=mesh.shape[MODEL]), mesh)
+    return mesh
+
+
+def make_model(run: RunConfig, tokenizer: Tokenizer, mesh: jax.sharding.Mesh | None = None) -> MSATransformer:
+    """The model at the start of training; on a mesh, every parameter is made where it stays.
+
+    Raises:
+      ConfigError: the vocabulary does not fit the model, or the mesh does not divide the model.
+    """
     config = run.model_config(tokenizer.vocab_size)
     if tokenizer.vocab_size > config.vocab_size:
         raise ConfigError(
@@ -96,13 +122,18 @@ def make_model(run: RunConfig, tokenizer: Tokenizer) -> MSATransformer:
             "use the checkpoint's own tokenizer, with numbers spelt plain."
         )
     training = run.training
+    shardings = Shardings()
+    if mesh:
+        check_model(config, mesh)
+        shardings = Shardings.training(run.mesh)
+    skeleton = nnx.eval_shape(lambda: MSATransformer(config, rngs=nnx.Rngs(0), shardings=shardings))
+    places = shardings.parameters(nnx.as_pure(nnx.state(skeleton)), mesh) if mesh else None
     if run.init_from:
-        return hf.load_model(run.init_from, config, seed=training.seed)
+        return hf.load_model(run.init_from, config, seed=training.seed, mesh=mesh, shardings=shardings)
 
-    @jax.jit
     def create():
         rngs = nnx.Rngs(training.seed)
-        model = MSATransformer(config, rngs=rngs)
+        model = MSATransformer(config, rngs=rngs, shardings=shardings)
         if training.embedding_std:
             embedding_stream(model, embedding_std=training.embedding_std, logit_scale=training.logit_scale)
         if training.tied_router:
@@ -111,8 +142,7 @@ def make_model(run: RunConfig, tokenizer: Tokenizer) -> MSATransformer:
             copy_circuit(model, training.copy_scale, rngs=rngs)
         return nnx.as_pure(nnx.state(model))
 
-    skeleton = nnx.eval_shape(lambda: MSATransformer(config, rngs=nnx.Rngs(0)))
-    return nnx.merge(nnx.graphdef(skeleton), create())
+    return nnx.merge(nnx.graphdef(skeleton), jax.jit(create, out_shardings=places)())
 
 
 def check_workdir(run: RunConfig, workdir: pathlib.Path) -> None:
@@ -151,17 +181,26 @@ def train_run(run: RunConfig, workdir: str | pathlib.Path) -> TrainingResult:
       TrainingDiverged: the loss became NaN or infinite.
     """
     workdir = pathlib.Path(workdir)
+    distributed.agree(run.to_dict() | {"workdir": str(workdir)})
+    mesh = make_mesh(run)
+    # Process 0 makes the folder and the tokenizer that the others then find.
+    if distributed.is_main():
+        check_workdir(run, workdir)
+        open_tokenizer(run, workdir, train=True)
+    distributed.wait_for_all("workdir")
     check_workdir(run, workdir)
     tokenizer = open_tokenizer(run, workdir, train=True)
     source = make_source(run.data, tokenizer, "train")
-    model = make_model(run, tokenizer)
+    model = make_model(run, tokenizer, mesh)
+    if mesh:
+        _LOG.info("mesh %s over %d processes", dict(mesh.shape), jax.process_count())
     dataset = make_dataset(
         source, tokenizer,
         num_documents=run.data.num_documents, num_questions=run.data.num_questions,
         chunk_size=model.config.chunk_size, row_len=run.row_len(model.config.chunk_size),
         document_len=run.data.document_len, question_len=run.data.question_len,
         loss_weights=run.data.loss_weights, seed=run.training.seed,
-        process_index=jax.process_index(), process_count=jax.process_count(),
+        parts=mesh.shape[DATA] * mesh.shape[MEMORY] if mesh else 1,
     )  # fmt: skip
     _LOG.info("%s questions to train on", f"{len(source):,}")
-    return train(model, dataset, run.training, workdir, prefix=tuple(Renderer(tokenizer).prefix))
+    return train(model, dataset, run.training, workdir, prefix=tuple(Renderer(tokenizer).prefix), mesh=mesh)

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict, config_dict
 
 from msa_jax.config import ConfigError, MSAConfig
 from msa_jax.data import LossWeights, Template
+from msa_jax.sharding import MeshConfig
 from msa_jax.training.config import OptimizerConfig, Phase, TrainingConfig
 
 
@@ -110,6 +111,7 @@ class RunConfig:
     Attributes:
       model: preset name and changes for `MSAConfig`; the vocabulary is the tokenizer's.
       init_from: folder of a published checkpoint to start from, instead of random parameters.
+      mesh: devices of training; a run may go on with another mesh.
     """
 
     model: Mapping[str, Any]
@@ -118,6 +120,7 @@ class RunConfig:
     training: TrainingConfig
     evaluation: EvalConfig
     init_from: str = ""
+    mesh: MeshConfig = MeshConfig()
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
@@ -135,6 +138,7 @@ class RunConfig:
                 tokenizer=TokenizerConfig(**dict(values.pop("tokenizer", {}))),
                 training=TrainingConfig.from_dict(values.pop("training")),
                 evaluation=EvalConfig(**dict(values.pop("evaluation", {}))),
+                mesh=MeshConfig(**dict(values.pop("mesh", {}))),
                 **values,
             )
         except (TypeError, KeyError) as e:
@@ -204,6 +208,7 @@ def full_config(values: Mapping[str, Any]) -> ConfigDict:
         },
         "evaluation": _filled(EvalConfig, values.get("evaluation", {})),
         "init_from": values.get("init_from", ""),
+        "mesh": _filled(MeshConfig, values.get("mesh", {})),
     }
     del filled["model"]["vocab_size"]  # the tokenizer's
     return ConfigDict(filled)

@@ -70,6 +70,7 @@ class Shardings:
     Attributes:
       documents: packed rows [R, ...], the chunks of a batch and what is computed of them.
       questions: [B, ...].
+      pairs: [B, N], what a question has for each document.
       bank: mesh axes over which the chunks and documents of a bank in use are spread, or None: it is on one device.
       into: matrices [in, out] whose outputs are heads or hidden units of the MLP.
       out_of: matrices [in, out] whose inputs are.
@@ -79,6 +80,7 @@ class Shardings:
 
     documents: P = P()
     questions: P = P()
+    pairs: P = P()
     bank: tuple[str, ...] | None = None
     into: P = P()
     out_of: P = P()
@@ -92,6 +94,7 @@ class Shardings:
         return cls(
             documents=P((DATA, MEMORY)),
             questions=P(DATA),
+            pairs=P(None, (DATA, MEMORY)),
             bank=(DATA, MEMORY),
             into=P(whole, MODEL),
             out_of=P(MODEL, whole),
@@ -158,8 +161,14 @@ def put(tree, sharding: jax.sharding.NamedSharding):
 
 
 def constrain(x, spec: P):
-    """Tell XLA how an array of a traced program is spread; nothing without a mesh in scope or with an empty spec."""
-    if not spec or jax.sharding.get_abstract_mesh().empty:
+    """Tell XLA how an array of a traced program is spread.
+
+    Nothing without a mesh in scope, with an empty spec, or of an array whose sizes the mesh does not divide.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not spec or mesh.empty:
+        return x
+    if any(size % math.prod(mesh.shape[a] for a in _tuple(axes)) for size, axes in zip(x.shape, spec, strict=False)):
         return x
     return jax.lax.with_sharding_constraint(x, spec)
 

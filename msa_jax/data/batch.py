@@ -141,6 +141,47 @@ def pack_documents(
     )
 
 
+def pack_parts(
+    token_lists: Sequence[Sequence[int] | np.ndarray],
+    parts: int,
+    *,
+    chunk_size: int,
+    row_len: int,
+    num_rows: int,
+    pad_id: int = 0,
+) -> DocumentBatch:
+    """Packs documents in equal parts, one after the other, so that each part can lie on a device of its own.
+
+    Document i of N is in part `i * parts // N`, with all its chunks. Otherwise as `pack_documents`.
+
+    Args:
+      num_rows: R of all parts together.
+    Raises:
+      DataError: as `pack_documents`, or `parts` does not divide N or R.
+    """
+    total = len(token_lists)
+    if total % parts or num_rows % parts:
+        raise DataError(f"{total} documents in {num_rows} rows cannot be packed in {parts} equal parts")
+    each, rows = total // parts, num_rows // parts
+    packed = [
+        pack_documents(
+            token_lists[i * each : (i + 1) * each], chunk_size=chunk_size, row_len=row_len, num_rows=rows, pad_id=pad_id
+        )
+        for i in range(parts)
+    ]
+    first_chunks = np.arange(parts) * (rows * row_len // chunk_size)
+    owners = [np.where(p.chunk_documents < each, p.chunk_documents + i * each, total) for i, p in enumerate(packed)]
+    rest = {
+        name: np.concatenate([getattr(p, name) for p in packed])
+        for name in ("tokens", "segment_ids", "positions", "lengths")
+    }
+    return DocumentBatch(
+        **rest,
+        chunk_documents=np.concatenate(owners).astype(np.int32),
+        starts=np.concatenate([p.starts + c for p, c in zip(packed, first_chunks, strict=True)]).astype(np.int32),
+    )
+
+
 def pack_questions(
     samples: Sequence[Sample],
     *,

@@ -3,7 +3,7 @@
 import grain
 import numpy as np
 
-from msa_jax.data.batch import Batch, pack_documents, pack_questions, rows_needed
+from msa_jax.data.batch import Batch, pack_parts, pack_questions, rows_needed
 from msa_jax.data.records import DataError
 from msa_jax.data.samples import LossWeights, Renderer
 from msa_jax.data.sources.base import Source
@@ -22,6 +22,7 @@ def make_dataset(
     seed: int,
     document_len: int | None = None,
     num_rows: int | None = None,
+    parts: int = 1,
     loss_weights: LossWeights | None = None,
     process_index: int = 0,
     process_count: int = 1,
@@ -33,7 +34,7 @@ def make_dataset(
     `num_documents` N and `num_questions` B are what this process gets in a batch; its questions share its
     documents. Documents longer than `document_len` tokens (default: a row) have their text cut. `num_rows` R
     defaults to what N documents of `document_len` tokens may need at worst; a smaller one saves padding when
-    most are shorter.
+    most are shorter. Documents are packed in `parts` equal parts, which devices may share (`pack_parts`).
     The same arguments give the same batches; processes get different questions, documents and numbers. The
     iterator's `get_state` and `set_state` keep and restore its position.
     Raises DataError on arguments that do not fit each other or the source's first batch.
@@ -53,7 +54,9 @@ def make_dataset(
             f"{len(source)} questions cannot be shared by {process_count} processes; give more data"
         )
     document_len = row_len if document_len is None else document_len
-    rows = rows_needed(num_documents, document_len, chunk_size, row_len)
+    if num_documents % parts:
+        raise DataError(f"{num_documents} documents cannot be packed in {parts} equal parts; change num_documents")
+    rows = parts * rows_needed(num_documents // parts, document_len, chunk_size, row_len)
     rows = rows if num_rows is None else num_rows
     renderer = Renderer(tokenizer, document_len, loss_weights)
     id_digits = tokenizer.template.id_digits
@@ -62,12 +65,12 @@ def make_dataset(
         episode = source.episode(indices.tolist(), num_documents, rng, id_digits)
         documents, samples, relevant = renderer.episode(episode)
         return Batch(
-            documents=pack_documents(
+            documents=pack_parts(
                 documents,
+                parts,
                 chunk_size=chunk_size,
                 row_len=row_len,
                 num_rows=rows,
-                num_documents=num_documents,
                 pad_id=tokenizer.pad_id,
             ),
             questions=pack_questions(

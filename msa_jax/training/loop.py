@@ -7,7 +7,6 @@ import dataclasses
 import fcntl
 import logging
 import pathlib
-import signal
 import time
 
 import grain
@@ -16,6 +15,7 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
+from msa_jax import distributed
 from msa_jax.checkpoint import Checkpoints
 from msa_jax.config import ConfigError
 from msa_jax.metrics import RunLog
@@ -23,7 +23,7 @@ from msa_jax.model import MSATransformer
 from msa_jax.training.config import TrainingConfig
 from msa_jax.training.optimizer import make_optimizer
 from msa_jax.training.schedule import phase_at, phase_values
-from msa_jax.training.step import init_state, make_step
+from msa_jax.training.step import init_state, make_step, spread_batch
 
 _LOG = logging.getLogger(__name__)
 
@@ -39,24 +39,6 @@ class TrainingResult:
     step: int
     finished: bool
     metrics: dict[str, float]
-
-
-class _StopSignal:
-    """Turns SIGTERM and SIGINT into a flag while the loop runs, so that it can save before it ends."""
-
-    def __init__(self):
-        self.received: str | None = None
-
-    def __enter__(self):
-        self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def _note(self, number, _):
-        self.received = signal.Signals(number).name
-
-    def __exit__(self, *_):
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -90,18 +72,21 @@ def train(
     workdir: str | pathlib.Path,
     *,
     prefix: tuple[int, ...],
+    mesh: jax.sharding.Mesh | None = None,
 ) -> TrainingResult:
     """Train `model`, or go on where the run in `workdir` stopped.
 
     Running it again after any interruption continues from the last checkpoint: with the same devices the
-    result equals that of an uninterrupted run, bit for bit on CPU.
+    result equals that of an uninterrupted run, bit for bit on CPU. Other devices, another mesh and another number of
+    processes go on too, to the same result up to rounding.
 
     Args:
       model: at the start of training; its arrays are given away.
-      dataset: of `Batch`es of one shape.
+      dataset: of `Batch`es of one shape, the same in every process.
       settings: what to do.
       workdir: an existing folder; checkpoints and logs go there.
       prefix: token ids of the template prefix.
+      mesh: devices over which the model's parameters are spread already; None: one device.
 
     Raises:
       ConfigError: another process trains in `workdir`, or a batch has more targets than `max_targets`.
@@ -113,17 +98,19 @@ def train(
     with (
         _sole_writer(workdir),
         contextlib.closing(Checkpoints(workdir / "checkpoints", keep=keep)) as checkpoints,
+        jax.set_mesh(mesh) if mesh else contextlib.nullcontext(),
     ):
-        return _train(model, dataset, settings, workdir, prefix, checkpoints)
+        return _train(model, dataset, settings, workdir, prefix, checkpoints, mesh)
 
 
-def _train(model, dataset, settings, workdir, prefix, checkpoints) -> TrainingResult:
+def _train(model, dataset, settings, workdir, prefix, checkpoints, mesh) -> TrainingResult:
     batches = iter(dataset)
+    shardings = model.shardings
 
     # Model and optimiser.
     graphdef, state = nnx.split(model)
     optimizer = make_optimizer(settings)
-    state = init_state(nnx.as_pure(state), optimizer, settings)
+    state = init_state(nnx.as_pure(state), optimizer, settings, mesh, shardings)
     del model
     _LOG.info("%s parameters", f"{_size(state.params):,}")
 
@@ -133,21 +120,26 @@ def _train(model, dataset, settings, workdir, prefix, checkpoints) -> TrainingRe
         state = checkpoints.restore(state, batches)
         first = int(state.step)
         _LOG.info("resumed after step %d", first)
-    train_step = make_step(graphdef, optimizer, settings, prefix)
+    train_step = make_step(graphdef, optimizer, settings, prefix, state if mesh else None)
 
+    main = distributed.is_main()
+    stopped: str | None = None
     metrics: dict[str, float] = {}
     pending: list[tuple[int, dict]] = []
     step = first
     with (
-        contextlib.closing(RunLog(workdir, resumed_step=first)) as log,
-        _StopSignal() as stop,
-        tqdm(total=settings.steps, initial=first, desc="train", unit="step", mininterval=1.0) as bar,
+        contextlib.closing(RunLog(workdir, resumed_step=first)) if main else contextlib.nullcontext() as log,
+        distributed.StopSignal() as stop,
+        tqdm(
+            total=settings.steps, initial=first, desc="train", unit="step", mininterval=1.0, disable=not main
+        ) as bar,
     ):
         clock, clock_step = time.monotonic(), first
-        while step < settings.steps and not stop.received:
+        while step < settings.steps and not (stopped := stop.received(step)):
             batch = next(batches)
             _check_targets(batch, settings.max_targets)
-            state, latest = train_step(state, batch, phase_values(phase_at(settings.phases, step)))
+            placed = spread_batch(batch, mesh, shardings) if mesh else batch
+            state, latest = train_step(state, placed, phase_values(phase_at(settings.phases, step)))
             step += 1
             pending.append((step, latest))
             last = step == settings.steps
@@ -158,7 +150,8 @@ def _train(model, dataset, settings, workdir, prefix, checkpoints) -> TrainingRe
                 seconds = (time.monotonic() - clock) / (step - clock_step)
                 clock, clock_step = time.monotonic(), step
                 metrics["tokens_per_second"] = _tokens(batch) / seconds
-                log.write(step, metrics)
+                if log:
+                    log.write(step, metrics)
                 bar.set_postfix_str(
                     f"loss {metrics['loss']:.3f} lm {metrics['lm_loss']:.3f} recall@1 {metrics['recall@1']:.2f} "
                     f"{metrics['tokens_per_second'] / 1e3:.1f}K tok/s",
@@ -172,8 +165,8 @@ def _train(model, dataset, settings, workdir, prefix, checkpoints) -> TrainingRe
         if step > first:
             checkpoints.save(step, state, batches)
         checkpoints.wait()
-    if stop.received:
-        _LOG.info("%s: saved step %d; the same command goes on from here", stop.received, step)
+    if stopped:
+        _LOG.info("%s: saved step %d; the same command goes on from here", stopped, step)
     return TrainingResult(step=step, finished=step >= settings.steps, metrics=metrics)
 
 

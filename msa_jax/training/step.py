@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import optax
 from flax import nnx, struct
 
-from msa_jax.data.batch import ROUTING, Batch
+from msa_jax.data.batch import ROUTING, Batch, QuestionBatch
 from msa_jax.memory import DocumentLayout
 from msa_jax.model import ModelOutput, MSATransformer
+from msa_jax.sharding import Shardings, put
 from msa_jax.training.config import TrainingConfig
 from msa_jax.training.losses import lm_loss, router_loss, router_metrics
 from msa_jax.training.schedule import PhaseValues
@@ -36,13 +37,26 @@ def active_positions(mask: jax.Array, offset: int) -> jax.Array:
     return offset + jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), axis=1) - 1, 0)
 
 
-def layout_of(documents, max_length: int) -> DocumentLayout:
-    """The document layout of a packed batch."""
+def spread_batch(batch: Batch, mesh: jax.sharding.Mesh, shardings: Shardings) -> Batch:
+    """A batch on the host, the same in every process, onto a mesh."""
+    place = lambda tree, spec: put(tree, jax.NamedSharding(mesh, spec))  # noqa: E731
+    asked = batch.questions
+    pairs = {name: place(getattr(asked, name), shardings.pairs) for name in ("visible", "relevant")}
+    rest = {f.name: getattr(asked, f.name) for f in dataclasses.fields(asked) if f.name not in pairs}
+    return Batch(
+        documents=place(batch.documents, shardings.documents),
+        questions=QuestionBatch(**place(rest, shardings.questions), **pairs),
+    )
+
+
+def layout_of(documents, max_length: int, axes: tuple[str, ...] | None = None) -> DocumentLayout:
+    """The document layout of a packed batch, spread over `axes` of the mesh."""
     return DocumentLayout(
         chunk_documents=documents.chunk_documents,
         starts=documents.starts,
         lengths=documents.lengths,
         max_length=max_length,
+        axes=axes,
     )
 
 
@@ -52,7 +66,7 @@ def forward(
     """Encode the batch's documents and the template prefix, and run its questions over them."""
     docs, asked = batch.documents, batch.questions
     encoded = model.encode_documents(docs.tokens, segment_ids=docs.segment_ids, positions=docs.positions)
-    layout = layout_of(docs, max_length=docs.tokens.shape[1] // model.config.chunk_size)
+    layout = layout_of(docs, docs.tokens.shape[1] // model.config.chunk_size, model.shardings.bank)
     past = model.encode_template(jnp.asarray([prefix], jnp.int32)) if prefix else None
     mask = asked.mask
     if prefix:
@@ -104,13 +118,28 @@ def loss_and_metrics(
     return loss, metrics | {"loss": loss, "lm_loss": lm, "aux_loss": aux}
 
 
-def init_state(params: nnx.State, optimizer: optax.GradientTransformation, training: TrainingConfig) -> TrainState:
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        opt_state=optimizer.init(params),
-        ema=jax.tree.map(jnp.copy, params) if training.optimizer.ema_decay else None,
-    )
+def init_state(
+    params: nnx.State,
+    optimizer: optax.GradientTransformation,
+    training: TrainingConfig,
+    mesh: jax.sharding.Mesh | None = None,
+    shardings: Shardings = Shardings(),  # noqa: B008
+) -> TrainState:
+    """The state before the first step; on a mesh each array is made where it stays, and `params` are given away."""
+
+    def make(params):
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            opt_state=optimizer.init(params),
+            ema=jax.tree.map(jnp.copy, params) if training.optimizer.ema_decay else None,
+        )
+
+    if mesh is None:
+        return make(params)
+    # What an optimiser keeps of a parameter lies at the parameter's path and has its shape.
+    places = shardings.parameters(jax.eval_shape(make, params), mesh)
+    return jax.jit(make, out_shardings=places, donate_argnums=0)(params)
 
 
 def make_step(
@@ -118,8 +147,9 @@ def make_step(
     optimizer: optax.GradientTransformation,
     training: TrainingConfig,
     prefix: tuple[int, ...],
+    state: TrainState | None = None,
 ) -> Callable[[TrainState, Batch, PhaseValues], tuple[TrainState, dict[str, jax.Array]]]:
-    """The jit-compiled step; the state is donated."""
+    """The jit-compiled step; the state is donated. With `state`, on a mesh, results stay where its arrays lie."""
 
     def step(state: TrainState, batch: Batch, phase: PhaseValues):
         def loss_fn(params):
@@ -135,4 +165,7 @@ def make_step(
             state, step=state.step + 1, params=params, opt_state=opt_state, ema=ema
         ), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    if state is None:
+        return jax.jit(step, donate_argnums=0)
+    places = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(step, donate_argnums=0, out_shardings=(places, jax.NamedSharding(state.step.sharding.mesh, jax.P())))
