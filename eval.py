@@ -7,6 +7,7 @@ reports a table, eval.json and curve.png in the workdir.
 from absl import flags
 from ml_collections import config_flags
 
+from msa_jax import distributed
 from msa_jax.command import run_command
 from msa_jax.config import ConfigError
 from msa_jax.evaluation import evaluate, write_results
@@ -30,6 +31,8 @@ def _sizes(values: list[str]) -> list[int]:
 def main():
     run = RunConfig.from_dict(_CONFIG.value.to_dict())
     rows = evaluate(run, _WORKDIR.value, _sizes(_MEMORY_TOKENS.value))
+    if not distributed.is_main():
+        return
     text = write_results(rows, run, _WORKDIR.value)
     print(f"\n{text}\n\n{_WORKDIR.value}/eval.json\n{_WORKDIR.value}/curve.png")
 

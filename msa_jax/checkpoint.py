@@ -79,14 +79,21 @@ class Checkpoints:
         return restored.state
 
     def restore_params(self, params: nnx.State, *, ema: bool) -> nnx.State:
-        """Latest parameters alone (or their moving average), given ones of the same shapes.
+        """Latest parameters alone (or their moving average), whole on the first device of this process.
+
+        Args:
+          params: of the same shapes, which is all that is read of them.
 
         Raises:
           CheckpointError: there is none, or its arrays do not fit.
         """
         step = self._need_step()
         name = "ema" if ema else "params"
-        wanted = {name: _abstract(nnx.to_pure_dict(params))}
+        # All processes restore together, so the arrays are on a device of each, whole.
+        firsts = {device.process_index: device for device in reversed(jax.devices())}
+        everywhere = jax.NamedSharding(jax.sharding.Mesh(list(firsts.values()), ("process",)), jax.P())
+        place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)  # noqa: E731
+        wanted = {name: jax.tree.map(place, nnx.to_pure_dict(params))}
         try:
             restored = self._manager.restore(
                 step,
@@ -103,7 +110,7 @@ class Checkpoints:
                 f"{self._folder}/{step}: this checkpoint does not fit the model of the config; use the config it "
                 f"was trained with. ({str(e).splitlines()[0]})"
             ) from e
-        flat = jax.tree.leaves(restored.state[name])
+        flat = [x.addressable_data(0) for x in jax.tree.leaves(restored.state[name])]
         return jax.tree.unflatten(jax.tree.structure(params), flat)
 
     def _need_step(self) -> int:

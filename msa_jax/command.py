@@ -57,16 +57,19 @@ def run_command(main: Callable[[], None]) -> None:
             main()
         except DataError as error:
             distributed.end(f"{pathlib.Path(sys.argv[0]).name}: {error}")  # several faults, a line each
-        except (ConfigError, CheckpointError, TrainingDiverged, OSError) as error:
-            distributed.end(_line(error))
         except (Exception, KeyboardInterrupt) as error:
+            # A timeout of several processes is that of one waiting for another.
+            waited = distributed.several() and isinstance(error, TimeoutError)
+            if isinstance(error, (ConfigError, CheckpointError, TrainingDiverged, OSError)) and not waited:
+                distributed.end(_line(error))
             if not distributed.several():
                 raise
             traceback.print_exc()
             distributed.end(
                 _line(
-                    f"stopped by {type(error).__name__}. Where it tells of a lost connection another process has "
-                    "ended, and its output says why. The same command in all processes goes on from the last checkpoint."
+                    f"stopped by {type(error).__name__}. If it tells of a lost connection or a timeout, another "
+                    "process has ended, and its output says why. The same command in all processes goes on from the "
+                    "last checkpoint."
                 )
             )
 

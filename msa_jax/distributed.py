@@ -28,7 +28,7 @@ _COORDINATOR = flags.DEFINE_string(
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are, with --coordinator.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "0 to num_processes - 1: this process, with --coordinator.")
 _DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False, "Several processes that JAX finds by itself: on TPU pods, under SLURM, Open MPI or Kubernetes."
+    "distributed", False, "Several processes that JAX finds by itself: TPU slices, SLURM, Open MPI, Kubernetes."
 )
 _HEARTBEAT = flags.DEFINE_integer(
     "heartbeat_seconds", 30, "A process that is silent for so long is taken for dead, and the others end."

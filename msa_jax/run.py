@@ -89,6 +89,25 @@ def open_tokenizer(run: RunConfig, workdir: pathlib.Path, *, train: bool) -> Tok
     return tokenizer
 
 
+def model_skeleton(
+    run: RunConfig,
+    tokenizer: Tokenizer,
+    shardings: Shardings = Shardings(),  # noqa: B008
+) -> MSATransformer:
+    """The model of a run, shapes only.
+
+    Raises:
+      ConfigError: the model does not fit the tokenizer.
+    """
+    config = run.model_config(tokenizer.vocab_size)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ConfigError(
+            f"The tokenizer has {tokenizer.vocab_size} tokens and the model's embedding {config.vocab_size} rows; "
+            "use the checkpoint's own tokenizer, with numbers spelt plain."
+        )
+    return nnx.eval_shape(lambda: MSATransformer(config, rngs=nnx.Rngs(0), shardings=shardings))
+
+
 def make_mesh(run: RunConfig) -> jax.sharding.Mesh | None:
     """The mesh of training over all devices of all processes; None: there is one device.
 
@@ -115,19 +134,13 @@ def make_model(run: RunConfig, tokenizer: Tokenizer, mesh: jax.sharding.Mesh | N
     Raises:
       ConfigError: the vocabulary does not fit the model, or the mesh does not divide the model.
     """
-    config = run.model_config(tokenizer.vocab_size)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ConfigError(
-            f"The tokenizer has {tokenizer.vocab_size} tokens and the model's embedding {config.vocab_size} rows; "
-            "use the checkpoint's own tokenizer, with numbers spelt plain."
-        )
     training = run.training
-    shardings = Shardings()
+    shardings = Shardings.training(run.mesh) if mesh else Shardings()
+    skeleton = model_skeleton(run, tokenizer, shardings)
+    config, places = skeleton.config, None
     if mesh:
         check_model(config, mesh)
-        shardings = Shardings.training(run.mesh)
-    skeleton = nnx.eval_shape(lambda: MSATransformer(config, rngs=nnx.Rngs(0), shardings=shardings))
-    places = shardings.parameters(nnx.as_pure(nnx.state(skeleton)), mesh) if mesh else None
+        places = shardings.parameters(nnx.as_pure(nnx.state(skeleton)), mesh)
     if run.init_from:
         return hf.load_model(run.init_from, config, seed=training.seed, mesh=mesh, shardings=shardings)
 

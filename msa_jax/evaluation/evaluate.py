@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
+from msa_jax import distributed
 from msa_jax.bank import encode_bank
 from msa_jax.checkpoint import Checkpoints
 from msa_jax.data import Renderer
@@ -23,7 +24,7 @@ from msa_jax.inference import Answer, interleave
 from msa_jax.metrics import exact_match, f1, precision_recall
 from msa_jax.model import MSATransformer
 from msa_jax.plots import plot_curve
-from msa_jax.run import make_model, make_source, open_tokenizer
+from msa_jax.run import make_source, model_skeleton, open_tokenizer
 from msa_jax.run_config import RunConfig
 
 _LOG = logging.getLogger(__name__)
@@ -46,8 +47,7 @@ def load_model(run: RunConfig, workdir: pathlib.Path) -> tuple[MSATransformer, R
     """The trained model of a run (its moving average, if there is one) and the renderer of its tokenizer."""
     tokenizer = open_tokenizer(run, workdir, train=False)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=run.training.keep_checkpoints)
-    model = make_model(run, tokenizer)
-    graphdef, state = nnx.split(model)
+    graphdef, state = nnx.split(model_skeleton(run, tokenizer))
     params = checkpoints.restore_params(nnx.as_pure(state), ema=run.training.optimizer.ema_decay > 0)
     checkpoints.close()
     return nnx.merge(graphdef, params), Renderer(tokenizer, run.data.document_len, run.data.loss_weights)
@@ -60,44 +60,52 @@ def _recall(scores: np.ndarray, relevant: Sequence[int], n: int) -> float:
     return len(set(best.tolist()) & set(relevant)) / len(set(relevant))
 
 
-def score(memory: Memory, answers: Iterable[Answer]) -> dict[str, Any]:
-    """Means over questions. Answers are consumed one by one, so that their router scores need not be kept."""
-    rows, recalls = [], []
-    for question, answer in zip(memory.questions, answers, strict=True):
+def score(memory: Memory, asked: Sequence[int], answers: Iterable[Answer]) -> list[tuple[int, dict[str, Any]]]:
+    """Scores of questions by their number. Answers are consumed one by one: their router scores need not be kept."""
+    scores = []
+    for number, answer in zip(asked, answers, strict=True):
+        question = memory.questions[number]
         relevant = [memory.place[i] for i in question.supporting_ids]
         wanted = {memory.numbers[i] for i in relevant}
         precision, recall = precision_recall(answer.numbers + answer.unknown, wanted)
-        rows.append(
-            {
-                "id_exact_match": float(set(answer.numbers + answer.unknown) == wanted),
-                "id_precision": precision,
-                "id_recall": recall,
-                "rounds": float(answer.rounds),
-                "answered": float(answer.outcome != "unfinished"),
-            }
-        )
+        row = {
+            "id_exact_match": float(set(answer.numbers + answer.unknown) == wanted),
+            "id_precision": precision,
+            "id_recall": recall,
+            "rounds": float(answer.rounds),
+            "answered": float(answer.outcome != "unfinished"),
+        }
         if question.answers:
-            rows[-1] |= {
+            row |= {
                 "exact_match": exact_match(answer.text, question.answers),
                 "f1": f1(answer.text, question.answers),
             }
         if answer.router_scores is not None:
-            recalls.append([[_recall(s, relevant, n) for s in answer.router_scores] for n in _RECALL])
-    means = {name: float(np.mean([r[name] for r in rows if name in r])) for name in rows[0]}
-    layers = np.mean(recalls, axis=0)
-    return means | {f"router_recall@{n}": layers[i].round(4).tolist() for i, n in enumerate(_RECALL)}
+            row |= {f"router_recall@{n}": [_recall(s, relevant, n) for s in answer.router_scores] for n in _RECALL}
+        scores.append((number, row))
+    return scores
+
+
+def _means(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Over questions that have a score, of router recall by layer."""
+    means = {name: np.mean([row[name] for row in rows if name in row], axis=0) for name in rows[0]}
+    return {name: value.round(4).tolist() if value.ndim else float(value) for name, value in means.items()}
 
 
 def evaluate(run: RunConfig, workdir: str | pathlib.Path, memory_tokens: Sequence[int]) -> list[dict[str, Any]]:
     """One row of scores for every size of memory, in the order given; answers are generated freely.
 
+    Of several processes each encodes the memory on its own devices and asks every so-manieth batch of questions.
+    Batches are those of one process, and so are the answers. All processes return the same.
+
     Raises:
       ConfigError, DataError, CheckpointError: settings, data or run that do not fit.
     """
     workdir, settings = pathlib.Path(workdir), run.evaluation
+    distributed.agree(run.to_dict() | {"workdir": str(workdir), "memory_tokens": list(memory_tokens)})
     model, renderer = load_model(run, workdir)
     source = make_source(run.data, renderer.tokenizer, "eval")
-    rows = []
+    main, rows = distributed.is_main(), []
     for size in memory_tokens:
         memory = build_memory(
             source, renderer,
@@ -105,15 +113,20 @@ def evaluate(run: RunConfig, workdir: str | pathlib.Path, memory_tokens: Sequenc
             chunk_size=model.config.chunk_size, row_len=run.row_len(model.config.chunk_size), seed=settings.seed,
         )  # fmt: skip
         begin = time.monotonic()
-        bank = encode_bank(model, memory.packed, rows_per_step=settings.rows_per_step, progress=True)
+        bank = encode_bank(model, memory.packed, rows_per_step=settings.rows_per_step, progress=main)
         jax.block_until_ready(bank)
         encoded = time.monotonic()
+        batch, index, count = settings.batch_size, jax.process_index(), jax.process_count()
+        mine = [i for i in range(len(memory.questions)) if i // batch % count == index]
         answers = interleave(
-            model, bank, memory.originals, [q.question for q in memory.questions], renderer,
-            max_rounds=settings.max_rounds, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size,
+            model, bank, memory.originals, [memory.questions[i].question for i in mine], renderer,
+            max_rounds=settings.max_rounds, max_new_tokens=settings.max_new_tokens, batch_size=batch,
         )  # fmt: skip
-        progress = tqdm(answers, total=len(memory.questions), desc="ask", unit="question", mininterval=1.0)
-        scores = score(memory, progress)
+        progress = tqdm(
+            answers, total=len(mine), desc="ask", unit="question", mininterval=1.0, disable=not main
+        )  # fmt: skip
+        parts = distributed.gather(score(memory, mine, progress))
+        scores = _means([row for _, row in sorted(sum(parts, []), key=lambda pair: pair[0])])
         asked = time.monotonic()
         rows.append(
             {

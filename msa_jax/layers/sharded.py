@@ -46,6 +46,12 @@ def _batch(mesh: jax.sharding.AbstractMesh, layout: DocumentLayout, size: int) -
     return "data" if free and size % mesh.shape["data"] == 0 else None
 
 
+def _heads(mesh: jax.sharding.AbstractMesh, memory: LayerMemory) -> str | None:
+    """The mesh axis of heads, unless documents have it or the layer's content is not its own arrays."""
+    free = "model" in mesh.axis_names and "model" not in memory.layout.axes and memory.index is None
+    return "model" if free and memory.content_k.shape[-2] % mesh.shape["model"] == 0 else None
+
+
 def _local(layout: DocumentLayout) -> DocumentLayout:
     """A device's part of a layout, numbered from 0."""
     device = jax.lax.axis_index(layout.axes) if layout.axes else 0
@@ -153,12 +159,13 @@ def attend(
         )  # fmt: skip
         return out[None], lse[None]
 
-    by_batch, parts = P(batch), P(axes, batch)
+    heads = _heads(mesh, memory)
+    by_batch, by_head, parts = P(batch), P(batch, None, heads), P(axes, batch, None, heads)
     out, lse = jax.shard_map(
         local,
         mesh=mesh,
         in_specs=(
-            by_batch, by_batch, by_batch, _memory_specs(memory), by_batch, by_batch, by_batch, by_batch,
+            by_head, by_head, by_head, _memory_specs(memory, heads), by_batch, by_batch, by_head, by_batch,
         ),
         out_specs=(parts, parts),
         check_vma=False,
@@ -166,11 +173,11 @@ def attend(
     return merge(out, lse)[0]
 
 
-def _memory_specs(memory: LayerMemory) -> LayerMemory:
+def _memory_specs(memory: LayerMemory, heads: str | None) -> LayerMemory:
     """Of a layer's content, its scales and layout."""
     lead, axes = () if memory.index is None else (None,), memory.layout.axes or None
-    specs = dict.fromkeys(("content_k", "content_v"), P(*lead, axes))
-    specs |= dict.fromkeys(("content_k_scale", "content_v_scale"), P(*lead, None, axes))
+    specs = dict.fromkeys(("content_k", "content_v"), P(*lead, axes, heads))
+    specs |= dict.fromkeys(("content_k_scale", "content_v_scale"), P(*lead, heads, axes))
     specs = {name: spec for name, spec in specs.items() if getattr(memory, name) is not None}
     rest = jax.tree.map(lambda _: P(), dataclasses.replace(memory, layout=None, **dict.fromkeys(specs)))
     return dataclasses.replace(rest, layout=_layout_specs(memory.layout), **specs)
