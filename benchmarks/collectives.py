@@ -33,6 +33,7 @@ from msa_jax.training.step import init_state, make_step
 _OPS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
 _INSTRUCTION = re.compile(rf"= (.*?) ({_OPS})(?:-start)?\(")
 _ARRAY = re.compile(r"(pred|[a-z]+?(\d+)[a-z0-9]*)\[([\d,]*)\]")
+_GROUPS = re.compile(r"replica_groups=(?:\{\{(\d+(?:,\d+)*)\}|\[\d+,(\d+)\])")
 _HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _WHILE = re.compile(r" while\(.*body=%?([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
@@ -65,6 +66,8 @@ def collectives(hlo: str) -> list[Collective]:
         found = []
         for line in bodies.get(name, ()):
             if match := _INSTRUCTION.search(line):
+                if _group_size(line) == 1:
+                    continue  # XLA keeps some that send nothing
                 source = re.search(r'op_name="([^"]*)"', line)
                 found.append(Collective(match[2], _bytes(match[1]), times, source[1] if source else ""))
             elif body := _WHILE.search(line):
@@ -75,6 +78,12 @@ def collectives(hlo: str) -> list[Collective]:
         return found
 
     return walk(entry, 1)
+
+
+def _group_size(line: str) -> int | None:
+    """How many devices take part; None where the line does not say."""
+    groups = _GROUPS.search(line)
+    return groups and (int(groups[2]) if groups[2] else groups[1].count(",") + 1)
 
 
 def _bytes(shapes: str) -> int:
@@ -171,7 +180,8 @@ def main(_):
         count[c.op, where] += c.times
     for (op, where), nbytes in table.most_common(_SHOW.value):
         print(f"{nbytes:>12,} B {count[op, where]:>5} x {op:<20} {where}")
-    print(f"{sum(table.values()):>12,} B in all; encoding: {len(collectives(compile_encode(config, mesh, 64)))} collectives")
+    encoding = collectives(compile_encode(config, mesh, _DOCUMENTS.value))
+    print(f"{sum(table.values()):>12,} B in all; encoding documents: {len(encoding)} collectives")
 
 
 if __name__ == "__main__":

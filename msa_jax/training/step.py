@@ -92,8 +92,15 @@ def loss_and_metrics(
     training: TrainingConfig,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """`lm_weight * L_LM + aux_weight * L_aux` (paper eq. 5) and the figures to log."""
-    asked = batch.questions
     output = forward(model, batch, prefix, mean_over_tokens=phase.mean_over_tokens)
+    return loss_of(model, batch, output, phase, training)
+
+
+def loss_of(
+    model: MSATransformer, batch: Batch, output: ModelOutput, phase: PhaseValues, training: TrainingConfig
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """As `loss_and_metrics`, of what `forward` gave."""
+    asked = batch.questions
     # Only positions that predict something pass the vocabulary projection. Nothing predicts token 0.
     is_target = (asked.loss_weights > 0).at[:, 0].set(False)
     _, where = jax.lax.top_k(is_target.astype(jnp.float32), training.max_targets or is_target.shape[1])

@@ -31,11 +31,11 @@ def final_params(settings, workdir):
 
 
 def command(root, config_file, workdir):
-    # The device count of the tests is kept: bit-exactness is claimed for the same devices.
+    # One device, the program without a mesh; tests in this process run on all devices that it has.
     return subprocess.Popen(
         [sys.executable, root / "train.py", f"--config={config_file}", f"--workdir={workdir}"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=os.environ | {"PYTHONPATH": str(root)},
+        env=os.environ | {"PYTHONPATH": str(root), "XLA_FLAGS": "--xla_force_host_platform_device_count=1"},
     )  # fmt: skip
 
 
@@ -55,8 +55,8 @@ def test_a_run_learns_and_survives_every_interruption(root, settings, config_fil
     """Loss falls and recall rises beyond stated bounds; SIGTERM, SIGKILL and resuming change no bit."""
     run = RunConfig.from_dict(settings)
     whole = tmp_path / "whole"
-    result = train_run(run, whole)
-    assert result.finished and result.step == 120
+    output, _ = command(root, config_file, whole).communicate(timeout=240)
+    assert "'step': 120, 'finished': True" in output, output
     rows = logged(whole)
     assert [r["step"] for r in rows] == list(range(1, 121))
     early = np.mean([r["recall@1"] for r in rows[:10]])
@@ -99,7 +99,7 @@ def test_a_run_learns_and_survives_every_interruption(root, settings, config_fil
     assert (cut / "curve.png").stat().st_size > 5000
 
     # A workdir is one run's.
-    settings["data"]["num_documents"] = 17
+    settings["data"]["num_documents"] = 18
     with pytest.raises(ConfigError, match=r"other settings of data.num_documents"):
         train_run(RunConfig.from_dict(settings), cut)
 
