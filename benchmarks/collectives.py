@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 import os
 import re
 
@@ -33,7 +34,8 @@ from msa_jax.training.step import init_state, make_step
 _OPS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
 _INSTRUCTION = re.compile(rf"= (.*?) ({_OPS})(?:-start)?\(")
 _ARRAY = re.compile(r"(pred|[a-z]+?(\d+)[a-z0-9]*)\[([\d,]*)\]")
-_GROUPS = re.compile(r"replica_groups=(?:\{\{(\d+(?:,\d+)*)\}|\[\d+,(\d+)\])")
+# Three ways of writing them: lists of devices, a shape, or a mesh and some of its axes.
+_GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\]|mesh\[([^\]]*)\] \{([^}]*)\})")
 _HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _WHILE = re.compile(r" while\(.*body=%?([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
@@ -82,8 +84,13 @@ def collectives(hlo: str) -> list[Collective]:
 
 def _group_size(line: str) -> int | None:
     """How many devices take part; None where the line does not say."""
-    groups = _GROUPS.search(line)
-    return groups and (int(groups[2]) if groups[2] else groups[1].count(",") + 1)
+    if not (groups := _GROUPS.search(line)):
+        return None
+    listed, shape, mesh, axes = groups.groups()
+    if mesh:
+        sizes = dict(axis.split("=") for axis in mesh.split(","))
+        return math.prod(int(sizes[axis]) for axis in axes.split(","))
+    return int(shape) if shape else listed.count(",") + 1
 
 
 def _bytes(shapes: str) -> int:
