@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from msa_jax.data.batch import Batch, Sample, pack_documents, pack_questions, rows_needed
+from msa_jax.data.batch import Batch, Sample, pack_documents, pack_parts, pack_questions, rows_needed
 from msa_jax.data.records import DataError
 
 PAD = 999
@@ -56,6 +56,26 @@ def test_packed_documents_can_be_read_back(case):
         present = sum(s * chunk // row_len == row for s in batch.starts[: len(documents)])
         assert sorted(set(segments.tolist()) - {0}) == list(range(1, present + 1))
         assert (np.diff(segments[segments > 0]) >= 0).all()
+
+
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 3), st.data())
+def test_parts_are_equal_and_hold_their_documents_whole(parts, each, spare_rows, data):
+    chunk, row_len = 3, 12
+    sizes = data.draw(st.lists(st.integers(1, row_len), min_size=parts * each, max_size=parts * each))
+    documents = tokens_of(sizes)
+    rows = parts * (each + spare_rows)
+    batch = pack_parts(documents, parts, chunk_size=chunk, row_len=row_len, num_rows=rows, pad_id=PAD)
+    chunks = rows * row_len // chunk // parts
+    flat, owners = batch.tokens.reshape(-1, chunk), np.full(parts * chunks, len(documents))
+    for i, document in enumerate(documents):
+        own = slice(batch.starts[i], batch.starts[i] + batch.lengths[i])
+        assert flat[own].ravel()[: len(document)].tolist() == document.tolist()
+        assert own.start // chunks == (own.stop - 1) // chunks == i // each
+        owners[own] = i
+    assert batch.chunk_documents.tolist() == owners.tolist()
+    one = pack_documents(documents, chunk_size=chunk, row_len=row_len, num_rows=rows, pad_id=PAD)
+    if parts == 1:
+        jax.tree.map(np.testing.assert_array_equal, batch, one)
 
 
 @given(packings())
