@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +12,7 @@ from msa_jax.bank.reader import ARRAYS
 from msa_jax.bank.transfer import Field
 
 HOST = "pinned_host"
+Sharding = jax.sharding.SingleDeviceSharding | jax.sharding.NamedSharding
 # By name of the values: their scales, and the axes of the values [L_r, C, M] or [L_r, C, K, D] that scales have.
 _SCALES = {
     "routing_keys": ("key_scale", (0, 1)),
@@ -26,7 +25,7 @@ _QUANTISED_AT_ONCE = 1 << 17
 
 
 def empty(
-    spec: BankSpec, chunks: int, dtypes: dict[str, str | None], shardings: dict[str, jax.sharding.Sharding]
+    spec: BankSpec, chunks: int, dtypes: dict[str, str | None], shardings: dict[str, Sharding]
 ) -> dict[str, jax.Array]:
     """Zeros for a bank of C = `chunks`, by name; with scales where values are int8.
 
@@ -35,7 +34,7 @@ def empty(
       shardings: by name of values, those that are wanted. Scales lie on the same devices, and never on the host.
 
     Raises:
-      BankError: a dtype that is neither, or scales under a sharding that says nothing of axes.
+      BankError: a dtype that is neither.
     """
     arrays = {}
     for name, sharding in shardings.items():
@@ -59,10 +58,13 @@ def resize(arrays: dict[str, jax.Array], chunks: int) -> None:
         arrays[name] = _zeros(shape, array.dtype, array.sharding)
 
 
-def _zeros(shape, dtype, sharding: jax.sharding.Sharding) -> jax.Array:
+def _zeros(shape, dtype, sharding: Sharding) -> jax.Array:
     if sharding.memory_kind == HOST:
         # Not made on the device, which may be smaller; NumPy's zeros take no memory until they are written.
-        return jax.device_put(np.zeros(shape, dtype), sharding)
+        if sharding.num_devices == 1:
+            return jax.device_put(np.zeros(shape, dtype), sharding)
+        part = sharding.shard_shape(tuple(shape))
+        return jax.make_array_from_callback(tuple(shape), sharding, lambda _: np.zeros(part, dtype))
     return jnp.zeros(shape, dtype, device=sharding)
 
 
@@ -92,20 +94,10 @@ def _chunk_axis(name: str) -> int:
     return 2 if name in ("content_k_scale", "content_v_scale") else 1
 
 
-def chunk_shards(sharding: jax.sharding.Sharding) -> int:
-    """Into how many parts a sharding of [L_r, C, ...] cuts the axis of chunks; 1 if it does not say."""
-    if not isinstance(sharding, jax.sharding.NamedSharding) or len(sharding.spec) < 2 or sharding.spec[1] is None:
-        return 1
-    axes = sharding.spec[1] if isinstance(sharding.spec[1], tuple) else (sharding.spec[1],)
-    return math.prod(sharding.mesh.shape[axis] for axis in axes)
-
-
-def _of_axes(sharding: jax.sharding.Sharding, axes: tuple[int, ...]) -> jax.sharding.Sharding:
+def _of_axes(sharding: Sharding, axes: tuple[int, ...]) -> Sharding:
     """The sharding of an array on the devices that has these axes only, in this order."""
     if isinstance(sharding, jax.sharding.SingleDeviceSharding):
         (device,) = sharding.device_set
         return jax.sharding.SingleDeviceSharding(device)
-    if not isinstance(sharding, jax.sharding.NamedSharding):
-        raise BankError(f"int8 needs a sharding by names of axes for its scales: give a NamedSharding, not {sharding}.")
     spec = [*sharding.spec, None, None, None, None]
     return jax.sharding.NamedSharding(sharding.mesh, jax.P(*(spec[a] for a in axes)))

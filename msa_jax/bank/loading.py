@@ -12,14 +12,16 @@ import numpy as np
 
 from msa_jax import tiers
 from msa_jax.bank import transfer
-from msa_jax.bank.arrays import HOST, chunk_shards, empty, fields_of, resize
+from msa_jax.bank.arrays import HOST, empty, fields_of, resize
 from msa_jax.bank.disk_content import DiskContent
 from msa_jax.bank.manifest import BankError, BankSpec
 from msa_jax.bank.placement import Placement
 from msa_jax.bank.reader import BankReader
 from msa_jax.memory import DocumentLayout, MemoryBank
+from msa_jax.sharding import Shardings, put
 
 _LOG = logging.getLogger(__name__)
+_INFERENCE = Shardings.inference()
 
 
 @dataclasses.dataclass(eq=False)
@@ -84,16 +86,17 @@ class LoadedBank:
     def refresh(self, store: BankReader, *, progress: bool = False) -> LoadedBank:
         """The bank at the version of `store`, a reader of another version or a writer that went on.
 
-        What is new is read and written behind the rest, in place: nothing else is read or moved, and no shape
-        changes, so nothing is compiled anew for questions unless a document is longer than all before. Deleted
-        documents keep their place as nobody's. All is loaded anew, with room to grow, when the capacity is
-        outgrown or the store was compacted or is another bank of the model; a line of the log says so.
+        What is new is read and written behind the rest, in place, on the devices with most room: nothing else is
+        read or moved, and no shape changes, so nothing is compiled anew for questions unless a document is longer
+        than all before. Deleted documents keep their place as nobody's. All is loaded anew, with room to grow, when
+        what is new does not fit behind the rest or the store was compacted or is another bank of the model; a line
+        of the log says so.
 
         Use what is returned from then on, and nothing of this one: its arrays are donated. When reading fails, this
         one stands as it was, unless all was being loaded anew: then `load` again.
 
         Args:
-          store: an open bank of the same model.
+          store: an open bank of the same model; in several processes, at the same version in all.
           progress: show a progress bar of bytes read.
 
         Raises:
@@ -111,14 +114,13 @@ class LoadedBank:
             _LOG.info("%s: version %d is loaded anew, into room for %d chunks", store.path, after.version, room)
             if room != before.source.size:
                 resize(arrays, room)
-            transfer.write(store, fields, arrays, after.source, 0, after.chunks, progress=progress)
+            transfer.write(store, fields, arrays, after.source, after.filled(), progress=progress)
         else:
             try:
-                new = before.chunks, after.chunks
-                transfer.write(store, fields, arrays, after.source, *new, progress=progress)
+                transfer.write(store, fields, arrays, after.source, after.filled(before), progress=progress)
             finally:
                 self.bank = self.bank.replace(**arrays)
-        after = _loaded(store, arrays, after, self.bank.layout.starts.sharding)
+        after = _loaded(store, arrays, after, self.bank.layout.starts.sharding, self.bank.layout.axes)
         self.close()
         return after
 
@@ -136,29 +138,32 @@ def load(
     content: str = "device",
     key_dtype: str | None = None,
     content_dtype: str | None = None,
-    sharding: jax.sharding.Sharding | None = None,
-    layout_sharding: jax.sharding.Sharding | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    shardings: Shardings = _INFERENCE,
     progress: bool = False,
 ) -> LoadedBank:
-    """Load live documents onto the device.
+    """Load live documents onto the device, or spread over those of a mesh.
 
-    Every device's part is read from disk for itself, piece by piece: the host holds some pieces at a time.
+    Every device's part is read from disk for itself, piece by piece: the host holds some pieces at a time, and a
+    process reads what its own devices hold. Parts are equal in size, so that the fullest one sets C; a document is
+    whole in one part.
 
     Args:
-      store: an open bank.
+      store: an open bank; in several processes, at the same version in all.
       namespaces: which ones; default all.
       room: capacity beyond what is needed, as part of it, for `refresh` to grow into. Capacities are padded to a few
         sizes anyhow, by up to a quarter.
       content: where content goes: "device"; "host", into its pinned memory; or "disk", where it stays, and where
         what a question selected is read from.
       key_dtype, content_dtype: "int8" quantises routing keys or content while they are read; default as stored.
-      sharding: of arrays [L_r, C, ...]; default the first device.
-      layout_sharding: of the layout's arrays [C] and [N]; default the first device.
+      mesh: use the bank under `jax.set_mesh` of it. Default: all goes to the first device.
+      shardings: `bank` names the axes of the mesh over which documents are spread; what other axes tell apart holds
+        the same. With None every device holds all.
       progress: show a progress bar of bytes read.
 
     Raises:
-      BankError: no such namespace, tier or dtype, or a bank that cannot be read.
-      ValueError: content off the device for a bank on several devices.
+      BankError: no such namespace, tier, dtype or axis, or a bank that cannot be read.
+      ValueError: content off the device for a bank of which every device holds all.
     """
     if content not in ("device", "host", "disk"):
         raise BankError(f"load: content goes to 'device', 'host' or 'disk', not to {content!r}.")
@@ -168,24 +173,42 @@ def load(
     unknown = [name for name in namespaces or () if name not in names]
     if unknown:
         raise BankError(f"{store.path}: no namespace {unknown[0]!r}: it has {', '.join(names)}.")
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    sharding, layout_sharding = sharding or device, layout_sharding or device
-    multiple = math.lcm(128, chunk_shards(sharding))
-    placement = Placement.of(store, only=namespaces, room=room, multiple=multiple)
-    tiers.require_one_device(sharding, content)
+    axes = None if mesh is None else shardings.bank
+    sharding, layout_sharding = _shardings(mesh, axes)
+    if axes is None:
+        tiers.require_one_device(sharding, content)
+    parts = math.prod(mesh.shape[axis] for axis in axes or ())
+    placement = Placement.of(store, only=namespaces, room=room, parts=parts)
     dtypes = dict(routing_keys=key_dtype, content_k=content_dtype, content_v=content_dtype)
-    shardings = dict(routing_keys=sharding)
+    places = dict(routing_keys=sharding)
     if content != "disk":
         place = sharding.with_memory_kind(HOST) if content == "host" else sharding
-        shardings |= dict(content_k=place, content_v=place)
-    arrays = empty(spec, placement.source.size, dtypes, shardings)
-    transfer.write(store, fields_of(arrays), arrays, placement.source, 0, placement.chunks, progress=progress)
-    return _loaded(store, arrays, placement, layout_sharding)
+        places |= dict(content_k=place, content_v=place)
+    arrays = empty(spec, placement.source.size, dtypes, places)
+    transfer.write(store, fields_of(arrays), arrays, placement.source, placement.filled(), progress=progress)
+    return _loaded(store, arrays, placement, layout_sharding, axes)
 
 
-def _loaded(store, arrays, placement, layout_sharding) -> LoadedBank:
+def _shardings(mesh: jax.sharding.Mesh | None, axes: tuple[str, ...] | None):
+    """Of arrays [L_r, C, ...], and of the layout's [C] and [N].
+
+    Raises:
+      BankError: the mesh has no such axis.
+    """
+    if mesh is None:
+        return (jax.sharding.SingleDeviceSharding(jax.local_devices()[0]),) * 2
+    missing = [axis for axis in axes or () if axis not in mesh.axis_names]
+    if missing:
+        raise BankError(
+            f"load: the mesh has the axes {', '.join(mesh.axis_names)} and no {missing[0]!r}, over which "
+            "shardings.bank spreads documents: make it with MeshConfig, or name axes it has."
+        )
+    return tuple(jax.sharding.NamedSharding(mesh, jax.P(*lead, axes or None)) for lead in ((None,), ()))
+
+
+def _loaded(store, arrays, placement, layout_sharding, axes) -> LoadedBank:
     parts = {name: getattr(placement, name) for name in ("chunk_documents", "starts", "lengths")}
-    layout = DocumentLayout(**jax.device_put(parts, layout_sharding), max_length=placement.max_length)
+    layout = DocumentLayout(**put(parts, layout_sharding), max_length=placement.max_length, axes=axes)
     if "content_k" in arrays:
         return LoadedBank(MemoryBank(**arrays, layout=layout), placement, store.spec)
     # Of its own, so that `store` may write, go on to other versions, or be closed.

@@ -8,36 +8,24 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from msa_jax.bank.capacity import capacity_for, shares_of
 from msa_jax.bank.database import url_of
 from msa_jax.bank.reader import BankReader
 from msa_jax.bank.table import LENGTH, NAMESPACE, START
 
-# Capacities are a power of two times one of these, so that a growing bank is compiled for seldom and wastes at
-# most a fifth.
-_STEPS = (8, 10, 12, 14)
 # What a bank that was outgrown gets beyond what it needs, so that it is not outgrown again by the next document.
 _ROOM_AFTER = 1 / 16
 # Bits of a text's key that hold its namespace.
 _NAMESPACE_BITS = 24
 
 
-def capacity_for(size: int, *, multiple: int = 128) -> int:
-    """The smallest capacity of at least `size` that banks are padded to, a multiple of `multiple`."""
-    power = 0
-    while True:
-        for step in _STEPS:
-            capacity = -(-(step << power) // multiple) * multiple
-            if capacity >= size:
-                return capacity
-        power += 1
-
-
 @dataclasses.dataclass(frozen=True)
 class Placement:
     """Where the documents of one version of a store are on the device. Arrays are NumPy's, on the host.
 
-    Documents and chunks are placed in the order they came. What was deleted keeps its place, as nobody's, until all
-    is placed anew.
+    Places are in S equal parts, one for each device that shares the bank; a document's chunks lie in its part. In each
+    part documents and chunks are in the order they came. What was deleted keeps its place, as nobody's, until all is
+    placed anew.
 
     Attributes:
       origin: the store's place, and the database in it whose chunk numbers these are.
@@ -50,10 +38,9 @@ class Placement:
       starts, lengths: [N] int32, chunks of each document; length 0 where there is none.
       chunk_documents: [C] int32, N for a chunk of no document.
       source: [C] int64, where each chunk is on disk, -1 for those never filled.
-      documents, chunks: how many places are taken, by the deleted too.
+      documents, chunks: [S] int64, how many places of each part are taken, by the deleted too: its first ones.
       max_length: bound on lengths that the layout is compiled for.
       room: spare capacity asked for, as part of what is needed.
-      multiple: what C is a multiple of, so that devices hold equal parts of it.
     """
 
     origin: tuple[str, str]
@@ -66,11 +53,10 @@ class Placement:
     lengths: np.ndarray
     chunk_documents: np.ndarray
     source: np.ndarray
-    documents: int
-    chunks: int
+    documents: np.ndarray
+    chunks: np.ndarray
     max_length: int
     room: float
-    multiple: int
 
     @classmethod
     def of(
@@ -79,7 +65,7 @@ class Placement:
         *,
         only: Sequence[str] | None,
         room: float,
-        multiple: int = 128,
+        parts: int = 1,
         like: Placement | None = None,
     ) -> Placement:
         """Place all live documents of a store.
@@ -87,7 +73,7 @@ class Placement:
         Args:
           only: namespaces; names that the store does not have stand for no document. None means all.
           room: spare capacity, as part of what is needed.
-          multiple: C is a multiple of it.
+          parts: S. They get about as many chunks each, of documents that lie side by side on disk.
           like: keep the sizes of this one, which are compiled for, where that wastes less than half.
         """
         keys, rows = _texts(store, only)
@@ -96,9 +82,14 @@ class Placement:
         def kept(wanted, before):
             return before if wanted <= before < 2 * wanted else wanted
 
-        needed = math.ceil(lengths.sum() * (1 + room))
-        chunks = kept(capacity_for(needed, multiple=multiple), like.source.size if like else 0)
-        documents = kept(capacity_for(math.ceil(len(rows) * (1 + room))), like.rows.size if like else 0)
+        none = np.zeros(parts, np.int64)
+        shares = shares_of(lengths, none, none, int(lengths.sum()), len(rows))
+
+        def room_for(sizes, before):
+            return kept(parts * capacity_for(math.ceil(max(sizes) * (1 + room))), before)
+
+        chunks = room_for([lengths[share].sum() for share in shares], like.source.size if like else 0)
+        documents = room_for([len(rows[share]) for share in shares], like.rows.size if like else 0)
         longest = capacity_for(int(lengths.max(initial=1)), multiple=1)
         empty = cls(
             origin=origin_of(store),
@@ -111,20 +102,20 @@ class Placement:
             lengths=np.zeros(documents, np.int32),
             chunk_documents=np.full(chunks, documents, np.int32),
             source=np.full(chunks, -1, np.int64),
-            documents=0,
-            chunks=0,
+            documents=none,
+            chunks=none,
             max_length=kept(longest, like.max_length if like else 0),
             room=room,
-            multiple=multiple,
         )
-        return empty._with(keys, rows, lengths)
+        return empty._with(keys, rows, lengths, shares)
 
     def follow(self, store: BankReader) -> Placement | None:
-        """The placement of another version: what is not in it becomes nobody's, what is new comes behind the rest.
+        """The placement of another version: what is not in it becomes nobody's, what is new comes behind the rest of
+        the parts with most room.
 
         Returns:
           This one for the same version. None when what stands on the device cannot stay where it is: the bank was
-          compacted or is another one, or has outgrown its capacity.
+          compacted or is another one, or has outgrown its parts.
         """
         if origin_of(store) != self.origin:
             return None
@@ -143,7 +134,8 @@ class Placement:
         gone = np.setdiff1d(placed, stays, assume_unique=True)
         fresh = rows[~found]
         lengths = store.table.columns[fresh, LENGTH]
-        if self.documents + len(fresh) > self.rows.size or self.chunks + lengths.sum() > self.source.size:
+        shares = shares_of(lengths, self.chunks, self.documents, self.part_chunks, self.part_documents)
+        if shares is None:
             return None
         changed = {name: getattr(self, name).copy() for name in ("rows", "namespaces", "lengths")}
         changed["rows"][stays] = rows[found]
@@ -153,35 +145,53 @@ class Placement:
         names = tuple(store.table.namespaces)
         return dataclasses.replace(
             self, version=store.version, names=names, chunk_documents=nobody[self.chunk_documents], **changed
-        )._with(keys[~found], fresh, lengths)
+        )._with(keys[~found], fresh, lengths, shares)
 
     def anew(self, store: BankReader) -> Placement:
         """All live documents of a store placed as they were asked for, with some room to grow into."""
         room = max(self.room, _ROOM_AFTER)
-        return Placement.of(store, only=self.only, room=room, multiple=self.multiple, like=self)
+        return Placement.of(store, only=self.only, room=room, parts=len(self.chunks), like=self)
 
-    def _with(self, keys, rows, lengths) -> Placement:
-        """Texts that are new, placed behind all others."""
-        first, last = self.documents, self.documents + len(rows)
-        ends = self.chunks + np.cumsum(lengths)
-        chunks = int(ends[-1]) if len(rows) else self.chunks
-        changed = {name: getattr(self, name).copy() for name in ("rows", "namespaces", "starts", "lengths")}
-        changed["rows"][first:last] = rows
-        changed["namespaces"][first:last] = keys & ((1 << _NAMESPACE_BITS) - 1)
-        changed["starts"][first:last] = ends - lengths
-        changed["lengths"][first:last] = lengths
-        owners, source = self.chunk_documents.copy(), self.source.copy()
-        owners[self.chunks : chunks] = np.repeat(np.arange(first, last), lengths)
-        # Chunk i of a text lies on disk as far behind its first as on the device.
-        source[self.chunks : chunks] = np.arange(self.chunks, chunks) + np.repeat(
-            (keys >> _NAMESPACE_BITS) - (ends - lengths), lengths
-        )
+    @property
+    def part_chunks(self) -> int:
+        """Chunks that a part has room for, C / S."""
+        return self.source.size // len(self.chunks)
+
+    @property
+    def part_documents(self) -> int:
+        """Documents that a part has room for, N / S."""
+        return self.rows.size // len(self.documents)
+
+    def filled(self, since: Placement | None = None) -> list[tuple[int, int]]:
+        """Range of chunks that each part has filled, since an earlier placement that this one follows."""
+        before = since.chunks if since else np.zeros_like(self.chunks)
+        origins = self.part_chunks * np.arange(len(self.chunks))
+        return list(zip((origins + before).tolist(), (origins + self.chunks).tolist(), strict=True))
+
+    def _with(self, keys, rows, lengths, shares) -> Placement:
+        """Texts that are new, placed behind all others of the parts whose shares they are."""
+        names = "rows", "namespaces", "starts", "lengths", "chunk_documents", "source", "documents", "chunks"
+        new = {name: getattr(self, name).copy() for name in names}
+        for part, share in enumerate(shares):
+            first = part * self.part_documents + self.documents[part]
+            here = slice(first, first + len(rows[share]))
+            chunk = part * self.part_chunks + self.chunks[part]
+            starts = chunk + np.cumsum(lengths[share]) - lengths[share]
+            chunks = slice(chunk, chunk + lengths[share].sum())
+            new["rows"][here] = rows[share]
+            new["namespaces"][here] = keys[share] & ((1 << _NAMESPACE_BITS) - 1)
+            new["starts"][here] = starts
+            new["lengths"][here] = lengths[share]
+            new["chunk_documents"][chunks] = np.repeat(np.arange(here.start, here.stop), lengths[share])
+            # Chunk i of a text lies on disk as far behind its first as on the device.
+            behind = np.repeat((keys[share] >> _NAMESPACE_BITS) - starts, lengths[share])
+            new["source"][chunks] = np.arange(chunks.start, chunks.stop) + behind
+            new["documents"][part] += len(rows[share])
+            new["chunks"][part] += lengths[share].sum()
         longest = int(lengths.max(initial=1))
         if longest > self.max_length:
-            changed["max_length"] = capacity_for(longest, multiple=1)
-        return dataclasses.replace(
-            self, chunk_documents=owners, source=source, documents=last, chunks=chunks, **changed
-        )
+            new["max_length"] = capacity_for(longest, multiple=1)
+        return dataclasses.replace(self, **new)
 
 
 def origin_of(store: BankReader) -> tuple[str, str]:

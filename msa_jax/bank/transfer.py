@@ -11,7 +11,7 @@ import collections
 import concurrent.futures
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -68,12 +68,11 @@ def write(
     fields: Mapping[str, Field],
     arrays: dict[str, jax.Array],
     source: np.ndarray,
-    first: int,
-    last: int,
+    spans: Sequence[tuple[int, int]],
     *,
     progress: bool = False,
 ) -> None:
-    """Fill chunks `first` to `last` of every array from disk; what is behind them may be set to zero.
+    """Fill ranges of chunks of every array from disk; what is behind one in a device's part may be set to zero.
 
     Args:
       store: an open bank.
@@ -81,6 +80,7 @@ def write(
       arrays: by name, all that `fields` name. They are donated; the dictionary holds the new ones afterwards, even
         if reading failed half way.
       source: [C] int64, where each chunk is on disk.
+      spans: (first, last) of the chunks to fill; what devices of other processes hold of them is theirs to fill.
       progress: show a progress bar of bytes read.
 
     Raises:
@@ -91,11 +91,11 @@ def write(
     for stored_name, field in fields.items():
         for name, axis in field.axes.items():
             for number, shard in enumerate(arrays[name].addressable_shards):
-                spans = [shard.index[a].indices(arrays[name].shape[a])[:2] for a in (0, axis)]
+                held = [shard.index[a].indices(arrays[name].shape[a])[:2] for a in (0, axis)]
                 rest = tuple(slice(None) if a in (0, axis) else s for a, s in enumerate(shard.index))
-                holders.setdefault(_Part(stored_name, *spans), []).append((name, number, axis, rest))
+                holders.setdefault(_Part(stored_name, *held), []).append((name, number, axis, rest))
     stored = {name: store.array(name) for name in fields}
-    pieces = [piece for part in holders for piece in _pieces(part, stored[part.field], first, last)]
+    pieces = [piece for part in holders for span in spans for piece in _pieces(part, stored[part.field], *span)]
     total = sum(_bytes_of(piece, stored) for piece in pieces)
 
     def read(piece):
@@ -124,7 +124,17 @@ def write(
 
 def _shards(array: jax.Array) -> list[jax.Array]:
     """The parts of an array that this process holds. What is on one device is its own part, not a view of itself."""
-    return [array] if array.sharding.num_devices == 1 else [shard.data for shard in array.addressable_shards]
+    if array.sharding.num_devices == 1:
+        return [array]
+    # A view's type says that it is in the device's memory, even of what is in the host's, unless its mesh is named.
+    parts = [shard.data for shard in array.addressable_shards]
+    meshes = [jax.sharding.Mesh(np.array([part.device]), "one") for part in parts]
+    kind = array.sharding.memory_kind
+    places = [jax.sharding.NamedSharding(mesh, jax.P(), memory_kind=kind) for mesh in meshes]
+    return [
+        jax.make_array_from_single_device_arrays(part.shape, place, [part])
+        for part, place in zip(parts, places, strict=True)
+    ]
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames="axis")

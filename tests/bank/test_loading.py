@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msa_jax.bank import change, transfer
+from msa_jax.bank.capacity import capacity_for
 from msa_jax.bank.loading import load
 from msa_jax.bank.manifest import BankError, BankSpec
-from msa_jax.bank.placement import capacity_for
 from msa_jax.bank.store import Encoded, MemoryStore
 from msa_jax.bank.table import BankDocument
+from msa_jax.sharding import MeshConfig, Shardings
 from tests.bank import drawn
 from tests.bank.test_ingest_and_load import TEXTS, create, documents, encoder_of, same_bank
 from tests.test_bank_encoder import close, forward
@@ -53,16 +54,6 @@ def test_no_document_of_another_namespace_can_influence_an_output(tmp_path_facto
         outputs.append(output.hidden)
     close(outputs[1], outputs[0])
     close(outputs[2], outputs[0])
-
-
-def test_a_sharded_bank_is_read_part_by_part(tmp_path):
-    with create(tmp_path) as store:
-        store.add(documents(TEXTS), encoder_of())
-        mesh = jax.make_mesh((2,), ("memory",))
-        shards = jax.sharding.NamedSharding(mesh, jax.P(None, "memory"))
-        loaded = load(store, sharding=shards, layout_sharding=jax.sharding.NamedSharding(mesh, jax.P()))
-        assert loaded.bank.content_k.sharding.is_equivalent_to(shards, 4)
-        same_bank(loaded, TEXTS)
 
 
 @given(st.integers(0, 10**9))
@@ -118,12 +109,13 @@ def test_the_host_holds_one_copy_of_a_bank_while_it_is_loaded_and_none_in_float_
         (dict(content_dtype="int4"), "content_k .* as 'int8', not as 'int4'"),
         (dict(content="tape"), "'device', 'host' or 'disk', not to 'tape'"),
         (dict(content="disk", content_dtype="int8"), "read as it is stored: leave content_dtype out"),
-        (dict(content="host", sharding=True), "serves one device, and this bank is on 2"),
+        (dict(content="host", mesh=2, shardings=Shardings()), "serves one device, and this bank is on 2"),
+        (dict(mesh=2, shardings=Shardings(bank=("memory", "chunks"))), "axes data, memory, model and no 'chunks'"),
     ],
 )
 def test_what_cannot_be_loaded_is_refused(tmp_path, wrong, message):
-    if "sharding" in wrong:
-        wrong = wrong | dict(sharding=jax.sharding.NamedSharding(jax.make_mesh((2,), ("x",)), jax.P(None, "x")))
+    if "mesh" in wrong:
+        wrong = wrong | dict(mesh=MeshConfig(memory=2).make(jax.devices()[:2]))
     with create(tmp_path) as store, pytest.raises(ValueError, match=message):
         load(store, **wrong)
 
