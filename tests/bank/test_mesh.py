@@ -33,7 +33,9 @@ on_eight = pytest.mark.skipif(not EIGHT, reason="test_on_eight_devices runs it, 
 
 @pytest.mark.skipif(EIGHT, reason="all tests here have eight devices")
 def test_on_eight_devices(root):
-    devices = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    # Most of the time is compilation, for many meshes.
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    devices = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not of_their_own", __file__]
     run = subprocess.run(command, cwd=root, env=os.environ | devices, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -262,27 +264,22 @@ def collectives(hlo):
     return sorted(found)
 
 
-def compiled_question(mesh, chunks, documents, form):
-    """The HLO of a question to a bank of these sizes, in which the model is spread too where the mesh says so."""
+def compiled_question(mesh, chunks, documents):
+    """The HLO of questions to an int8 bank of these sizes, in which questions, bank and model are spread."""
     shardings = Shardings.inference()
+    axes = shardings.bank
 
     def array(shape, dtype, *spec):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, jax.P(*spec)))
 
-    axes = shardings.bank
-    layout = DocumentLayout(
-        array((chunks,), jnp.int32, axes), array((documents,), jnp.int32, axes), array((documents,), jnp.int32, axes),
-        max_length=8, axes=axes,
-    )  # fmt: skip
-    dtype = jnp.int8 if form == "int8" else jnp.float32
+    ranges = array((documents,), jnp.int32, axes)
+    content = array((L, chunks, K, D), jnp.int8, None, axes)
+    scales = array((L, K, chunks), jnp.float32, None, None, axes)
     bank = MemoryBank(
-        array((L, chunks, M), dtype, None, axes), array((L, chunks, K, D), dtype, None, axes),
-        array((L, chunks, K, D), dtype, None, axes), layout,
+        array((L, chunks, M), jnp.int8, None, axes), content, content,
+        DocumentLayout(array((chunks,), jnp.int32, axes), ranges, ranges, max_length=8, axes=axes),
+        key_scale=array((L, chunks), jnp.float32, None, axes), content_k_scale=scales, content_v_scale=scales,
     )  # fmt: skip
-    if form == "int8":
-        scales = array((L, K, chunks), jnp.float32, None, None, axes)
-        keys = array((L, chunks), jnp.float32, None, axes)
-        bank = bank.replace(key_scale=keys, content_k_scale=scales, content_v_scale=scales)
     graphdef, params = nnx.split(model_of(vocab_size=40))
     places = shardings.parameters(params, mesh)
     params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, places)
@@ -297,9 +294,9 @@ def compiled_question(mesh, chunks, documents, form):
 
 
 @on_eight
-@pytest.mark.parametrize("sizes, form", [((1, 8, 1), "float"), ((2, 2, 2), "int8")], ids=str)
-def test_what_crosses_devices_does_not_grow_with_the_bank(sizes, form):
-    mesh = MeshConfig(data=sizes[0], memory=sizes[1], model=sizes[2]).make()
-    small, large = (collectives(compiled_question(mesh, 8 * c, 8 * n, form)) for c, n in ((128, 16), (1024, 512)))
-    assert small == large and small
-    print(sizes, small)
+def test_what_crosses_devices_does_not_grow_with_the_bank():
+    mesh = MeshConfig(memory=2, model=2).make()
+    small, large = (collectives(compiled_question(mesh, 8 * c, 8 * n)) for c, n in ((128, 16), (1024, 512)))
+    assert small == large and {what for what, _ in small} == {"all-gather", "all-reduce"}
+    # The largest is of hidden states, [B, T, E] float32 or a part of it.
+    assert max(size for _, size in small) <= 4 * TOKENS.size * 20 and len(small) < 30
