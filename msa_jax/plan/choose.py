@@ -1,0 +1,145 @@
+"""Which layout of a bank, which mesh and how many rows fit a machine, tried from the best to the smallest."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from msa_jax.config import MSAConfig
+from msa_jax.plan import estimate, measure, programs
+from msa_jax.plan.measure import Usage
+from msa_jax.plan.programs import Program
+from msa_jax.plan.settings import Bank, Sizes, check_mesh, serving_mesh
+from msa_jax.plan.topologies import Topology
+from msa_jax.sharding import MeshConfig
+
+# Of a GPU's memory, what XLA and CUDA themselves take, and what an estimate may be off.
+_GPU_SHARE = 0.92
+# Rows of a chip that the encoder is tried with.
+_ROWS = (8, 4, 2, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A program on a machine.
+
+    Attributes:
+      mesh: devices along data, memory and model.
+      how: what was chosen, in words.
+      usage: GiB of a chip. estimated: temporaries by arithmetic, GiB.
+      fits: on the chip, and its part of the host.
+    """
+
+    program: str
+    mesh: dict[str, int]
+    how: str
+    usage: Usage
+    estimated: float
+    fits: bool
+
+
+def plan(
+    config: MSAConfig,
+    topology: Topology,
+    sizes: Sizes,
+    names: Sequence[str],
+    banks: Sequence[Bank],
+    mesh: MeshConfig | None = None,
+    progress: Callable[[str], Any] = lambda text: None,
+) -> list[Row]:
+    """Rows of the programs asked for, each with the first choice that fits, else the last one.
+
+    Questions and decoding share a bank, and so one choice.
+
+    Args:
+      names: of `settings.PROGRAMS`.
+      banks: to choose from, the best first.
+      mesh: of all programs; default `serving_mesh` for questions, all chips along data for the others.
+      progress: called with a line before and after each compilation.
+
+    Raises:
+      ConfigError: the mesh does not divide the model or a batch; the compiler is not installed.
+    """
+    sizes.check(config)
+    serving = mesh or serving_mesh(config, topology.chips)
+    wide = mesh or MeshConfig(data=topology.chips, fsdp=True)
+    training = dataclasses.replace(wide, fsdp=True)
+    for name, its, batch in (("question", serving, "batch"), ("decode", serving, "batch"), ("train", training, "train_batch")):
+        if name in names:
+            check_mesh(config, its, sizes, batch)
+    asked = [name for name in ("question", "decode") if name in names]
+    found = _first(_serving(config, topology, sizes, asked, banks, serving), topology, progress) if asked else []
+    if "encode" in names:
+        found += _first(_encoding(config, topology, sizes, wide), topology, progress)
+    if "train" in names:
+        found += _first(_training(config, topology, sizes, training), topology, progress)
+    return found
+
+
+Choice = list[tuple[Program, MeshConfig, str, float]]
+
+
+def _serving(config, topology, sizes, asked, banks, mesh) -> Iterator[Choice]:
+    on = topology.mesh(mesh)
+    for bank in banks:
+        yield [
+            (getattr(programs, name)(config, on, bank, sizes), mesh, str(bank), getattr(estimate, name)(config, mesh, sizes))
+            for name in asked
+        ]
+
+
+def _encoding(config, topology, sizes, mesh) -> Iterator[Choice]:
+    on = topology.mesh(mesh)
+    for rows in _ROWS if sizes.rows is None else (sizes.rows,):
+        how = f"{rows} rows of {sizes.row_tokens:,} tokens a chip, parameters bfloat16"
+        yield [(programs.encode(config, on, sizes, rows), mesh, how, estimate.encode(config, sizes, rows))]
+
+
+def _training(config, topology, sizes, mesh) -> Iterator[Choice]:
+    program = programs.train(config, topology.mesh(mesh), sizes, mesh)
+    how = (
+        f"{sizes.train_tokens:,} tokens of memory in rows of {sizes.train_row_tokens:,}, {sizes.train_batch} questions of "
+        f"{sizes.train_question_tokens}, float32 parameters and AdamW over all chips, remat full"
+    )
+    yield [(program, mesh, how, estimate.train(config, mesh, sizes))]
+
+
+def _first(choices: Iterator[Choice], topology: Topology, progress) -> list[Row]:
+    """The first choice whose programs all fit, else the last."""
+    rows: list[Row] = []
+    for choice in choices:
+        by_shapes = [_by_shapes(topology, *one) for one in choice]
+        # What shapes alone rule out need not be compiled.
+        if not topology.is_tpu or not all(_may_fit(topology, row) for row in by_shapes):
+            rows = by_shapes
+        else:
+            rows = []
+            for one, guess in zip(choice, by_shapes, strict=True):
+                progress(f"{topology.name}: compiling {guess.program}: {guess.how}")
+                usage = measure.compiled(one[0])
+                fits = usage.needed <= topology.memory and _host_fits(topology, usage.host or 0)
+                rows.append(dataclasses.replace(guess, usage=usage, fits=fits))
+        if all(row.fits for row in rows):
+            break
+    return rows
+
+
+def _by_shapes(topology, program, mesh, how, temporaries) -> Row:
+    chip, host = measure.arguments(program)
+    share = 1.0 if topology.is_tpu else _GPU_SHARE
+    usage = Usage(
+        arguments=chip, temporaries=temporaries, host=host, needed=chip + temporaries, by="arithmetic", seconds=None
+    )
+    return Row(
+        program=program.name, mesh=dict(data=mesh.data, memory=mesh.memory, model=mesh.model), how=how, usage=usage,
+        estimated=temporaries, fits=usage.needed <= share * topology.memory and _host_fits(topology, host),
+    )  # fmt: skip
+
+
+def _may_fit(topology, row) -> bool:
+    return row.usage.arguments <= topology.memory and _host_fits(topology, row.usage.host)
+
+
+def _host_fits(topology, host) -> bool:
+    return topology.host is None or host <= topology.host
