@@ -1,9 +1,9 @@
 """What fits where: `python -m msa_jax.plan --tokens 100M --topology v5e-16`.
 
-The question step, the decode step, the document encoder and the training step of a model, compiled ahead of time for TPUs
-that need not be here (needs libtpu, `make tpu`), and by arithmetic for GPUs. For questions the first layout of the bank
-that fits is taken: bfloat16 on the device, int8 content, int8 keys too, content in host memory, content on disk. Exit
-status: 0 everything fits, 1 refused with one sentence, 3 something does not fit.
+The question step, the decode step, the document encoder and the training step of a model, compiled ahead of time for
+TPUs that need not be here (needs libtpu, `make tpu`), and by arithmetic for GPUs. For questions the first layout of the
+bank that fits is taken: bfloat16 on the device, int8 content, int8 keys too, content in host memory, content on disk.
+Exit status: 0 everything fits, 1 refused with one sentence, 3 something does not fit.
 """
 
 from __future__ import annotations
@@ -32,8 +32,13 @@ _SIZES = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ConfigError(f"{message} (--help lists flags).")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m msa_jax.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     defaults = settings.Sizes()
@@ -41,7 +46,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", default="100M", help="of the bank, such as 100M or 64Ki (%(default)s)")
     parser.add_argument("--topology", default="v5e-16", help="v5e-16, v5p-16, v6e-16, 8xh100, ... (%(default)s)")
     parser.add_argument("--keys", help="dtype of routing keys, bfloat16 or int8; default the first that fits")
-    parser.add_argument("--content", help="bfloat16, int8, device, host, disk, or int8,host; default the first that fits")
+    parser.add_argument(
+        "--content", help="bfloat16, int8, device, host, disk, or int8,host; default the first that fits"
+    )
     parser.add_argument("--mesh", help="such as data=1,memory=4,model=4, of every program asked for")
     parser.add_argument("--programs", default=",".join(settings.PROGRAMS), help="any of %(default)s")
     parser.add_argument("--train_tokens", default="64Ki", help="memory of a training batch (%(default)s)")
@@ -74,11 +81,10 @@ def _run(options: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse flags and print the plan; returns the exit status."""
-    options = _parser().parse_args(argv)
     # Nothing runs, so no accelerator of this host is taken.
     jax.config.update("jax_platforms", "cpu")
     try:
-        return _run(options)
+        return _run(_parser().parse_args(argv))
     except ConfigError as error:
         print(f"msa_jax.plan: {' '.join(str(error).split())}", file=sys.stderr)
         return 1

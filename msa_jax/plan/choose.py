@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -10,8 +11,8 @@ from msa_jax.config import MSAConfig
 from msa_jax.plan import estimate, measure, programs
 from msa_jax.plan.measure import Usage
 from msa_jax.plan.programs import Program
-from msa_jax.plan.settings import Bank, Sizes, check_mesh, serving_mesh
-from msa_jax.plan.topologies import Topology
+from msa_jax.plan.settings import Bank, Sizes, check_mesh, serving_meshes
+from msa_jax.plan.topologies import GridError, Topology
 from msa_jax.sharding import MeshConfig
 
 # Of a GPU's memory, what XLA and CUDA themselves take, and what an estimate may be off.
@@ -62,13 +63,14 @@ def plan(
       ConfigError: the mesh does not divide the model or a batch; the compiler is not installed.
     """
     sizes.check(config)
-    serving = mesh or serving_mesh(config, topology.chips)
+    serving = mesh or _serving_mesh(config, topology)
     wide = mesh or MeshConfig(data=topology.chips, fsdp=True)
     training = dataclasses.replace(wide, fsdp=True)
-    for name, its, batch in (("question", serving, "batch"), ("decode", serving, "batch"), ("train", training, "train_batch")):
-        if name in names:
-            check_mesh(config, its, sizes, batch)
     asked = [name for name in ("question", "decode") if name in names]
+    if asked:
+        check_mesh(config, serving, sizes, "batch")
+    if "train" in names:
+        check_mesh(config, training, sizes, "train_batch")
     found = _first(_serving(config, topology, sizes, asked, banks, serving), topology, progress) if asked else []
     if "encode" in names:
         found += _first(_encoding(config, topology, sizes, wide), topology, progress)
@@ -77,16 +79,24 @@ def plan(
     return found
 
 
+def _serving_mesh(config, topology) -> MeshConfig:
+    """The first of the default meshes that lies on the machine's grid of chips."""
+    meshes = serving_meshes(config, topology.chips)
+    for mesh in meshes[:-1]:
+        with contextlib.suppress(GridError):
+            topology.mesh(mesh)
+            return mesh
+    return meshes[-1]
+
+
 Choice = list[tuple[Program, MeshConfig, str, float]]
 
 
 def _serving(config, topology, sizes, asked, banks, mesh) -> Iterator[Choice]:
     on = topology.mesh(mesh)
     for bank in banks:
-        yield [
-            (getattr(programs, name)(config, on, bank, sizes), mesh, str(bank), getattr(estimate, name)(config, mesh, sizes))
-            for name in asked
-        ]
+        made = {name: getattr(programs, name)(config, on, bank, sizes) for name in asked}
+        yield [(made[name], mesh, str(bank), getattr(estimate, name)(config, mesh, sizes)) for name in asked]
 
 
 def _encoding(config, topology, sizes, mesh) -> Iterator[Choice]:
@@ -99,8 +109,8 @@ def _encoding(config, topology, sizes, mesh) -> Iterator[Choice]:
 def _training(config, topology, sizes, mesh) -> Iterator[Choice]:
     program = programs.train(config, topology.mesh(mesh), sizes, mesh)
     how = (
-        f"{sizes.train_tokens:,} tokens of memory in rows of {sizes.train_row_tokens:,}, {sizes.train_batch} questions of "
-        f"{sizes.train_question_tokens}, float32 parameters and AdamW over all chips, remat full"
+        f"{sizes.train_tokens:,} tokens of memory in rows of {sizes.train_row_tokens:,}, {sizes.train_batch} questions "
+        f"of {sizes.train_question_tokens}, float32 parameters and AdamW over all chips, remat full"
     )
     yield [(program, mesh, how, estimate.train(config, mesh, sizes))]
 

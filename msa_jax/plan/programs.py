@@ -29,6 +29,7 @@ from msa_jax.training.optimizer import make_optimizer
 from msa_jax.training.schedule import PhaseValues
 from msa_jax.training.step import init_state, make_step
 
+_WHOLE = P()
 Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
 
@@ -46,7 +47,7 @@ class Program:
             return self.function.lower(*self.args)
 
 
-def _array(mesh: Mesh, shape, dtype, spec: P = P(), kind: str | None = None) -> jax.ShapeDtypeStruct:
+def _array(mesh: Mesh, shape, dtype, spec: P = _WHOLE, kind: str | None = None) -> jax.ShapeDtypeStruct:
     sharding = NamedSharding(mesh, spec)
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.with_memory_kind(kind) if kind else sharding)
 
@@ -102,7 +103,7 @@ def _cache(config, mesh, sizes, slots):
 
 
 def question(config: MSAConfig, mesh: Mesh, bank: Bank, sizes: Sizes) -> Program:
-    """A question's first pass: it routes in every router layer, attends to what it selects, and gives its first token."""
+    """A question's first pass: it routes in every router layer, reads what it selects, and gives a token."""
     config, shardings = _serving(config), Shardings.inference()
     graphdef, params = _parameters(config, mesh, shardings)
     one = (config.num_layers, 1, TEMPLATE_LEN, config.num_kv_heads, config.head_dim)
@@ -132,9 +133,7 @@ def decode(config: MSAConfig, mesh: Mesh, bank: Bank, sizes: Sizes) -> Program:
 
     def step(params, cache, token, positions, mask, slot, selection, bank):
         model = nnx.merge(graphdef, params)
-        output = model(
-            token, positions=positions, mask=mask, past=cache, slot=slot, bank=bank, selection=selection
-        )
+        output = model(token, positions=positions, mask=mask, past=cache, slot=slot, bank=bank, selection=selection)
         return jnp.argmax(model.logits(output.hidden[:, 0]), axis=-1).astype(jnp.int32), output.own
 
     b, layers, k = sizes.batch, len(config.router_layers), config.top_k
@@ -165,9 +164,9 @@ def encode(config: MSAConfig, mesh: Mesh, sizes: Sizes, rows: int) -> Program:
 _TARGETS = 64
 
 
-def train(config: MSAConfig, mesh: Mesh, sizes: Sizes, mesh_config: MeshConfig) -> Program:
+def train(config: MSAConfig, mesh: Mesh, sizes: Sizes, mesh_config: MeshConfig, *, remat: str = "full") -> Program:
     """The training step: parameters and AdamW's moments in float32 over all chips, layers recomputed going back."""
-    config = config.replace(dtype="bfloat16", param_dtype="float32", remat="full")
+    config = config.replace(dtype="bfloat16", param_dtype="float32", remat=remat)
     shardings = Shardings.training(mesh_config)
     graphdef, params = _split(config, shardings)
     targets = min(_TARGETS, sizes.train_question_tokens)

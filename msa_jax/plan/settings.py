@@ -51,8 +51,8 @@ def parse_mesh(text: str, chips: int) -> MeshConfig:
     sizes.setdefault("data", max(1, chips // rest))
     if sizes["data"] * rest != chips:
         raise ConfigError(
-            f"--mesh {text!r} has {sizes['data'] * rest} devices and the machine {chips}: choose sizes whose product is "
-            f"{chips}."
+            f"--mesh {text!r} has {sizes['data'] * rest} devices and the machine {chips}: choose sizes whose product "
+            f"is {chips}."
         )
     return MeshConfig(**sizes)
 
@@ -141,7 +141,7 @@ class Bank:
         return f"keys {self.keys}, content {self.content} on {'the ' * (self.tier != 'disk')}{self.tier}"
 
 
-# From the best to the smallest. Content first, as the dtype of keys changes what is selected; and off the device last, as
+# From the best to the smallest. Content first, as the dtype of keys changes what is selected; off the device last, as
 # every question then waits for a bus.
 BANKS = (
     Bank(),
@@ -178,17 +178,14 @@ def parse_banks(keys: str | None, content: str | None) -> tuple[Bank, ...]:
     return preferred or tuple(allowed[:1])
 
 
-def serving_mesh(config: MSAConfig, chips: int) -> MeshConfig:
-    """The default for questions: parameters over as many chips as divide the heads, at most 8, the rest for memory.
+def serving_meshes(config: MSAConfig, chips: int) -> list[MeshConfig]:
+    """For questions, the best first: parameters over as many chips as divide the heads, at most 8, the rest for memory.
 
     A step reads every parameter and every routing key, so both are spread over all chips; "data" would copy the bank.
     """
-    model = max(n for n in range(1, min(8, chips) + 1) if chips % n == 0 and _divides(config, n))
-    return MeshConfig(data=1, memory=chips // model, model=model)
-
-
-def _divides(config, ways):
-    return not any(getattr(config, n) % ways for n in ("num_heads", "num_kv_heads", "mlp_size", "vocab_size"))
+    names = ("num_heads", "num_kv_heads", "mlp_size", "vocab_size")
+    ways = [n for n in (8, 4, 2, 1) if chips % n == 0 and not any(getattr(config, name) % n for name in names)]
+    return [MeshConfig(data=1, memory=chips // n, model=n) for n in ways]
 
 
 def check_mesh(config: MSAConfig, mesh: MeshConfig, sizes: Sizes, name: str) -> None:

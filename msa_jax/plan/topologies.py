@@ -49,6 +49,10 @@ class TopologyError(ConfigError):
     """No such machine, or nothing here that compiles for it."""
 
 
+class GridError(TopologyError):
+    """A mesh that does not lie on the grid of chips."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Topology:
     """A number of chips of one kind.
@@ -98,6 +102,11 @@ class Topology:
         return KINDS[self.kind].sizes is not None
 
     @property
+    def grid(self) -> str:
+        """Of a TPU's chips, as libtpu names it."""
+        return KINDS[self.kind].sizes[2 * self.chips if self.kind == "v5p" else self.chips]
+
+    @property
     def memory(self) -> float:
         """GiB of HBM a chip."""
         return KINDS[self.kind].memory
@@ -115,23 +124,29 @@ class Topology:
 
         Raises:
           TopologyError: the compiler is not installed.
+          GridError: the mesh does not lie on the grid of chips.
         """
         if self.is_tpu:
-            return config.make(_devices(self.kind, self.chips))
+            try:
+                return config.make(_devices(self.kind, self.grid))
+            except NotImplementedError:
+                raise GridError(
+                    f"a mesh of data {config.data}, memory {config.memory}, model {config.model} does not lie on the "
+                    f"grid of chips of {self.name}, {self.grid}: let each axis be a product of sides of the grid."
+                ) from None
         return jax.sharding.AbstractMesh((config.data, config.memory, config.model), AXES)
 
 
 @functools.cache
-def _devices(kind: str, chips: int) -> list[jax.Device]:
+def _devices(kind: str, grid: str) -> list[jax.Device]:
     if importlib.util.find_spec("libtpu") is None:
         raise TopologyError("the compiler for TPUs, libtpu, is not installed: `make tpu` adds it to .venv.")
     # There is no metadata server to ask what machine this is, other processes may compile too, and its log is long.
     for name, value in dict(
         TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_MIN_LOG_LEVEL="4", TPU_STDERR_LOG_LEVEL="4",
-        TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE=f"{kind}-{chips}",
+        TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE=f"{kind}-8",
     ).items():  # fmt: skip
         os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
-    grid = KINDS[kind].sizes[2 * chips if kind == "v5p" else chips]
     return topologies.get_topology_desc(f"{kind}:{grid}", platform="tpu").devices
