@@ -32,8 +32,9 @@ def parts_in_use(draw):
     lengths = np.array(draw(st.lists(st.integers(1, 30), max_size=40)), np.int64)
     parts = draw(st.integers(1, 9))
     taken = st.lists(st.integers(0, 60), min_size=parts, max_size=parts)
-    room = draw(st.integers(60, 200)), draw(st.integers(60, 80))
-    return lengths, np.array(draw(taken)), np.array(draw(taken)), *room
+    chunks, documents = np.array(draw(taken)), np.array(draw(taken))
+    room = draw(st.integers(0, 140)), draw(st.integers(0, 20))
+    return lengths, chunks, documents, chunks.max() + room[0], documents.max() + room[1]
 
 
 @settings(max_examples=200)
