@@ -28,7 +28,7 @@ MODEL = dict(
     top_k=3, router_layers=(1,), router_bias=True, router_bias_init=2.0, remat="none",
 )  # fmt: skip
 TRAINING = TrainingConfig(
-    phases=(Phase(steps=1, aux_weight=0.7),), max_targets=5, embedding_std=0.5, logit_scale=0.3, tied_router=True,
+    phases=(Phase(steps=1, aux_weight=0.7),), max_targets=5, tied_router=True,
     optimizer=OptimizerConfig(name="muon", ema_decay=0.5),
 )  # fmt: skip
 

@@ -60,6 +60,7 @@ def test_what_crosses_devices_does_not_grow_with_the_documents():
     config = small_config(num_layers=1, router_layers=(0,))
     mesh, questions = MeshConfig(data=2), 6
     assert collectives(compile_encode(config, mesh, 32)) == []
+    assert collectives(compile_encode(config, MeshConfig(memory=2), 32)) == []
     few, many = (
         collectives(compile_step(config, mesh, documents, questions=questions, tokens=9)) for documents in (32, 64)
     )

@@ -66,6 +66,6 @@ def wait_for(started, true, seconds=180):
     """Return once `true()`; an AssertionError with all output if a process ends before, or time does."""
     end = time.monotonic() + seconds
     while not true():
-        if time.monotonic() > end or any(p.poll() is not None for p in started):
+        if time.monotonic() > end or (any(p.poll() is not None for p in started) and not true()):
             raise AssertionError("\n---\n".join(finish(started, 0.1)[1]))
         time.sleep(0.01)

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.training.processes import finish, launch, wait_for
+from tests.training.processes import finish, launch, text, wait_for
 
 STEPS = 30
 TIMES = ("encode_seconds", "encode_tokens_per_second", "seconds_per_question")
@@ -88,7 +88,10 @@ def test_two_processes_are_as_one_and_one_goes_on_alone(config, tmp_path):
 )
 def test_processes_that_disagree_end_with_a_sentence(config, tmp_path, different, statement):
     workdir = tmp_path / "run"
-    status, output = finish(launch(tmp_path, "train.py", 2, config, f"--workdir={workdir}", different=different), 90)
+    two = launch(tmp_path, "train.py", 2, config, f"--workdir={workdir}", different=different)
+    wait_for(two, lambda: statement in text(two[1]) or two[1].poll() is not None)
+    two[1].wait(10)  # not for process 0, which may not know yet
+    status, output = finish(two, 60)
     assert all(status) and statement in output[1], output
     assert not workdir.exists()  # nothing was begun
 
