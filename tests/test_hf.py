@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from msa_jax import ConfigError, MSAConfig
 from msa_jax.hf import CheckpointError, load_model, save_model
 from msa_jax.published import published_tensors, skeleton, to_published
+from msa_jax.sharding import MeshConfig, Shardings
 
 CONFIG = MSAConfig(
     vocab_size=31, hidden_size=12, num_layers=5, num_heads=6, num_kv_heads=2, head_dim=4, mlp_size=20,
@@ -65,6 +66,18 @@ def test_round_trip(tmp_path, changes):
     save_model(model, tmp_path / "model")
     assert_equal_models(load_model(tmp_path / "model"), model)
     assert MSAConfig.from_checkpoint(tmp_path / "model") == model.config
+
+
+def test_a_mesh_gets_each_device_its_part(tmp_path):
+    model = make(CONFIG.replace(vocab_size=50))
+    save_model(model, tmp_path / "model")
+    config = MeshConfig(data=1, memory=2, fsdp=True)
+    mesh, shardings = config.make(jax.devices()[:2]), Shardings.training(config)
+    loaded = load_model(tmp_path / "model", mesh=mesh, shardings=shardings)
+    assert_equal_models(jax.device_get(loaded), model)
+    for path, variable in nnx.to_flat_state(nnx.state(loaded)):
+        matrix = path[-1] in ("kernel", "embedding")
+        assert variable[...].addressable_data(0).size * (2 if matrix else 1) == variable[...].size, path
 
 
 def test_published_orientation_and_names(saved):
