@@ -42,6 +42,10 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CALL = re.compile(r"(?:to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
 
 
+# Machine code, that is: nothing is run.
+_UNOPTIMISED = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
 @dataclasses.dataclass(frozen=True)
 class Collective:
     """`op`, bytes of its result on one device, how often it runs in a step, and the operation that it serves."""
@@ -141,7 +145,7 @@ def compile_step(config: MSAConfig, mesh_config: MeshConfig, documents: int, *, 
     )  # fmt: skip
     with jax.set_mesh(mesh):
         step = make_step(graphdef, optimizer, training, (5, 6, 7), state)
-        return step.lower(state, batch, phase_values(training.phases[0])).compile().as_text()
+        return step.lower(state, batch, phase_values(training.phases[0])).compile(_UNOPTIMISED).as_text()
 
 
 def compile_encode(config: MSAConfig, mesh_config: MeshConfig, documents: int) -> str:
@@ -162,7 +166,7 @@ def compile_encode(config: MSAConfig, mesh_config: MeshConfig, documents: int) -
 
     with jax.set_mesh(mesh):
         out = jax.NamedSharding(mesh, jax.P(None, *shardings.documents))
-        return jax.jit(encode, out_shardings=out).lower(params, rows, rows, rows).compile().as_text()
+        return jax.jit(encode, out_shardings=out).lower(params, rows, rows, rows).compile(_UNOPTIMISED).as_text()
 
 
 def small_config(**changes) -> MSAConfig:
