@@ -11,12 +11,12 @@ from msa_jax.config import MSAConfig
 from msa_jax.plan import estimate, measure, programs
 from msa_jax.plan.measure import Usage
 from msa_jax.plan.programs import Program
-from msa_jax.plan.settings import Bank, Sizes, check_mesh, serving_meshes
+from msa_jax.plan.settings import Bank, Sizes, check_mesh, serving_meshes, training_meshes
 from msa_jax.plan.topologies import GridError, Topology
 from msa_jax.sharding import MeshConfig
 
-# Of a GPU's memory, what XLA and CUDA themselves take, and what an estimate may be off.
-_GPU_SHARE = 0.92
+# GiB of a TPU that are left for its runtime, and of a GPU what XLA and CUDA take and an estimate may be off.
+_TPU_MARGIN, _GPU_SHARE = 0.5, 0.92
 # Rows of a chip that the encoder is tried with.
 _ROWS = (8, 4, 2, 1)
 
@@ -56,37 +56,43 @@ def plan(
     Args:
       names: of `settings.PROGRAMS`.
       banks: to choose from, the best first.
-      mesh: of all programs; default `serving_mesh` for questions, all chips along data for the others.
+      mesh: of all programs; default the first of `serving_meshes` for questions, all chips along data to encode, and
+        the first of `training_meshes` that fits to train.
       progress: called with a line before and after each compilation.
 
     Raises:
       ConfigError: the mesh does not divide the model or a batch; the compiler is not installed.
     """
     sizes.check(config)
-    serving = mesh or _serving_mesh(config, topology)
-    wide = mesh or MeshConfig(data=topology.chips, fsdp=True)
-    training = dataclasses.replace(wide, fsdp=True)
     asked = [name for name in ("question", "decode") if name in names]
+    found: list[Row] = []
     if asked:
+        serving = _meshes(mesh, serving_meshes(config, topology.chips), topology)[0]
         check_mesh(config, serving, sizes, "batch")
     if "train" in names:
-        check_mesh(config, training, sizes, "train_batch")
-    found = _first(_serving(config, topology, sizes, asked, banks, serving), topology, progress) if asked else []
+        given = mesh and dataclasses.replace(mesh, fsdp=True)
+        training = _meshes(given, training_meshes(config, topology.chips), topology)
+        for its in training:
+            check_mesh(config, its, sizes, "train_batch")
+    if asked:
+        found += _first(_serving(config, topology, sizes, asked, banks, serving), topology, progress)
     if "encode" in names:
-        found += _first(_encoding(config, topology, sizes, wide), topology, progress)
+        found += _first(_encoding(config, topology, sizes, mesh), topology, progress)
     if "train" in names:
         found += _first(_training(config, topology, sizes, training), topology, progress)
     return found
 
 
-def _serving_mesh(config, topology) -> MeshConfig:
-    """The first of the default meshes that lies on the machine's grid of chips."""
-    meshes = serving_meshes(config, topology.chips)
-    for mesh in meshes[:-1]:
+def _meshes(given: MeshConfig | None, defaults: list[MeshConfig], topology: Topology) -> list[MeshConfig]:
+    """The mesh given, or the defaults that lie on the machine's grid of chips."""
+    if given is not None:
+        return [given]
+    found = []
+    for mesh in defaults:
         with contextlib.suppress(GridError):
             topology.mesh(mesh)
-            return mesh
-    return meshes[-1]
+            found.append(mesh)
+    return found
 
 
 Choice = list[tuple[Program, MeshConfig, str, float]]
@@ -100,19 +106,23 @@ def _serving(config, topology, sizes, asked, banks, mesh) -> Iterator[Choice]:
 
 
 def _encoding(config, topology, sizes, mesh) -> Iterator[Choice]:
+    mesh = mesh or MeshConfig(data=topology.chips)
     on = topology.mesh(mesh)
     for rows in _ROWS if sizes.rows is None else (sizes.rows,):
         how = f"{rows} rows of {sizes.row_tokens:,} tokens a chip, parameters bfloat16"
         yield [(programs.encode(config, on, sizes, rows), mesh, how, estimate.encode(config, sizes, rows))]
 
 
-def _training(config, topology, sizes, mesh) -> Iterator[Choice]:
-    program = programs.train(config, topology.mesh(mesh), sizes, mesh)
+def _training(config, topology, sizes, meshes) -> Iterator[Choice]:
     how = (
         f"{sizes.train_tokens:,} tokens of memory in rows of {sizes.train_row_tokens:,}, {sizes.train_batch} questions "
         f"of {sizes.train_question_tokens}, float32 parameters and AdamW over all chips, remat full"
     )
-    yield [(program, mesh, how, estimate.train(config, mesh, sizes))]
+    for mesh in meshes:
+        program, guess = programs.train(config, topology.mesh(mesh), sizes, mesh), estimate.train(config, mesh, sizes)
+        # This program takes minutes to compile, so one that is unlikely to fit is left out while there is another.
+        if mesh is meshes[-1] or measure.arguments(program)[0] + guess <= _room(topology):
+            yield [(program, mesh, how, guess)]
 
 
 def _first(choices: Iterator[Choice], topology: Topology, progress) -> list[Row]:
@@ -128,7 +138,7 @@ def _first(choices: Iterator[Choice], topology: Topology, progress) -> list[Row]
             for one, guess in zip(choice, by_shapes, strict=True):
                 progress(f"{topology.name}: compiling {guess.program}: {guess.how}")
                 usage = measure.compiled(one[0])
-                fits = usage.needed <= topology.memory and _host_fits(topology, usage.host or 0)
+                fits = usage.needed <= _room(topology) and _host_fits(topology, usage.host or 0)
                 rows.append(dataclasses.replace(guess, usage=usage, fits=fits))
         if all(row.fits for row in rows):
             break
@@ -137,18 +147,21 @@ def _first(choices: Iterator[Choice], topology: Topology, progress) -> list[Row]
 
 def _by_shapes(topology, program, mesh, how, temporaries) -> Row:
     chip, host = measure.arguments(program)
-    share = 1.0 if topology.is_tpu else _GPU_SHARE
     usage = Usage(
         arguments=chip, temporaries=temporaries, host=host, needed=chip + temporaries, by="arithmetic", seconds=None
     )
     return Row(
         program=program.name, mesh=dict(data=mesh.data, memory=mesh.memory, model=mesh.model), how=how, usage=usage,
-        estimated=temporaries, fits=usage.needed <= share * topology.memory and _host_fits(topology, host),
+        estimated=temporaries, fits=usage.needed <= _room(topology) and _host_fits(topology, host),
     )  # fmt: skip
 
 
+def _room(topology) -> float:
+    return topology.memory - _TPU_MARGIN if topology.is_tpu else topology.memory * _GPU_SHARE
+
+
 def _may_fit(topology, row) -> bool:
-    return row.usage.arguments <= topology.memory and _host_fits(topology, row.usage.host)
+    return row.usage.arguments <= _room(topology) and _host_fits(topology, row.usage.host)
 
 
 def _host_fits(topology, host) -> bool:

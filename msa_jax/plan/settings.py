@@ -183,9 +183,20 @@ def serving_meshes(config: MSAConfig, chips: int) -> list[MeshConfig]:
 
     A step reads every parameter and every routing key, so both are spread over all chips; "data" would copy the bank.
     """
+    return [MeshConfig(data=1, memory=chips // n, model=n) for n in _tensor_ways(config, chips)]
+
+
+def training_meshes(config: MSAConfig, chips: int) -> list[MeshConfig]:
+    """For training, the best first: documents and questions over all chips, else over fewer and heads over the rest.
+
+    Documents need no communication to be encoded, heads do; but parameters are gathered over chips that share none.
+    """
+    return [MeshConfig(data=chips // n, model=n, fsdp=True) for n in reversed(_tensor_ways(config, chips))]
+
+
+def _tensor_ways(config, chips):
     names = ("num_heads", "num_kv_heads", "mlp_size", "vocab_size")
-    ways = [n for n in (8, 4, 2, 1) if chips % n == 0 and not any(getattr(config, name) % n for name in names)]
-    return [MeshConfig(data=1, memory=chips // n, model=n) for n in ways]
+    return [n for n in (8, 4, 2, 1) if chips % n == 0 and not any(getattr(config, name) % n for name in names)]
 
 
 def check_mesh(config: MSAConfig, mesh: MeshConfig, sizes: Sizes, name: str) -> None:
