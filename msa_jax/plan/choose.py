@@ -15,8 +15,10 @@ from msa_jax.plan.settings import Bank, Sizes, check_mesh, serving_meshes, train
 from msa_jax.plan.topologies import GridError, Topology
 from msa_jax.sharding import MeshConfig
 
-# GiB of a TPU that are left for its runtime, and of a GPU what XLA and CUDA take and an estimate may be off.
-_TPU_MARGIN, _GPU_SHARE = 0.5, 0.92
+# GiB of a TPU that are left for its runtime.
+_MARGIN = 0.5
+# Of a chip's memory, what may be filled by an estimate.
+_ESTIMATED_SHARE = 0.92
 # Rows of a chip that the encoder is tried with.
 _ROWS = (8, 4, 2, 1)
 
@@ -121,7 +123,7 @@ def _training(config, topology, sizes, meshes) -> Iterator[Choice]:
     for mesh in meshes:
         program, guess = programs.train(config, topology.mesh(mesh), sizes, mesh), estimate.train(config, mesh, sizes)
         # This program takes minutes to compile, so one that is unlikely to fit is left out while there is another.
-        if mesh is meshes[-1] or measure.arguments(program)[0] + guess <= _room(topology):
+        if mesh is meshes[-1] or measure.arguments(program)[0] + guess <= _ESTIMATED_SHARE * topology.memory:
             yield [(program, mesh, how, guess)]
 
 
@@ -157,7 +159,7 @@ def _by_shapes(topology, program, mesh, how, temporaries) -> Row:
 
 
 def _room(topology) -> float:
-    return topology.memory - _TPU_MARGIN if topology.is_tpu else topology.memory * _GPU_SHARE
+    return topology.memory - _MARGIN if topology.is_tpu else _ESTIMATED_SHARE * topology.memory
 
 
 def _may_fit(topology, row) -> bool:

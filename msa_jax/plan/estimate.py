@@ -47,7 +47,10 @@ def encode(config: MSAConfig, sizes: Sizes, rows: int) -> float:
 
 
 def train(config: MSAConfig, mesh: MeshConfig, sizes: Sizes) -> float:
-    """Gradients, the inputs of all layers, one layer and its gradient going back, the embedding gathered."""
+    """Gradients, the inputs of all layers, one layer and its gradient going back, parameters gathered in bfloat16.
+
+    All layers' parameters: what is compiled takes more than one layer at a time explains.
+    """
     ways = mesh.data * mesh.memory
     rows = math.ceil(sizes.train_tokens / sizes.train_row_tokens / ways)
     documents, asked = rows * sizes.train_row_tokens, sizes.train_batch * sizes.train_question_tokens / mesh.data
@@ -56,8 +59,9 @@ def train(config: MSAConfig, mesh: MeshConfig, sizes: Sizes) -> float:
     saved = 2 * config.num_layers * config.hidden_size * (documents + asked)
     states = 2 * 3 * 4 * len(config.router_layers) * documents / config.chunk_size * config.router_width
     gradients = 4 * parameters(config) / (ways * mesh.model if mesh.fsdp else mesh.model)
-    going_back = 2 * _dense_attention(config, rows, sizes.train_row_tokens) + 3 * _activations(config, mesh, documents)
-    gathered = (2 + 4) * table + (2 + 4) * layer
+    attention = _dense_attention(config, rows, sizes.train_row_tokens) / mesh.model
+    going_back = 2 * attention + 3 * _activations(config, mesh, documents)
+    gathered = (2 + 4) * (table + layer) + 2 * parameters(config) / mesh.model
     return (gradients + saved + states + going_back + gathered) / GIB
 
 
