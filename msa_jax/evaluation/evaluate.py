@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -17,6 +19,7 @@ from tqdm import tqdm
 
 from msa_jax import distributed
 from msa_jax.bank import encode_bank
+from msa_jax.bank.spread import spread
 from msa_jax.checkpoint import Checkpoints
 from msa_jax.data import Renderer
 from msa_jax.evaluation.memories import Memory, build_memory
@@ -26,6 +29,7 @@ from msa_jax.model import MSATransformer
 from msa_jax.plots import plot_curve
 from msa_jax.run import make_source, model_skeleton, open_tokenizer
 from msa_jax.run_config import RunConfig
+from msa_jax.sharding import Shardings, check_model
 
 _LOG = logging.getLogger(__name__)
 _RECALL = (1, 5, 10, 16)
@@ -95,8 +99,9 @@ def _means(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def evaluate(run: RunConfig, workdir: str | pathlib.Path, memory_tokens: Sequence[int]) -> list[dict[str, Any]]:
     """One row of scores for every size of memory, in the order given; answers are generated freely.
 
-    Of several processes each encodes the memory on its own devices and asks every so-manieth batch of questions.
-    Batches are those of one process, and so are the answers. All processes return the same.
+    With `mesh.memory` or `mesh.model` above 1 the bank is spread over this process's devices, each with its own
+    documents. Of several processes each encodes the memory on its own devices and asks every so-manieth batch of
+    questions. Batches are those of one process, and so are the answers. All processes return the same.
 
     Raises:
       ConfigError, DataError, CheckpointError: settings, data or run that do not fit.
@@ -104,6 +109,7 @@ def evaluate(run: RunConfig, workdir: str | pathlib.Path, memory_tokens: Sequenc
     workdir, settings = pathlib.Path(workdir), run.evaluation
     distributed.agree(run.to_dict() | {"workdir": str(workdir), "memory_tokens": list(memory_tokens)})
     model, renderer = load_model(run, workdir)
+    mesh = _mesh(run, model)
     source = make_source(run.data, renderer.tokenizer, "eval")
     main, rows = distributed.is_main(), []
     for size in memory_tokens:
@@ -114,26 +120,31 @@ def evaluate(run: RunConfig, workdir: str | pathlib.Path, memory_tokens: Sequenc
         )  # fmt: skip
         begin = time.monotonic()
         bank = encode_bank(model, memory.packed, rows_per_step=settings.rows_per_step, progress=main)
+        asked_of = model
+        if mesh is not None:
+            shardings = Shardings.inference()
+            bank, asked_of = spread(bank, mesh, shardings), _placed(model, mesh, shardings)
         jax.block_until_ready(bank)
         encoded = time.monotonic()
         batch, index, count = settings.batch_size, jax.process_index(), jax.process_count()
         mine = [i for i in range(len(memory.questions)) if i // batch % count == index]
         answers = interleave(
-            model, bank, memory.originals, [memory.questions[i].question for i in mine], renderer,
+            asked_of, bank, memory.originals, [memory.questions[i].question for i in mine], renderer,
             max_rounds=settings.max_rounds, max_new_tokens=settings.max_new_tokens, batch_size=batch,
         )  # fmt: skip
         progress = tqdm(
             answers, total=len(mine), desc="ask", unit="question", mininterval=1.0, disable=not main
         )  # fmt: skip
-        parts = distributed.gather(score(memory, mine, progress))
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            parts = distributed.gather(score(memory, mine, progress))
         scores = _means([row for _, row in sorted(sum(parts, []), key=lambda pair: pair[0])])
         asked = time.monotonic()
         rows.append(
             {
                 "memory_tokens": size,
                 "tokens": memory.tokens,
-                "documents": bank.num_documents,
-                "chunks": bank.num_chunks,
+                "documents": len(memory.numbers),
+                "chunks": int(memory.packed.lengths.sum()),
                 "questions": len(memory.questions),
                 **scores,
                 "encode_seconds": encoded - begin,
@@ -145,6 +156,21 @@ def evaluate(run: RunConfig, workdir: str | pathlib.Path, memory_tokens: Sequenc
         shown = {name: scores[name] for name in ("exact_match", "id_exact_match") if name in scores}
         _LOG.info("%s tokens of memory: %s", f"{size:,}", shown)
     return rows
+
+
+def _mesh(run: RunConfig, model: MSATransformer) -> jax.sharding.Mesh | None:
+    """Over the devices of this process; None: the bank is on one of them."""
+    if run.mesh.memory * run.mesh.model == 1:
+        return None
+    mesh = dataclasses.replace(run.mesh, data=-1).make(jax.local_devices())
+    check_model(model.config, mesh)
+    return mesh
+
+
+def _placed(model: MSATransformer, mesh: jax.sharding.Mesh, shardings: Shardings) -> MSATransformer:
+    graphdef, params = nnx.split(model)
+    places = shardings.parameters(nnx.as_pure(params), mesh)
+    return nnx.merge(graphdef, jax.device_put(nnx.as_pure(params), places))
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -11,8 +11,11 @@ from flax import nnx
 
 from benchmarks.collectives import collectives
 from msa_jax.bank import transfer
+from msa_jax.bank.encoder import encode_bank
 from msa_jax.bank.loading import load
+from msa_jax.bank.spread import spread
 from msa_jax.bank.store import MemoryStore
+from msa_jax.data.batch import pack_documents
 from msa_jax.memory import DocumentLayout, MemoryBank
 from msa_jax.sharding import MeshConfig, Shardings
 from tests.bank.drawn import D, K, L, M, create, put
@@ -201,3 +204,28 @@ def test_what_crosses_devices_does_not_grow_with_the_bank():
     assert small == large and {op for op, *_ in small} == {"all-gather", "all-reduce"}
     # The largest is of hidden units of the MLP or less: [B, T, F] float32.
     assert max(nbytes for _, nbytes, _ in small) <= 4 * TOKENS.size * 20
+
+
+@pytest.mark.parametrize(("sizes", "documents"), [((1, 8, 1), 11), ((1, 8, 1), 3), ((2, 2, 2), 5)])
+def test_a_bank_made_in_memory_is_spread(sizes, documents):
+    rng = np.random.default_rng(documents)
+    lists = [rng.integers(1, 37, size=rng.integers(1, 24)) for _ in range(documents)]
+    bank = encode_bank(model_of(), pack_documents(lists, chunk_size=4, row_len=24), rows_per_step=8)
+    visible = rng.random((B, documents)) < 0.8
+    want = forward(bank, visible)
+    mesh = MeshConfig(data=sizes[0], memory=sizes[1], model=sizes[2]).make(
+        jax.devices()[: sizes[0] * sizes[1] * sizes[2]]
+    )
+    over = spread(bank, mesh, Shardings.inference())
+    room = over.num_documents - documents
+    with jax.set_mesh(mesh):
+        got = jax.device_get(forward(over, np.pad(visible, ((0, 0), (0, room)))))
+    close(got.hidden, want.hidden)
+    close(got.document_scores[..., :documents], want.document_scores)
+    read = np.asarray(want.selection.lengths) > 0
+    np.testing.assert_array_equal(got.selection.lengths[..., : read.shape[-1]] > 0, read)
+    np.testing.assert_array_equal(
+        got.selection.documents[..., : read.shape[-1]][read], np.asarray(want.selection.documents)[read]
+    )
+    with pytest.raises(ValueError, match="spread: needs a bank of floats on one device"):
+        spread(over, mesh, Shardings.inference())

@@ -1,5 +1,6 @@
 """A run as a whole: it learns, survives any interruption, and refuses what cannot work."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from msa_jax.evaluation import evaluate, write_results
 from msa_jax.evaluation.evaluate import load_model
 from msa_jax.run import make_model, open_tokenizer, train_run
 from msa_jax.run_config import RunConfig
+from msa_jax.sharding import MeshConfig
 from msa_jax.training.loop import TrainingDiverged
 
 
@@ -97,6 +99,13 @@ def test_a_run_learns_and_survives_every_interruption(root, settings, config_fil
     assert "exact match" in write_results(scores, run, cut)
     assert json.loads((cut / "eval.json").read_text())["rows"] == scores
     assert (cut / "curve.png").stat().st_size > 5000
+
+    # Over two devices, each with half of the documents, it answers the same.
+    halves = evaluate(dataclasses.replace(run, mesh=MeshConfig(memory=2)), cut, [2048])[0]
+    timings = ("encode_seconds", "encode_tokens_per_second", "seconds_per_question", "bank_mib")
+    assert {k: v for k, v in halves.items() if k not in timings} == {
+        k: v for k, v in scores[0].items() if k not in timings
+    }
 
     # A workdir is one run's.
     settings["data"]["num_documents"] = 18
