@@ -39,7 +39,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
         rest = flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, IndexError, FileNotFoundError) as error:
         # A config's fields are flags, and one that it lacks is no flags.Error.
-        detail = str(error).strip('"')
+        detail = str(error).strip("\"'")
+        detail = f"the config has no field {detail!r}" if detail.isidentifier() else detail
         usage = "(--help lists flags; --config.NAME=VALUE sets a field of the config file)"
         raise SystemExit(_line(f"{detail} {usage}")) from None
     if rest[1:]:

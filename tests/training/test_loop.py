@@ -32,10 +32,10 @@ def final_params(settings, workdir):
     return jax.tree.leaves(nnx.as_pure(nnx.state(model)))
 
 
-def command(root, config_file, workdir):
+def command(root, config_file, workdir, *flags):
     # One device, the program without a mesh; tests in this process run on all devices that it has.
     return subprocess.Popen(
-        [sys.executable, root / "train.py", f"--config={config_file}", f"--workdir={workdir}"],
+        [sys.executable, root / "train.py", f"--config={config_file}", f"--workdir={workdir}", *flags],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env=os.environ | {"PYTHONPATH": str(root), "XLA_FLAGS": "--xla_force_host_platform_device_count=1"},
     )  # fmt: skip
@@ -177,3 +177,10 @@ def test_bad_data_ends_in_a_sentence_before_training(root, settings, haystack, t
     assert process.returncode == 1
     assert "documents.jsonl:61" in output and fault in output and "Traceback" not in output, output
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_setting_that_does_not_exist_is_named(root, config_file, tmp_path):
+    process = command(root, config_file, tmp_path / "run", "--config.data.nonsense=2")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1 and not (tmp_path / "run").exists()
+    assert "the config has no field 'nonsense' (--help lists flags;" in output and "Traceback" not in output, output
