@@ -15,6 +15,8 @@ from msa_jax.data import LossWeights, Template
 from msa_jax.sharding import MeshConfig
 from msa_jax.training.config import OptimizerConfig, Phase, TrainingConfig
 
+_TEMPLATES = {"compact": Template.compact, "paper": Template.paper, "chinese": Template.chinese}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -67,22 +69,28 @@ class TokenizerConfig:
     Attributes:
       vocab_size: of a trained one, special tokens included.
       path: folder of a tokenizer.json to use instead.
-      template: "compact" or "paper". numbers: "place" or "plain", how document numbers are spelt; empty
-        leaves it to the template.
+      template: "compact", "paper", "chinese", or a JSON file of one's own frames, which is read when the tokenizer is
+        made and saved with it. numbers: "place" or "plain", how document numbers are spelt; empty leaves it to the
+        template.
     """
 
     vocab_size: int = 4096
     path: str = ""
-    template: Literal["compact", "paper"] = "compact"
+    template: str = "compact"
     numbers: Literal["", "place", "plain"] = ""
 
     def __post_init__(self):
-        if self.template not in ("compact", "paper"):
-            raise ConfigError(f"tokenizer.template must be compact or paper, got {self.template!r}.")
+        if self.template not in _TEMPLATES and not self.template.endswith(".json"):
+            raise ConfigError(
+                f"tokenizer.template must be {', '.join(_TEMPLATES)} or a .json file of frames, got {self.template!r}."
+            )
+        if self.numbers not in ("", "place", "plain"):
+            raise ConfigError(f"tokenizer.numbers must be place, plain or empty, got {self.numbers!r}.")
 
     def make_template(self) -> Template:
-        make = Template.compact if self.template == "compact" else Template.paper
-        return make(**({"numbers": self.numbers} if self.numbers else {}))
+        """The template named; raises DataError if it is a file and that is missing or damaged."""
+        template = _TEMPLATES[self.template]() if self.template in _TEMPLATES else Template.load(self.template)
+        return dataclasses.replace(template, numbers=self.numbers or template.numbers)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,11 +4,13 @@ import dataclasses
 import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from msa_jax.data.records import DataError
 
 FIELD = re.compile(r"\{(id|text|question|answer)\}")
+_ANY_FIELD = re.compile(r"\{(\w+)\}")  # misspelt ones included
 
 _FIELDS = {
     "prefix": (),
@@ -18,6 +20,7 @@ _FIELDS = {
     "reference": ("id",),
     "restated": ("question",),
     "reply_answer": ("answer",),
+    "not_found": (),
 }
 
 
@@ -27,6 +30,7 @@ class Template:
 
     The active context is `question`, `reply_head`, then for each document found `reference` and `appended`,
     then `end_of_retrieve`, `restated`, `reply_answer`. `prefix` stands before everything and is encoded once.
+    `not_found` is no frame but the answer to a question that is taken for one that the memory cannot answer.
     `numbers` says how a document's number is spelt: "plain" is `[4]`, digits as text; "place" is `[`, one
     special token for each of the `id_digits` positions and digits, `]`: a small model learns those far
     sooner.
@@ -49,6 +53,7 @@ class Template:
     appended: str = "{id}. {text}\n<|object_ref_end|>"
     restated: str = "<|im_start|>The user's question is: {question}\n<|object_ref_end|>"
     reply_answer: str = "The answer to the question is: {answer}<|im_end|>"
+    not_found: str = "The memory holds no answer to this question."
     numbers: Literal["plain", "place"] = "plain"
     id_digits: int = 7
 
@@ -67,9 +72,13 @@ class Template:
             raise DataError(
                 f"the template's reference must end with {self.reference_end!r}: the engine stops there"
             )
+        if not self.reply_answer.endswith(self.end):
+            raise DataError(f"the template's reply_answer must end with {self.end!r}: the engine stops there")
+        if not self.not_found.strip():
+            raise DataError("the template's not_found must say that there is no answer, it is empty")
 
     def _check_frame(self, name: str, choices: tuple[tuple[str, ...], ...]) -> None:
-        found = tuple(FIELD.findall(getattr(self, name)))
+        found = tuple(_ANY_FIELD.findall(getattr(self, name)))
         if found not in choices:
             wanted = " or ".join(" ".join(f"{{{f}}}" for f in choice) or "no fields" for choice in choices)
             raise DataError(
@@ -113,6 +122,17 @@ class Template:
         }
         return cls(**{**frames, **changes})
 
+    @classmethod
+    def chinese(cls, **changes) -> "Template":
+        """Chinese frames with the paper's special tokens, for checkpoints whose tokenizer knows Chinese."""
+        frames = {
+            "question": "\n请根据以上历史文档回答问题。\n\n{question}\n请先列出与该问题有关的全部文档。\n",
+            "restated": "<|im_start|>用户的问题是：{question}\n<|object_ref_end|>",
+            "reply_answer": "该问题的答案是：{answer}<|im_end|>",
+            "not_found": "记忆中没有这个问题的答案。",
+        }
+        return cls.paper(**{**frames, **changes})
+
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
 
@@ -121,7 +141,7 @@ class Template:
         """The inverse of `to_json`; `where` names the file in errors. Raises DataError on a bad template."""
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{where}: not JSON ({error}); write it with Template.to_json") from error
         kinds = {f.name: int if f.name == "id_digits" else str for f in dataclasses.fields(cls)}
         if not isinstance(data, dict):
@@ -131,4 +151,20 @@ class Template:
                 raise DataError(f"{where}: unknown field {name!r}; the fields are {', '.join(kinds)}")
             if type(value) is not kinds[name]:
                 raise DataError(f"{where}: {name} must be {kinds[name].__name__}, got {value!r}")
-        return cls(**data)
+        try:
+            return cls(**data)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Template":
+        """The template in a file that `to_json` or a person wrote; fields that are left out are `Template()`'s.
+
+        Raises DataError when there is no such file, or it holds no template.
+        """
+        try:
+            text = Path(path).read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+            raise DataError(f"the template {path} cannot be read: {reason}") from None
+        return cls.from_json(text, str(path))

@@ -97,7 +97,7 @@ class Tokenizer:
             raise DataError(f"{path} is not a tokenizer: {error}") from error
         frames = Path(folder) / _TEMPLATE_FILE
         if template is None and frames.is_file():
-            template = Template.from_json(frames.read_text("utf-8"), str(frames))
+            template = Template.load(frames)
         template = template or Template.paper()
         if add_missing:
             added = [tokenizers.AddedToken(s, special=True) for s in template.special_tokens]

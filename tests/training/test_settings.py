@@ -36,6 +36,7 @@ PLAIN = dict(warmup_steps=0, decay="constant", clip_norm=1e9)
         (("model", "widht"), 3, "widht"),
         (("model", "preset"), "huge", "Unknown preset"),
         (("tokenizer", "template"), "long", "tokenizer.template must be"),
+        (("tokenizer", "numbers"), "roman", "tokenizer.numbers must be"),
         (("optimiser",), {}, "optimiser"),
     ],
 )
