@@ -34,8 +34,8 @@ _DEVICES = ("h200", "a800", "v5p", "v5e")
 def spec_4b() -> BankSpec:
     c = MSAConfig.preset("qwen3_4b")
     return BankSpec(
-        fingerprint="random vectors", chunk_size=c.chunk_size, layers=len(c.router_layers), width=c.router_width,
-        kv_heads=c.num_kv_heads, head_dim=c.head_dim, dtype="bfloat16",
+        fingerprint="random vectors", text="no text", chunk_size=c.chunk_size, layers=len(c.router_layers),
+        width=c.router_width, kv_heads=c.num_kv_heads, head_dim=c.head_dim, dtype="bfloat16",
     )  # fmt: skip
 
 
@@ -45,12 +45,17 @@ def random_chunks(spec: BankSpec, documents: int) -> Encoded:
     draw = lambda *rest: rng.standard_normal((spec.layers, chunks, *rest), np.float32).astype(ml_dtypes.bfloat16)  # noqa: E731
     lengths = np.full(documents, _CHUNKS_A_DOCUMENT, np.int64)
     content = (spec.kv_heads, spec.head_dim)
-    return Encoded(draw(spec.width), draw(*content), draw(*content), lengths, lengths * spec.chunk_size)
+    ordinals = np.arange(1, documents + 1)
+    return Encoded(
+        draw(spec.width), draw(*content), draw(*content), lengths, lengths * spec.chunk_size, ordinals, ordinals
+    )
 
 
 def put(store: MemoryStore, encoded: Encoded, first: int) -> None:
     """Commit as many documents as `encoded` has."""
     numbers = range(first, first + len(encoded.lengths))
+    ordinals = store.manifest.next_text + np.arange(len(numbers))
+    encoded = encoded._replace(ordinals=ordinals, numbers=ordinals)
     store.append([BankDocument(f"document {i}", f"text of {i}") for i in numbers], encoded, range(len(encoded.lengths)))
 
 

@@ -78,7 +78,7 @@ def build(folder: str, tokens: int) -> dict:
     from msa_jax import MemoryStore
 
     enc = encoder(rows_per_step=64)
-    enc.encode([np.ones(_ROW_LEN, np.int32)])
+    enc.encode([np.ones(_ROW_LEN, np.int32)], [1])
     before, peak, done = resident_bytes(), [0], threading.Event()
 
     def watch():
@@ -109,7 +109,7 @@ def use(folder: str) -> dict:
     from msa_jax.bank.stats import stats
 
     enc = encoder(rows_per_step=1)
-    enc.encode([np.ones(20, np.int32)])
+    enc.encode([np.ones(20, np.int32)], [1])
     seconds = {}
 
     def timed(name, call):

@@ -29,6 +29,7 @@ from flax import nnx  # noqa: E402
 
 from msa_jax import tiers  # noqa: E402
 from msa_jax.bank import BankDocument, BankSpec, MemoryStore, load  # noqa: E402
+from msa_jax.bank.manifest import fingerprint_of  # noqa: E402
 from msa_jax.bank.store import Encoded  # noqa: E402
 from msa_jax.config import MSAConfig  # noqa: E402
 from msa_jax.model import MSATransformer  # noqa: E402
@@ -39,7 +40,11 @@ CHUNK, TOP_K, CHUNKS_EACH, T = 16, 16, 8, 64
 def random_bank(folder: pathlib.Path, config: MSAConfig, model: MSATransformer, tokens: int):
     """A bank on disk of random chunks."""
     rng, chunks = np.random.default_rng(0), tokens // CHUNK
-    store = MemoryStore.create(folder, BankSpec.of(model))
+    spec = BankSpec(
+        fingerprint=fingerprint_of(model), text="no text", chunk_size=CHUNK, layers=len(config.router_layers),
+        width=config.router_width, kv_heads=config.num_kv_heads, head_dim=config.head_dim, dtype=config.dtype,
+    )  # fmt: skip
+    store = MemoryStore.create(folder, spec)
     layers, step = len(config.router_layers), 1 << 14
     for first in range(0, chunks, step):
         shape = (layers, min(step, chunks - first), config.num_kv_heads, config.head_dim)
@@ -48,7 +53,8 @@ def random_bank(folder: pathlib.Path, config: MSAConfig, model: MSATransformer, 
         count = shape[1] // CHUNKS_EACH
         lengths = np.full(count, CHUNKS_EACH)
         documents = [BankDocument(f"{first} {i}", f"text {first} {i}") for i in range(count)]
-        encoded = Encoded(keys.reshape(*shape[:2], -1), k, v, lengths, lengths * CHUNK)
+        ordinals = store.manifest.next_text + np.arange(count)
+        encoded = Encoded(keys.reshape(*shape[:2], -1), k, v, lengths, lengths * CHUNK, ordinals, ordinals)
         store.append(documents, encoded, range(count))
     return store
 

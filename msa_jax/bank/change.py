@@ -18,6 +18,7 @@ from msa_jax.bank.table import (
     COLUMNS,
     ID_KEY,
     NAMESPACE,
+    PLACE,
     TEXT_KEY,
     TOKENS,
     BankDocument,
@@ -37,8 +38,10 @@ class Encoded(NamedTuple):
 
     Attributes:
       routing_keys: [L_r, C, M]; content_k, content_v: [L_r, C, K, D].
-      lengths: chunks of each document.
-      tokens: tokens of each document.
+      lengths: [n] int64, chunks of each document.
+      tokens: [n] int64, tokens of each document, its frame included.
+      ordinals: [n] int64, which text of the bank each is, counted from 1; no two texts ever have the same.
+      numbers: [n] int64, by which the model names each: what the template makes of its ordinal.
     """
 
     routing_keys: np.ndarray
@@ -46,6 +49,8 @@ class Encoded(NamedTuple):
     content_v: np.ndarray
     lengths: np.ndarray
     tokens: np.ndarray
+    ordinals: np.ndarray
+    numbers: np.ndarray
 
 
 def now() -> str:
@@ -58,14 +63,15 @@ class Change:
     Attributes:
       database, transaction: for arrays that the commit writes too.
       chunks: C, chunks that will have been written; whoever writes some raises it.
+      next_text: as in the manifest; whoever adds texts raises it.
       namespaces: names; rows refer to them by number.
-      columns: rows added, [n, 9] each.
+      columns: rows added, [n, 10] each.
       buried: rows deleted.
     """
 
     def __init__(self, database: Database, transaction: ts.Transaction, manifest: Manifest):
         self.database, self.transaction = database, transaction
-        self.chunks = manifest.chunks
+        self.chunks, self.next_text = manifest.chunks, manifest.next_text
         self.namespaces = list(manifest.namespaces)
         self.columns: list[np.ndarray] = []
         self.buried: list[int] = []
@@ -73,9 +79,9 @@ class Change:
         self._rows, self._documents, self._tokens = manifest.rows, manifest.documents, manifest.tokens
 
     def columns_of(self, documents: Sequence[BankDocument], places: np.ndarray) -> np.ndarray:
-        """Rows [n, 9] of documents whose START, LENGTH and TOKENS are `places` [n, 3]."""
+        """Rows [n, 10] of documents whose START, LENGTH, TOKENS and NUMBER are `places` [n, 4]."""
         columns = np.zeros((len(documents), COLUMNS), np.int64)
-        columns[:, :3], columns[:, ALIVE] = places, 1
+        columns[:, PLACE], columns[:, ALIVE] = places, 1
         for row, document in zip(columns, documents, strict=True):
             row[NAMESPACE] = self.number_of(document.namespace)
             row[ID_KEY : ID_KEY + 2], row[TEXT_KEY : TEXT_KEY + 2] = document.id_key, document.text_key
@@ -87,7 +93,7 @@ class Change:
         return self.namespaces.index(namespace)
 
     def add(self, columns: np.ndarray, ids: Sequence[str], bodies: Sequence[bytes]) -> None:
-        """Add live rows [n, 9], with their ids and `pack_body`."""
+        """Add live rows [n, 10], with their ids and `pack_body`."""
         if not len(columns):
             return
         self.database.put("documents", columns, self._rows, 0, self.transaction)
@@ -118,6 +124,7 @@ class Change:
             documents=self._documents,
             tokens=self._tokens,
             namespaces=tuple(self.namespaces),
+            next_text=self.next_text,
             operation=operation,
             time=now(),
         )

@@ -38,7 +38,7 @@ def compact(store: MemoryStore, *, progress: bool = False) -> dict[str, Any]:
     name, version = folder.following(old), before.version + 1
     folder.sweep(path, old)  # of a `compact` that was killed, and what readers have left since
     rows = store.table.alive
-    chunks, starts = moved(store.table.columns[rows], 0)
+    chunks, places = moved(store.table.columns[rows], 0)
     empty = dict(chunks=0, rows=0, documents=0, tokens=0, namespaces=())
     manifest = dataclasses.replace(before, version=version, operation="compact", **empty)
     try:
@@ -50,7 +50,7 @@ def compact(store: MemoryStore, *, progress: bool = False) -> dict[str, Any]:
         manifest = dataclasses.replace(manifest, chunks=len(chunks))
         for part in blocks(rows):
             with commit(database, manifest, version, "compact") as change:
-                copy_rows(store, rows[part], starts[part], change)
+                copy_rows(store, rows[part], places[part], change)
             manifest = change.manifest(version, "compact")
         if not len(rows):
             with commit(database, manifest, version, "compact"):

@@ -10,7 +10,7 @@ from msa_jax.bank.change import Change
 from msa_jax.bank.database import Database, reason_of
 from msa_jax.bank.manifest import BankError
 from msa_jax.bank.reader import ARRAYS, BankReader
-from msa_jax.bank.table import LENGTH, NAMESPACE, START, body_key, unpack
+from msa_jax.bank.table import LENGTH, NAMESPACE, PLACE, START, body_key, unpack
 
 _BLOCK_BYTES = 1 << 26
 _ROWS_AT_ONCE = 8192
@@ -27,15 +27,17 @@ def moved(columns: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray]:
     """Where the chunks of documents go when they are put together from chunk `first` on.
 
     Args:
-      columns: rows [n, 9]; several may share chunks.
+      columns: rows [n, 10]; several may share chunks.
 
     Returns:
-      The chunks to copy, in order, and the new START of every row.
+      The chunks to copy, in order, and the new PLACE [n, 4] of every row.
     """
     starts, one = np.unique(columns[:, START], return_index=True)
     lengths = columns[one, LENGTH]
     begins = first + np.cumsum(lengths) - lengths
-    return chunks_of(np.stack([starts, lengths], axis=1)), begins[np.searchsorted(starts, columns[:, START])]
+    places = columns[:, PLACE]
+    places[:, 0] = begins[np.searchsorted(starts, columns[:, START])]
+    return chunks_of(np.stack([starts, lengths], axis=1)), places
 
 
 def copy_chunks(
@@ -65,12 +67,12 @@ def copy_chunks(
         progress(len(numbers))
 
 
-def copy_rows(source: BankReader, rows: np.ndarray, starts: np.ndarray, change: Change) -> None:
-    """Add rows of a bank to another one under `change`, with new STARTs."""
+def copy_rows(source: BankReader, rows: np.ndarray, places: np.ndarray, change: Change) -> None:
+    """Add rows of a bank to another one under `change`, with new PLACEs [n, 4]."""
     for part in blocks(rows):
         bodies = source.database.read_many([body_key(row) for row in rows[part]])
         columns = source.table.columns[rows[part]].copy()
-        columns[:, START] = starts[part]
+        columns[:, PLACE] = places[part]
         names = source.table.namespaces
         columns[:, NAMESPACE] = [change.number_of(names[number]) for number in columns[:, NAMESPACE]]
         change.add(columns, [unpack(body)[0] for body in bodies], bodies)

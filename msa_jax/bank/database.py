@@ -140,15 +140,16 @@ class Database:
         return dump["versions"][-1]["generation_number"]
 
 
-def remove_stale_locks(*folders: pathlib.Path) -> None:
-    """Delete what a killed writer was writing; for the one writer, while it writes nothing.
+def remove_stale_locks(*folders: pathlib.Path, but: str = "") -> None:
+    """Delete what a killed writer was writing, save the key `but`; for the one writer, while it writes nothing.
 
     TensorStore writes a file under the name of its lock and renames that. It does not shorten one that it finds, so
     that the end of a longer one would stay behind the new file's content.
     """
     for folder in folders:
         for file in folder.glob("*.__lock"):
-            file.unlink(missing_ok=True)
+            if file.stem != but:
+                file.unlink(missing_ok=True)
 
 
 def reason_of(error: Exception) -> str:

@@ -2,7 +2,8 @@
 
 A bank's folder holds the file CURRENT, the databases bank-0/, bank-1/, ..., of which CURRENT names the one in use, and
 the locks that its readers share, bank-0.lock, ... `compact` writes the next database, then CURRENT; the one before
-goes when its last reader has. On a kvstore that is no file system there are no locks.
+goes when its last reader has. NUMBERS counts texts (see `numbers`). On a kvstore that is no file system there are no
+locks.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from msa_jax.bank.database import folder_of, reason_of, remove_stale_locks, url_
 from msa_jax.bank.manifest import BankError
 
 FIRST = "bank-0"
-_WRITER_LOCK = "writer.lock"
+COUNTER = "NUMBERS"
+_WRITER_LOCK, _COUNTER_LOCK = "writer.lock", "numbers.lock"
 
 
 def current(path: str | pathlib.Path) -> str | None:
@@ -99,7 +101,21 @@ def take_writer_lock(path: str | pathlib.Path, *, wait: float = 0.0) -> int | No
         if time.monotonic() >= until:
             raise BankError(f"{path}: another process is writing to this bank: wait until it is done, or stop it.")
         time.sleep(0.05)
-    remove_stale_locks(folder, *folder.glob("bank-*/"), *folder.glob("bank-*/d/"))
+    # The counter is written without the writer's lock, and is of one length: see `numbers`.
+    remove_stale_locks(folder, *folder.glob("bank-*/"), *folder.glob("bank-*/d/"), but=COUNTER)
+    return lock
+
+
+def take_counter_lock(path: str | pathlib.Path) -> int | None:
+    """Keep others from raising the counter, for a moment; waits until nobody else does.
+
+    Raises:
+      BankError: the folder cannot be written.
+    """
+    if folder_of(path) is None:
+        return None
+    while (lock := _flock(path, _COUNTER_LOCK, fcntl.LOCK_EX)) is None:
+        time.sleep(0.001)
     return lock
 
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from msa_jax.bank.document_encoder import DocumentEncoder
 from msa_jax.bank.manifest import BankError, BankSpec
+from msa_jax.bank.numbers import Numbers
 from msa_jax.bank.table import TEXT_KEY, BankDocument, Key
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ class _Batch:
 
     documents: list[BankDocument] = dataclasses.field(default_factory=list)
     token_lists: list[np.ndarray] = dataclasses.field(default_factory=list)
+    ordinals: list[int] = dataclasses.field(default_factory=list)
     untokenised: list[BankDocument] = dataclasses.field(default_factory=list)
     characters: int = 0
     sources: list[int] = dataclasses.field(default_factory=list)
@@ -89,9 +91,11 @@ class _Batch:
     tokens: int = 0
     seconds: float = 0.0
 
-    def tokenize(self, encoder: DocumentEncoder) -> None:
-        lists = encoder.tokens(self.untokenised)
+    def tokenize(self, encoder: DocumentEncoder, numbers: Numbers) -> None:
+        ordinals = numbers.take(len(self.untokenised))
+        lists = encoder.tokens(self.untokenised, [encoder.number(ordinal) for ordinal in ordinals])
         self.token_lists += lists
+        self.ordinals += ordinals
         self.tokens += sum(map(len, lists))
         self.untokenised, self.characters = [], 0
 
@@ -100,13 +104,14 @@ def ingest(
     store: MemoryStore,
     documents: Iterable[BankDocument],
     encoder: DocumentEncoder,
+    numbers: Numbers,
     *,
     replace: bool,
     commit_tokens: int | None,
     progress: bool,
     total: int | None,
 ) -> Report:
-    """What `MemoryStore.add` and, with `replace`, `MemoryStore.update` do."""
+    """What `MemoryStore.add` and, with `replace`, `MemoryStore.update` do; `numbers` is for new texts."""
     store.require_writable()
     store.spec.require_same(encoder.spec, str(store.path))
     report, begin = Report(), time.monotonic()
@@ -134,7 +139,7 @@ def ingest(
         tqdm(desc=name, unit="doc", total=total, mininterval=1.0, disable=not progress) as bar,
         concurrent.futures.ThreadPoolExecutor(1) as writer,
     ):
-        batches = _ahead(_batches(store, documents, encoder, commit_tokens, replace))
+        batches = _ahead(_batches(store, documents, encoder, numbers, commit_tokens, replace))
         try:
             while True:
                 start = time.monotonic()
@@ -147,7 +152,7 @@ def ingest(
                 bar.update(batch.unchanged)
                 if batch.documents:
                     start = time.monotonic()
-                    encoded = encoder.encode(batch.token_lists)
+                    encoded = encoder.encode(batch.token_lists, batch.ordinals)
                     report.encode_seconds += time.monotonic() - start
                     finish_writing()
                     writing = writer.submit(commit, batch, encoded)
@@ -159,7 +164,7 @@ def ingest(
     return report
 
 
-def _batches(store, documents, encoder, commit_tokens, replace) -> Iterator[_Batch]:
+def _batches(store, documents, encoder, numbers, commit_tokens, replace) -> Iterator[_Batch]:
     """Documents of one commit each, tokenised; runs ahead of the commits of the batches that it gave out."""
     table, first_row = store.table, store.manifest.rows
     next_row = first_row
@@ -181,7 +186,6 @@ def _batches(store, documents, encoder, commit_tokens, replace) -> Iterator[_Bat
         else:
             held = texts.get(document.text_key, table.row_with(document.text_key))
             if held is None:
-                held = texts[document.text_key] = next_row
                 batch.sources.append(len(batch.token_lists) + len(batch.untokenised))
                 batch.untokenised.append(document)
                 batch.characters += len(document.text)
@@ -189,20 +193,20 @@ def _batches(store, documents, encoder, commit_tokens, replace) -> Iterator[_Bat
                 # A text of this very batch is in its token lists, else a row has it or will.
                 first = next_row - len(batch.documents)
                 batch.sources.append(batch.sources[held - first] if held >= first else -1 - held)
-            ids[document.id_key] = next_row
+            ids[document.id_key] = texts[document.text_key] = next_row
             next_row += 1
             batch.documents.append(document)
         # Texts seldom have more tokens than characters.
         if len(batch.untokenised) >= _TOKENIZED_AT_ONCE or batch.tokens + batch.characters >= commit_tokens:
-            batch.tokenize(encoder)
+            batch.tokenize(encoder, numbers)
         if batch.tokens >= commit_tokens or max(len(batch.documents), batch.unchanged) >= _COMMIT_DOCUMENTS:
-            batch.tokenize(encoder)
+            batch.tokenize(encoder, numbers)
             batch.seconds = time.monotonic() - start
             yield batch
             batch, start, shown = _Batch(), time.monotonic(), len(table.columns)
             ids = {key: row for key, row in ids.items() if row >= shown}
             texts = {key: row for key, row in texts.items() if row >= shown}
-    batch.tokenize(encoder)
+    batch.tokenize(encoder, numbers)
     batch.seconds = time.monotonic() - start
     yield batch
 

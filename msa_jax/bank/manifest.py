@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from msa_jax.data.tokenizer import Tokenizer
 from msa_jax.model import MSATransformer
 
-FORMAT = 1
+FORMAT = 2
 # Elements of each parameter that its fingerprint looks at: enough that no training step leaves it as it was.
 _SAMPLED = 1024
 
@@ -25,10 +26,11 @@ class BankError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class BankSpec:
-    """What the arrays of a bank look like, and the model whose they are.
+    """What the arrays of a bank look like, and the model and tokenizer whose they are.
 
     Attributes:
       fingerprint: of the model, see `fingerprint_of`.
+      text: of how documents become tokens, see `Tokenizer.document_fingerprint`.
       chunk_size: P, tokens a chunk.
       layers: L_r, router layers.
       width: M of a routing key.
@@ -37,6 +39,7 @@ class BankSpec:
     """
 
     fingerprint: str
+    text: str
     chunk_size: int
     layers: int
     width: int
@@ -51,11 +54,12 @@ class BankSpec:
         return elements * jnp.dtype(self.dtype).itemsize
 
     @classmethod
-    def of(cls, model: MSATransformer) -> BankSpec:
-        """The spec of banks that `model` encodes, in its compute dtype."""
+    def of(cls, model: MSATransformer, tokenizer: Tokenizer) -> BankSpec:
+        """The spec of banks that `model` encodes with `tokenizer`, in its compute dtype."""
         c = model.config
         return cls(
             fingerprint=fingerprint_of(model),
+            text=tokenizer.document_fingerprint,
             chunk_size=c.chunk_size,
             layers=len(c.router_layers),
             width=c.router_width,
@@ -65,9 +69,14 @@ class BankSpec:
         )
 
     def require_same(self, other: BankSpec, where: str) -> None:
-        """Raise BankError unless the bank at `where`, of this spec, was made by the model of `other`."""
+        """Raise BankError unless the bank at `where`, of this spec, was made by the model and tokenizer of `other`."""
         mine, others = dataclasses.asdict(self), dataclasses.asdict(other)
         different = [f"{name} {mine[name]} here, {others[name]} there" for name in mine if mine[name] != others[name]]
+        if list(name for name in mine if mine[name] != others[name]) == ["text"]:
+            raise BankError(
+                f"{where}: this bank was made with another tokenizer or document frame ({different[0]}): open it with "
+                "the tokenizer and template that made it, or encode the documents anew with `create` and `add`."
+            )
         if different:
             raise BankError(
                 f"{where}: this bank was made by another model ({'; '.join(different)}): open it with the checkpoint "
@@ -86,6 +95,7 @@ class Manifest:
       rows: N, documents written, deleted ones included.
       documents, tokens: live documents, and tokens of theirs.
       namespaces: names, in the order of the numbers that rows carry.
+      next_text: one more than the largest ordinal that a text of the bank has had; see `numbers`.
       operation: what the commit did, and when, for `versions`.
     """
 
@@ -96,6 +106,7 @@ class Manifest:
     documents: int = 0
     tokens: int = 0
     namespaces: tuple[str, ...] = ()
+    next_text: int = 1
     operation: str = "create"
     time: str = ""
 
@@ -115,7 +126,8 @@ class Manifest:
         except (ValueError, KeyError, AttributeError) as e:
             raise BankError(f"{where}: the manifest is damaged ({e}): restore the folder from a copy.") from e
         if form != FORMAT:
-            raise BankError(f"{where}: a bank of format {form}, and this version reads {FORMAT}: update the package.")
+            how = "encode the documents anew" if form in range(FORMAT) else "update the package"
+            raise BankError(f"{where}: a bank of format {form}, and this version reads {FORMAT}: {how}.")
         try:
             spec = BankSpec(**values.pop("spec"))
             return cls(spec=spec, **values | {"namespaces": tuple(values["namespaces"])})

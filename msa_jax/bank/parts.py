@@ -13,11 +13,12 @@ from tqdm import tqdm
 from msa_jax.bank import folder
 from msa_jax.bank.copying import copy_chunks, copy_rows, moved
 from msa_jax.bank.document_encoder import DocumentEncoder
-from msa_jax.bank.ingest import Report
+from msa_jax.bank.ingest import Report, ingest
 from msa_jax.bank.manifest import BankError
+from msa_jax.bank.numbers import Numbers
 from msa_jax.bank.reader import BankReader
 from msa_jax.bank.store import MemoryStore
-from msa_jax.bank.table import ID_KEY, START, TEXT_KEY, BankDocument, Key
+from msa_jax.bank.table import ID_KEY, NUMBER, PLACE, TEXT_KEY, BankDocument, Key
 
 _WAIT_SECONDS = 24 * 3600.0
 
@@ -36,7 +37,8 @@ def add_part(
     """Add every `count`-th document, from document `index` on: the same call in `count` processes adds them all.
 
     A process collects its part in a bank of its own within the bank's folder, where an interrupted call goes on, and
-    adds it in one commit at the end, waiting for others that do.
+    adds it in one commit at the end, waiting for others that do. Texts are numbered while they are encoded, by the
+    bank's counter: no two processes give the same number, and a call that goes on keeps those it gave.
 
     Args:
       path: of a bank that nobody need have open.
@@ -58,7 +60,9 @@ def add_part(
             there = [0]
             mine = _new(store, (d for i, d in enumerate(documents) if i % count == index), there)
             share = None if total is None else -(-(total - index) // count)
-            report = part.add(mine, encoder, commit_tokens=commit_tokens, progress=progress, total=share)
+            numbers = Numbers(path, store.manifest.next_text, part=place, after=part.manifest.next_text - 1)
+            options = dict(replace=False, commit_tokens=commit_tokens, progress=progress, total=share)
+            report = ingest(part, mine, encoder, numbers, **options)
             report.unchanged += there[0]
     with MemoryStore(path, writable=True, wait=_WAIT_SECONDS) as store, MemoryStore(place) as part:
         merge(store, part, progress=progress)
@@ -70,19 +74,22 @@ def add_part(
 
 
 def merge(store: MemoryStore, part: BankReader, *, progress: bool = False) -> int:
-    """Add the documents of another bank of the same model in one commit, without encoding anything.
+    """Add the documents of a bank whose texts were numbered for this one, in one commit, without encoding anything.
 
-    Documents that are there already with the same text are passed over; texts that are there are not copied.
+    Documents that are there already with the same text are passed over; texts that are there are not copied, and keep
+    their number.
 
     Args:
       store: open for writing.
+      part: of the same model; its numbers are of `Numbers` of `store`.
       progress: show a progress bar of chunks.
 
     Returns:
       How many documents were added.
 
     Raises:
-      BankError: another model's bank, or an id that is there with another text; nothing is added then.
+      BankError: another model's bank, an id that is there with another text, or a number that a text of the bank
+        has or had; nothing is added then.
     """
     store.spec.require_same(part.spec, str(store.path))
     rows = part.table.alive
@@ -91,10 +98,16 @@ def merge(store: MemoryStore, part: BankReader, *, progress: bool = False) -> in
     rows, columns = rows[fresh], columns[fresh]
     held = [store.table.row_with(_keys(row)[1]) for row in columns]
     new = np.array([row is None for row in held], bool)
+    given = np.isin(columns[new, NUMBER], store.table.columns[:, NUMBER])
+    if given.any():
+        raise BankError(
+            f"{part.path}: in {store.path} number {columns[new, NUMBER][given][0]} is another text's, and a number is "
+            "encoded with its text: add these documents with `add`."
+        )
     first = store.manifest.chunks
-    starts = np.zeros(len(rows), np.int64)
-    chunks, starts[new] = moved(columns[new], first)
-    starts[~new] = store.table.columns[[row for row in held if row is not None], START]
+    places = np.zeros((len(rows), len(PLACE)), np.int64)
+    chunks, places[new] = moved(columns[new], first)
+    places[~new] = store.table.columns[[row for row in held if row is not None]][:, PLACE]
     with tqdm(
         desc="merge", unit="chunk", unit_scale=True, total=len(chunks), mininterval=1.0, disable=not progress
     ) as bar:
@@ -102,7 +115,8 @@ def merge(store: MemoryStore, part: BankReader, *, progress: bool = False) -> in
     if len(rows):
         with store.change("add") as change:
             change.chunks += len(chunks)
-            copy_rows(part, rows, starts, change)
+            change.next_text = max(change.next_text, part.manifest.next_text)
+            copy_rows(part, rows, places, change)
     return len(rows)
 
 

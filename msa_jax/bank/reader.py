@@ -1,7 +1,7 @@
 """`BankReader`: a bank on disk, at one version.
 
 A bank is a TensorStore OCDBT database (`folder` says where) of the manifest, the arrays routing_keys [L_r, C, M],
-content_k and content_v [L_r, C, K, D] and documents [N, 9], and the documents' ids, titles, texts and metadata.
+content_k and content_v [L_r, C, K, D] and documents [N, 10], and the documents' ids, titles, texts and metadata.
 """
 
 from __future__ import annotations

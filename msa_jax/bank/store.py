@@ -15,8 +15,9 @@ from msa_jax.bank.database import folder_of
 from msa_jax.bank.document_encoder import DocumentEncoder
 from msa_jax.bank.ingest import Report
 from msa_jax.bank.manifest import BankError, BankSpec, Manifest
+from msa_jax.bank.numbers import Numbers
 from msa_jax.bank.reader import ARRAYS, BankReader
-from msa_jax.bank.table import DEFAULT_NAMESPACE, BankDocument, key_of, pack_body
+from msa_jax.bank.table import DEFAULT_NAMESPACE, PLACE, BankDocument, key_of, pack_body
 
 
 class MemoryStore(BankReader):
@@ -66,7 +67,8 @@ class MemoryStore(BankReader):
         """Add documents, encoding only texts that their namespace does not hold.
 
         A commit is made every `commit_tokens` tokens. A document that is there already with the same text is passed
-        over, so the same call after an interruption goes on from the last commit.
+        over, so the same call after an interruption goes on from the last commit. A text is encoded with its number,
+        which no other text of the bank ever had or will have; documents that share a text share its number.
 
         Args:
           documents: an iterable that is read once, never held whole, in a thread.
@@ -77,12 +79,12 @@ class MemoryStore(BankReader):
           total: how many documents there are, if known: the bar then tells the time that is left.
 
         Raises:
-          BankError: opened for reading; another model's bank; an id that is there with another text, or comes
-            twice; a document without text or over the limit; no room. What was committed before stays; of the
-            rest nothing does.
+          BankError: opened for reading; a bank of another model or tokenizer; an id that is there with another text,
+            or comes twice; a document without text or over the limit; no numbers left; no room. What was committed
+            before stays; of the rest nothing does.
         """
         options = dict(commit_tokens=commit_tokens, progress=progress, total=total)
-        return ingest.ingest(self, documents, encoder, replace=False, **options)
+        return self._ingest(documents, encoder, replace=False, **options)
 
     def update(
         self,
@@ -99,7 +101,15 @@ class MemoryStore(BankReader):
           BankError: as `add`, and for an id that does not exist.
         """
         options = dict(commit_tokens=commit_tokens, progress=progress, total=total)
-        return ingest.ingest(self, documents, encoder, replace=True, **options)
+        return self._ingest(documents, encoder, replace=True, **options)
+
+    def _ingest(self, documents, encoder, **options):
+        numbers = Numbers(self.path, self.manifest.next_text)
+        try:
+            return ingest.ingest(self, documents, encoder, numbers, **options)
+        finally:
+            with contextlib.suppress(BankError):  # what is not given back is lost, and nothing else
+                numbers.give_back(self.manifest.next_text)
 
     def compact(self, *, progress: bool = False) -> dict[str, Any]:
         """Reclaim the place of deleted documents and of earlier versions; see `compaction.compact`."""
@@ -145,17 +155,18 @@ class MemoryStore(BankReader):
         return row
 
     def _commit(self, documents, encoded, sources, *, buried, operation):
-        places = np.zeros((len(documents), 3), np.int64)  # START, LENGTH, TOKENS
+        places = np.zeros((len(documents), len(PLACE)), np.int64)
         if documents:
             starts = self.manifest.chunks + np.cumsum(encoded.lengths) - encoded.lengths
-            encoded_places = np.stack([starts, encoded.lengths, encoded.tokens], axis=1)
+            encoded_places = np.stack([starts, encoded.lengths, encoded.tokens, encoded.numbers], axis=1)
             for i, source in enumerate(sources):
-                places[i] = encoded_places[source] if source >= 0 else self.table.columns[-1 - source, :3]
+                places[i] = encoded_places[source] if source >= 0 else self.table.columns[-1 - source, PLACE]
         with self.change(operation) as change:
             if documents and len(encoded.lengths):
                 for name in ARRAYS:
                     change.database.put(name, getattr(encoded, name), change.chunks, 1, change.transaction)
                 change.chunks += int(encoded.lengths.sum())
+                change.next_text = max(change.next_text, int(encoded.ordinals.max()) + 1)
             columns = change.columns_of(documents, places)
             change.add(columns, [d.id for d in documents], list(map(pack_body, documents)))
             change.bury(buried, self.table.columns)

@@ -7,15 +7,17 @@ import functools
 import hashlib
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-# Columns of the array `documents` [N, 9] int64: chunks [START, START + LENGTH), tokens, number of the namespace, 1 or
-# 0, and two halves each of the keys of id and text (`key_of`).
-START, LENGTH, TOKENS, NAMESPACE, ALIVE, ID_KEY, _, TEXT_KEY, _ = range(9)
-COLUMNS = 9
+# Columns of the array `documents` [N, 10] int64: chunks [START, START + LENGTH), tokens, which namespace, 1 or 0, two
+# halves each of the keys of id and text (`key_of`), and the number by which the model names the text.
+START, LENGTH, TOKENS, NAMESPACE, ALIVE, ID_KEY, _, TEXT_KEY, _, NUMBER = range(10)
+COLUMNS = 10
+# What documents of one text have in common.
+PLACE = [START, LENGTH, TOKENS, NUMBER]
 DEFAULT_NAMESPACE = "default"
 # New rows are found by a dictionary until there are this many; then all rows are sorted anew.
 _RECENT = 1 << 15
@@ -85,35 +87,30 @@ def unpack(raw: bytes) -> Any:
 
 
 class _Index:
-    """Rows by a 128-bit key: sorted once, with a dictionary of rows that came since."""
+    """Rows by the value of a column: sorted once, with a dictionary of rows that came since."""
 
     def __init__(self, columns: np.ndarray, column: int):
-        self._column = column
-        # Stable, so that rows of one key stay in order.
+        # Stable, so that rows of one value stay in order.
         self._order = np.argsort(columns[:, column], kind="stable")
         self._sorted = columns[self._order, column]
-        self._recent: dict[Key, list[int]] = {}
+        self._recent: dict[int, list[int]] = {}
 
-    def add(self, key: Key, row: int) -> None:
-        self._recent.setdefault(key, []).append(row)
+    def add(self, value: int, row: int) -> None:
+        self._recent.setdefault(value, []).append(row)
 
-    def find(self, columns: np.ndarray, key: Key) -> int | None:
-        """The first live row of a key."""
-        first, last = np.searchsorted(self._sorted, key[0], "left"), np.searchsorted(self._sorted, key[0], "right")
-        rows = [*self._order[first:last].tolist(), *self._recent.get(key, ())]
-        for row in rows:
-            if columns[row, ALIVE] and tuple(columns[row, self._column : self._column + 2].tolist()) == key:
-                return row
-        return None
+    def rows(self, value: int) -> list[int]:
+        """In order, dead ones too."""
+        first, last = np.searchsorted(self._sorted, value, "left"), np.searchsorted(self._sorted, value, "right")
+        return [*self._order[first:last].tolist(), *self._recent.get(value, ())]
 
 
 class Table:
-    """All rows of one version: numbers only, 72 bytes and two entries of an index a document.
+    """All rows of one version: numbers only, 80 bytes and three entries of an index a document.
 
     One thread may look things up while another extends it: it finds what was there, and perhaps what is new.
 
     Attributes:
-      columns: [N, 9] int64.
+      columns: [N, 10] int64.
       namespaces: their names.
     """
 
@@ -123,11 +120,11 @@ class Table:
         self._sort()
 
     def _sort(self) -> None:
-        self._ids, self._texts = _Index(self.columns, ID_KEY), _Index(self.columns, TEXT_KEY)
+        self._ids, self._texts, self._numbers = (_Index(self.columns, c) for c in (ID_KEY, TEXT_KEY, NUMBER))
         self._unsorted = 0
 
     def extend(self, columns: np.ndarray) -> None:
-        """Add rows [n, 9]."""
+        """Add rows [n, 10]."""
         first = len(self.columns)
         self.columns = np.concatenate([self.columns, columns])
         self._unsorted += len(columns)
@@ -135,8 +132,9 @@ class Table:
             self._sort()
             return
         for row, values in enumerate(columns.tolist(), start=first):
-            self._ids.add(tuple(values[ID_KEY : ID_KEY + 2]), row)
-            self._texts.add(tuple(values[TEXT_KEY : TEXT_KEY + 2]), row)
+            self._ids.add(values[ID_KEY], row)
+            self._texts.add(values[TEXT_KEY], row)
+            self._numbers.add(values[NUMBER], row)
 
     def bury(self, rows: Sequence[int]) -> None:
         """Mark rows as deleted."""
@@ -144,11 +142,29 @@ class Table:
 
     def row_of(self, key: Key) -> int | None:
         """Row of the live document with that `id_key`."""
-        return self._ids.find(self.columns, key)
+        return self._first(self._ids, ID_KEY, key)
 
     def row_with(self, key: Key) -> int | None:
         """Row of the first live document with that `text_key`."""
-        return self._texts.find(self.columns, key)
+        return self._first(self._texts, TEXT_KEY, key)
+
+    def rows_numbered(self, number: int, namespaces: Collection[int] | None = None) -> list[int]:
+        """Live rows of the text that has a number, ascending: several when documents share it; none when no text has.
+
+        Args:
+          namespaces: only of these, by number; None means all.
+        """
+        if not 0 < number < 1 << 63:
+            return []
+        rows = [row for row in self._numbers.rows(number) if self.columns[row, ALIVE]]
+        return [row for row in rows if namespaces is None or int(self.columns[row, NAMESPACE]) in namespaces]
+
+    def _first(self, index: _Index, column: int, key: Key) -> int | None:
+        """The first live row of a key; its first half is what the index knows."""
+        for row in index.rows(key[0]):
+            if self.columns[row, ALIVE] and tuple(self.columns[row, column : column + 2].tolist()) == key:
+                return row
+        return None
 
     @property
     def alive(self) -> np.ndarray:

@@ -9,8 +9,9 @@ from tqdm import tqdm
 
 from msa_jax.bank.database import reason_of
 from msa_jax.bank.manifest import BankError
+from msa_jax.bank.numbers import next_of
 from msa_jax.bank.reader import ARRAYS, BankReader
-from msa_jax.bank.table import ID_KEY, LENGTH, START, TEXT_KEY, TOKENS
+from msa_jax.bank.table import ID_KEY, LENGTH, NUMBER, START, TEXT_KEY, TOKENS
 
 _CHUNKS_AT_ONCE = 4096
 _ROWS_AT_ONCE = 1024
@@ -23,7 +24,7 @@ def verify(store: BankReader, *, progress: bool = False) -> dict[str, Any]:
       How many documents, chunks and bytes were found whole.
 
     Raises:
-      BankError: something is damaged, missing or not a number; it is named.
+      BankError: something is damaged, missing or not a number, or texts are numbered wrongly; it is named.
     """
     manifest, table = store.manifest, store.table
     total = 0
@@ -51,6 +52,7 @@ def verify(store: BankReader, *, progress: bool = False) -> dict[str, Any]:
             raise BankError(f"{store.path}: a document has chunks that do not exist.")
         if manifest.documents != len(rows) or manifest.tokens != int(table.columns[rows, TOKENS].sum()):
             raise BankError(f"{store.path}: the manifest does not count the documents there are.")
+        _verify_numbers(store, table.columns[rows])
         for first in range(0, len(rows), _ROWS_AT_ONCE):
             part = rows[first : first + _ROWS_AT_ONCE]
             for row, document in zip(part, store.documents(part), strict=True):
@@ -64,3 +66,20 @@ def verify(store: BankReader, *, progress: bool = False) -> dict[str, Any]:
     if listed != len(rows):
         raise BankError(f"{store.path}: {len(rows)} documents have {listed} names.")
     return {"whole": True, "documents": len(rows), "chunks": manifest.chunks, "bytes": total}
+
+
+def _verify_numbers(store: BankReader, live: np.ndarray) -> None:
+    """Of live rows [n, 10]: each text has one number, which no other has."""
+    next_of(store.path)  # refuses a damaged one
+    numbers = np.unique(live[:, NUMBER])
+    if len(numbers) and numbers[0] < 1:
+        raise BankError(f"{store.path}: a document has no number.")
+    if len(numbers) >= store.manifest.next_text:
+        raise BankError(f"{store.path}: {len(numbers)} numbers are in use, and fewer were given.")
+    # A text's key holds its namespace.
+    pairs = np.unique(live[:, [NUMBER, TEXT_KEY, TEXT_KEY + 1]], axis=0)
+    twice = np.flatnonzero(np.diff(pairs[:, 0]) == 0)
+    if len(twice):
+        raise BankError(f"{store.path}: two texts have number {pairs[twice[0], 0]}.")
+    if len(np.unique(pairs[:, 1:], axis=0)) != len(pairs):
+        raise BankError(f"{store.path}: a text of one namespace has two numbers.")

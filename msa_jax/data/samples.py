@@ -59,7 +59,11 @@ class Renderer:
 
     def render_document(self, document: Document, number: int) -> list[int]:
         """Token ids of a document as the model encodes it."""
-        return self._document.fill(self.tokenizer.number_ids(number), self.body(document))[0]
+        return self.render_tokens(self.body(document), number)
+
+    def render_tokens(self, text: Sequence[int] | np.ndarray, number: int) -> list[int]:
+        """`render_document` of a text that is encoded already, and is not cut."""
+        return self._document.fill(self.tokenizer.number_ids(number), text)[0]
 
     def prompt(self, question: str) -> tuple[list[int], list[int]]:
         """Token ids and roles of the framed question and the reply's head; generation starts after it."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from msa_jax.data.records import DataError
 
 FIELD = re.compile(r"\{(id|text|question|answer)\}")
 _ANY_FIELD = re.compile(r"\{(\w+)\}")  # misspelt ones included
+
+_GOLDEN = 618_033_988_749_894_848  # of 10**18
 
 _FIELDS = {
     "prefix": (),
@@ -97,6 +100,23 @@ class Template:
             return self.frame_specials
         places = (self.place_token(p, d) for p in range(self.id_digits) for d in range(10))
         return self.frame_specials + tuple(places)
+
+    def number(self, ordinal: int) -> int:
+        """The number of a bank's n-th text, from 1 on; no two have the same.
+
+        "plain" numbers count up; "place" ones are spread over all digits, as those are that the model learns from.
+        Raises DataError when numbers of `id_digits` digits have run out.
+        """
+        limit = 10**self.id_digits
+        if not 1 <= ordinal < limit:
+            raise DataError(
+                f"text {ordinal} of a bank cannot have a number: id_digits {self.id_digits} of the template allows "
+                f"1 to {limit - 1}; use a model whose template has more, or begin another bank"
+            )
+        # Prime to 10, so that no two ordinals meet, and near the golden section, so that neighbours are far apart.
+        stride = _GOLDEN // 10 ** (18 - self.id_digits)
+        stride += next(i for i in range(4) if math.gcd(stride + i, 10) == 1)
+        return ordinal if self.numbers == "plain" else ordinal * stride % limit
 
     @staticmethod
     def place_token(position: int, digit: int) -> str:

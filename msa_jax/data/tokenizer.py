@@ -1,5 +1,7 @@
 """The tokenizer: a Hugging Face `tokenizers` model, the template's special tokens, and document numbers."""
 
+import hashlib
+import json
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -115,6 +117,13 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of token ids, special ones included: what an embedding needs rows for."""
         return self._inner.get_vocab_size()
+
+    @property
+    def document_fingerprint(self) -> str:
+        """Hex digest of all that makes tokens of documents and their numbers: equal ones make equal tokens."""
+        template = self.template
+        frame = [template.document, template.numbers, template.id_digits, template.frame_specials]
+        return hashlib.sha256(json.dumps([self._inner.to_str(), frame]).encode()).hexdigest()
 
     def token_id(self, token: str) -> int:
         """Id of a token, given as the vocabulary spells it; raises DataError if there is none."""

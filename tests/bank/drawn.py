@@ -7,13 +7,41 @@ import numpy as np
 from msa_jax.bank.manifest import BankSpec
 from msa_jax.bank.store import ARRAYS, Encoded, MemoryStore
 from msa_jax.bank.table import BankDocument
-from tests.test_bank_encoder import model_of
+from msa_jax.data.templates import Template
+from tests.test_bank_encoder import V, model_of
 
 L, M, K, D = 2, 12, 2, 6
 
 
+class Bytes:
+    """A tokenizer of bytes, with plain numbers of three digits; enough of one to frame documents."""
+
+    template = Template(document="<{id}. {text}{id}>", id_digits=3)
+    max_number_len = 5
+    document_fingerprint = "bytes"
+
+    def encode(self, text):
+        return [byte % V for byte in text.encode()]
+
+    encode_frame = encode
+
+    def encode_batch(self, texts):
+        return [self.encode(text) for text in texts]
+
+    def number_ids(self, number):
+        return self.encode(f"[{number}]")
+
+    def token_id(self, token):
+        return 0
+
+
+def rendered(text, number):
+    """Tokens of a document as it is encoded, told without the code that frames it."""
+    return Bytes().encode(f"<[{number}]. {text}[{number}]>")
+
+
 def create(path):
-    return MemoryStore.create(path, BankSpec.of(model_of()))
+    return MemoryStore.create(path, BankSpec.of(model_of(), Bytes()))
 
 
 def chunks_of(text):
@@ -28,7 +56,7 @@ def chunks_of(text):
 
 
 def put(store, texts, namespace="default", *, replace=False):
-    """Commit documents {id: text}; texts that the namespace holds are not written again."""
+    """Commit documents {id: text}; texts that the namespace holds are not written again, nor numbered."""
     documents = [BankDocument(identity, text, namespace=namespace) for identity, text in texts.items()]
     new, sources = [], []
     for document in documents:
@@ -40,4 +68,6 @@ def put(store, texts, namespace="default", *, replace=False):
     lengths = np.array([d["content_k"].shape[1] for d in drawn], np.int64)
     arrays = [np.concatenate([np.zeros((L, 0, *rest), "f4"), *(d[name] for d in drawn)], axis=1)
               for name, rest in zip(ARRAYS, ((M,), (K, D), (K, D)), strict=True)]  # fmt: skip
-    (store.replace if replace else store.append)(documents, Encoded(*arrays, lengths, lengths * 4), sources)
+    ordinals = store.manifest.next_text + np.arange(len(new))
+    encoded = Encoded(*arrays, lengths, lengths * 4, ordinals, ordinals)
+    (store.replace if replace else store.append)(documents, encoded, sources)

@@ -202,11 +202,16 @@ def test_missing_permissions_are_named():
                 os.chmod(part, 0o755)
 
 
-def test_a_newer_format_is_refused(tmp_path, monkeypatch):
+def test_another_format_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(manifests, "FORMAT", 7)
     MemoryStore.create(tmp_path, SPEC).close()
     monkeypatch.undo()
-    with pytest.raises(BankError, match="a bank of format 7, and this version reads 1: update the package"):
+    monkeypatch.setattr(manifests, "FORMAT", 1)
+    MemoryStore.create(tmp_path / "old", SPEC).close()
+    monkeypatch.undo()
+    with pytest.raises(BankError, match="format 1, and this version reads 2: encode the documents anew"):
+        MemoryStore(tmp_path / "old")
+    with pytest.raises(BankError, match="a bank of format 7, and this version reads 2: update the package"):
         MemoryStore(tmp_path)
 
 

@@ -14,41 +14,29 @@ from msa_jax.bank.manifest import BankError, BankSpec, fingerprint_of
 from msa_jax.bank.store import ARRAYS, MemoryStore
 from msa_jax.bank.table import BankDocument
 from msa_jax.data.batch import pack_documents
-from tests.test_bank_encoder import P, V, close, model_of
+from tests.bank.drawn import Bytes, create, rendered
+from tests.test_bank_encoder import P, close, model_of
 
 TEXTS = ["one", "a second text", "three, and a bit longer", "x", "five"]
 
 
-class Bytes:
-    """A tokenizer of bytes."""
-
-    def encode(self, text):
-        return [byte % V for byte in text.encode()]
-
-    def encode_batch(self, texts):
-        return [self.encode(text) for text in texts]
-
-
 def encoder_of(**changes):
-    return DocumentEncoder(model_of(), Bytes(), **dict(row_len=24, rows_per_step=2) | changes)
+    return DocumentEncoder(model_of(), Bytes(), **dict(row_len=40, rows_per_step=2) | changes)
 
 
 def documents(texts, namespace="default"):
     return [BankDocument(f"{namespace} {i}", text, namespace=namespace) for i, text in enumerate(texts)]
 
 
-def direct(texts):
-    """The bank of texts without a store."""
-    packed = pack_documents([Bytes().encode(" " + text) for text in texts], chunk_size=P, row_len=24)
+def direct(texts, numbers=None, row_len=40):
+    """The bank of texts without a store; numbers count from 1 unless given."""
+    numbers = range(1, 1 + len(texts)) if numbers is None else numbers
+    packed = pack_documents(list(map(rendered, texts, numbers)), chunk_size=P, row_len=row_len)
     return encode_bank(model_of(), packed, rows_per_step=2)
 
 
-def create(path):
-    return MemoryStore.create(path, BankSpec.of(model_of()))
-
-
-def same_bank(loaded, texts):
-    want = direct(texts)
+def same_bank(loaded, texts, numbers=None):
+    want = direct(texts, numbers)
     used = want.num_chunks
     for name in ARRAYS:
         got = np.asarray(getattr(loaded.bank, name))
@@ -69,7 +57,7 @@ def test_what_is_added_comes_back_onto_the_device(tmp_path, commit_tokens, monke
     with create(tmp_path) as store:
         report = store.add(iter(documents(TEXTS)), encoder_of(), commit_tokens=commit_tokens)
         assert (report.added, report.unchanged) == (5, 0)
-        assert report.encoded_tokens == sum(len(t) + 1 for t in TEXTS) == store.manifest.tokens
+        assert report.encoded_tokens == sum(len(t) + 10 for t in TEXTS) == store.manifest.tokens
     with MemoryStore(tmp_path) as store:
         same_bank(load(store), TEXTS)
 
@@ -79,11 +67,10 @@ def test_rows_of_several_lengths_give_the_same_bank(tmp_path, monkeypatch):
     with create(tmp_path) as store:
         encoder = encoder_of(row_len=64, rows_per_step=1)
         assert encoder._row_lens == [16, 64]
-        texts = [*TEXTS, "long " * 11, "and long again " * 4, "short"]
+        texts = [*TEXTS, "long " * 10, "and long again " * 3, "short"]
         store.add(documents(texts), encoder)
         loaded = load(store)
-    packed = pack_documents([Bytes().encode(" " + text) for text in texts], chunk_size=P, row_len=64)
-    want = encode_bank(model_of(), packed, rows_per_step=2)
+    want = direct(texts, row_len=64)
     for name in ARRAYS:
         close(np.asarray(getattr(loaded.bank, name))[:, : want.num_chunks], getattr(want, name))
 
@@ -131,7 +118,7 @@ def test_updates_and_deletes_reach_the_device(tmp_path):
         store.add(documents(TEXTS), encoder_of())
         store.update([BankDocument("default 1", "changed")], encoder_of())
         store.delete(["default 0", "default 3"])
-        same_bank(load(store), [TEXTS[2], TEXTS[4], "changed"])
+        same_bank(load(store), [TEXTS[2], TEXTS[4], "changed"], numbers=[3, 5, 6])
 
 
 def test_bad_documents_are_named_and_nothing_of_them_is_written(tmp_path):
@@ -141,7 +128,7 @@ def test_bad_documents_are_named_and_nothing_of_them_is_written(tmp_path):
         for bad, message in [
             ([BankDocument("default 0", "other")], "'default 0' .* is there with another text: `update` it"),
             ([BankDocument("n", "new"), BankDocument("n", "new")], "'n' .* comes twice"),
-            ([BankDocument("long", "y" * 24)], "'long' has 25 tokens and the limit is 24: raise row_len"),
+            ([BankDocument("long", "y" * 31)], "'long' takes 41 tokens, .* and the limit is 40: raise row_len"),
         ]:
             with pytest.raises(BankError, match=message):
                 store.add(bad, encoder_of())
@@ -152,11 +139,12 @@ def test_bad_documents_are_named_and_nothing_of_them_is_written(tmp_path):
             encoder_of(row_len=25)
 
 
-def test_another_models_bank_is_refused(tmp_path):
+def test_another_models_or_tokenizers_bank_is_refused(tmp_path):
     model = model_of()
     assert fingerprint_of(model) == fingerprint_of(model_of())
     assert fingerprint_of(model) != fingerprint_of(model_of(router_bias_init=4.0))
-    spec = dataclasses.replace(BankSpec.of(model), fingerprint="of another")
-    with MemoryStore.create(tmp_path, spec) as store:
-        with pytest.raises(BankError, match="made by another model .fingerprint"):
-            store.add(documents(TEXTS), encoder_of())
+    spec = BankSpec.of(model, Bytes())
+    for field, message in (("fingerprint", "made by another model .fingerprint"), ("text", "another tokenizer or doc")):
+        with MemoryStore.create(tmp_path / field, dataclasses.replace(spec, **{field: "of another"})) as store:
+            with pytest.raises(BankError, match=message):
+                store.add(documents(TEXTS), encoder_of())

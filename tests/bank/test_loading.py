@@ -27,7 +27,7 @@ def test_namespaces_load_alone_and_questions_see_what_they_name(tmp_path):
     with create(tmp_path) as store:
         for i, text in enumerate(TEXTS):
             store.add([BankDocument(str(i), text, namespace="odd" if i % 2 else "even")], encoder_of())
-        same_bank(load(store, namespaces=["odd"]), TEXTS[1::2])
+        same_bank(load(store, namespaces=["odd"]), TEXTS[1::2], numbers=[2, 4])
         loaded = load(store)
         visible = loaded.visible([["odd"], None, ["even", "odd"], []])[:, :5]
         np.testing.assert_array_equal(visible, [[0, 1, 0, 1, 0], [1] * 5, [1] * 5, [0] * 5])
@@ -46,7 +46,8 @@ def test_no_document_of_another_namespace_can_influence_an_output(tmp_path_facto
     outputs = []
     for others in (theirs, changed, []):
         with create(tmp_path_factory.mktemp("bank")) as store:
-            store.add([*documents(others, "theirs"), *documents(mine, "mine")], encoder_of())
+            # First mine, whose numbers tell how many texts came before.
+            store.add([*documents(mine, "mine"), *documents(others, "theirs")], encoder_of())
             loaded = load(store)
             output = forward(loaded.bank, loaded.visible([["mine"]] * 2))
         read = np.asarray(output.selection.documents)[np.asarray(output.selection.lengths) > 0]
@@ -86,11 +87,12 @@ with MemoryStore(sys.argv[1]) as store:
 @pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="reads the process's memory from /proc")
 def test_the_host_holds_one_copy_of_a_bank_while_it_is_loaded_and_none_in_float_of_int8(tmp_path, root):
     layers, chunks, heads, dim = 3, 98_304, 2, 64
-    spec = BankSpec("", 4, layers, heads * dim, heads, dim, "bfloat16")
+    spec = BankSpec("", "", 4, layers, heads * dim, heads, dim, "bfloat16")
     block = np.random.default_rng(0).integers(1, 255, (layers, chunks, heads * dim), np.uint8).astype(spec.dtype)
     content = block.reshape(layers, chunks, heads, dim)
     lengths = np.full(chunks // 8, 8, np.int64)
-    encoded = Encoded(block, content, content, lengths, lengths * 4)
+    ordinals = np.arange(1, 1 + len(lengths))
+    encoded = Encoded(block, content, content, lengths, lengths * 4, ordinals, ordinals)
     with MemoryStore.create(tmp_path, spec) as store:
         texts = [BankDocument(str(i), str(i)) for i in range(len(lengths))]
         store.append(texts, encoded, range(len(lengths)))

@@ -14,11 +14,13 @@ from msa_jax.bank.manifest import BankError, BankSpec
 from msa_jax.bank.store import ARRAYS, Encoded, MemoryStore
 from msa_jax.bank.table import LENGTH, START, BankDocument
 
-SPEC = BankSpec("of a model", chunk_size=16, layers=2, width=6, kv_heads=2, head_dim=3, dtype="bfloat16")
+SPEC = BankSpec(
+    "of a model", "of a tokenizer", chunk_size=16, layers=2, width=6, kv_heads=2, head_dim=3, dtype="bfloat16"
+)
 
 
-def encoded(texts):
-    """Chunks that tell which text they are of: their values are drawn from it."""
+def encoded(texts, first=1):
+    """Chunks that tell which text they are of: their values are drawn from it. Numbers count from `first`."""
     lengths = np.array([1 + len(text) % 4 for text in texts], np.int64)
     parts = {name: [] for name in ARRAYS}
     for text, length in zip(texts, lengths, strict=True):
@@ -29,11 +31,13 @@ def encoded(texts):
         name: np.concatenate(p, axis=1) if p else np.zeros((2, 0, 6) if name == "routing_keys" else (2, 0, 2, 3))
         for name, p in parts.items()
     }
-    return Encoded(**joined, lengths=lengths, tokens=lengths * 16 - 3)
+    ordinals = first + np.arange(len(texts))
+    return Encoded(**joined, lengths=lengths, tokens=lengths * 16 - 3, ordinals=ordinals, numbers=ordinals)
 
 
 def put(store, documents, change="append"):
-    getattr(store, change)(documents, encoded([d.text for d in documents]), range(len(documents)))
+    chunks = encoded([d.text for d in documents], store.manifest.next_text)
+    getattr(store, change)(documents, chunks, range(len(documents)))
 
 
 def check(store, wanted):

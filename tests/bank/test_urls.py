@@ -3,6 +3,7 @@
 import pytest
 
 from msa_jax.bank.manifest import BankError
+from msa_jax.bank.numbers import next_of
 from msa_jax.bank.parts import add_part
 from msa_jax.bank.store import MemoryStore
 from msa_jax.bank.table import BankDocument
@@ -53,4 +54,5 @@ def test_documents_are_encoded_into_a_url_in_parts(url):
     with MemoryStore(url) as store:
         assert store.version == 3
         same_bank(load(store), [texts[0], texts[2], texts[4], texts[1], texts[3]])
+        assert next_of(url) == store.manifest.next_text == 6
         store.verify()
