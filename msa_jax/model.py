@@ -45,6 +45,7 @@ class ModelOutput:
       document_scores: [L_r, B, N] float32, None without a bank or when a selection was reused.
       selection: documents read by each router layer, [L_r, B, k] each field; None without a bank.
       all_hidden: [L + 1, B, T, E] when asked for: the input of every layer, then `hidden`.
+      queries: [L_r, B, T, M] float32 when asked for: what every token routes with, whether or not it may.
     """
 
     hidden: jax.Array
@@ -52,6 +53,7 @@ class ModelOutput:
     document_scores: jax.Array | None = None
     selection: routing.Selection | None = None
     all_hidden: jax.Array | None = None
+    queries: jax.Array | None = None
 
 
 def _concat(parts):
@@ -172,6 +174,7 @@ class MSATransformer(nnx.Module):
         mean_over_tokens: bool | jax.Array = False,
         bank_gradients: bool = False,
         return_hidden: bool = False,
+        return_queries: bool = False,
     ) -> ModelOutput:
         """Stages 2 and 3: the active context attends to template prefix, selected documents, and itself.
 
@@ -189,6 +192,7 @@ class MSATransformer(nnx.Module):
           bank_gradients: say that the bank is differentiated. Results are the same: layers then take copies of
             their parts of the bank, which keeps gradients small, and else read it where it lies.
           return_hidden: also return every layer's input.
+          return_queries: also return the routing queries; needs a bank and no `selection`.
 
         Raises:
           ValueError: shapes or dtypes that do not fit together, those of the bank included.
@@ -209,9 +213,11 @@ class MSATransformer(nnx.Module):
                 raise ValueError(
                     f"MSATransformer: bank_gradients needs content on the device, this bank's is on the {bank.tier}."
                 )
+        if return_queries and (bank is None or selection is not None):
+            raise ValueError("MSATransformer: return_queries needs routing: give a bank, and no selection.")
         spread = lambda x: constrain(x, self.shardings.questions)  # noqa: E731
         x = spread(self._embed(tokens))
-        own, scores, selections, hidden = [], [], [], []
+        own, scores, selections, queries, hidden = [], [], [], [], []
         first_router = 0
         for (is_router, first, count), group in zip(c.layer_groups, self.groups, strict=True):
             reads_bank = is_router and bank is not None
@@ -236,11 +242,12 @@ class MSATransformer(nnx.Module):
                         selection=xs["selection"], mean_over_tokens=mean_over_tokens,
                     )  # fmt: skip
                 y, result = layer(x, **kwargs)
-                ys = (KeyValues(k=result.k, v=result.v), result.document_scores, result.selection)
+                query = result.query.astype(jnp.float32) if return_queries and reads_bank else None
+                ys = (KeyValues(k=result.k, v=result.v), result.document_scores, result.selection, query)
                 return spread(y), (*ys, x if return_hidden else None)
 
             x, ys = scan_stack(group, body, x, xs, remat=c.remat)
-            for kept, value in zip((own, scores, selections, hidden), ys, strict=True):
+            for kept, value in zip((own, scores, selections, queries, hidden), ys, strict=True):
                 kept.append(value)
         x = self.final_norm(x)
         return ModelOutput(
@@ -248,5 +255,6 @@ class MSATransformer(nnx.Module):
             own=_concat(own),
             document_scores=_concat(scores),
             selection=_concat(selections),
+            queries=_concat(queries),
             all_hidden=_concat([*hidden, x[None]]) if return_hidden else None,
         )

@@ -65,6 +65,10 @@ class Renderer:
         """`render_document` of a text that is encoded already, and is not cut."""
         return self._document.fill(self.tokenizer.number_ids(number), text)[0]
 
+    def text_start(self, number: int) -> int:
+        """Which token of a rendered document is the first of its text."""
+        return self._document.fill(self.tokenizer.number_ids(number), [-1])[0].index(-1)
+
     def prompt(self, question: str) -> tuple[list[int], list[int]]:
         """Token ids and roles of the framed question and the reply's head; generation starts after it."""
         asked = self._text(self.tokenizer.template.question, "{question}", question)

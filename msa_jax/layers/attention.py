@@ -30,6 +30,7 @@ class AttentionOutput:
       k, v: [B, S, K, D], own keys and values after this call: the cache of the next one.
       document_scores: [B, N] float32; None in a layer without router, or when a selection was reused.
       selection: the documents read; None in a layer without router or without memory.
+      query: [B, T, M] float, what the tokens routed with, see `routing.routing_query`; None unless it routed.
     """
 
     out: jax.Array
@@ -37,6 +38,7 @@ class AttentionOutput:
     v: jax.Array
     document_scores: jax.Array | None = None
     selection: routing.Selection | None = None
+    query: jax.Array | None = None
 
 
 def pool_chunks(x: jax.Array, segment_ids: jax.Array, chunk_size: int) -> jax.Array:
@@ -251,7 +253,7 @@ class MemorySparseAttention(SelfAttention):
         b, t = x.shape[:2]
         q, k, v = self._qkv(x, positions)
         k, v = self._own(k, v, past_k, past_v, slot)
-        scores = None
+        scores = query = None
         if selection is None:
             wanted = (memory.layout.num_chunks, c.router_width)
             got = None if memory.routing_keys is None else memory.routing_keys.shape[-2:]
@@ -286,5 +288,5 @@ class MemorySparseAttention(SelfAttention):
             content = tiers.content_of(memory, selection.starts, selection.lengths)
             out, _ = gather_attention(q, k, v, **content._asdict(), **last)
         return AttentionOutput(
-            out=self.o_proj(out.reshape(b, t, -1)), k=k, v=v, document_scores=scores, selection=selection
+            out=self.o_proj(out.reshape(b, t, -1)), k=k, v=v, document_scores=scores, selection=selection, query=query
         )

@@ -1,0 +1,294 @@
+"""Why the router finds the documents that it finds: scores by layer, the best passage, and the word that found it.
+
+Sizes: L_r router layers, T tokens of the question, n chunks of a document, N documents, M router width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from msa_jax.data.batch import ROUTING
+from msa_jax.data.records import Document
+from msa_jax.data.samples import Renderer
+from msa_jax.memory import MemoryBank
+from msa_jax.model import MSATransformer
+from msa_jax.routing import top_k_indices
+from pallas_kernels.chunk_scores.api import NO_SCORE
+
+# Questions are padded to a power of two of at least this.
+_SHORTEST = 32
+_NO_MESH = jax.sharding.Mesh(np.empty((), object), ())
+_TORN = "\N{REPLACEMENT CHARACTER}"
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerMatch:
+    """How one router layer finds a document.
+
+    Attributes:
+      layer: of the model, from 0.
+      score: of the document in that layer, the best of its chunks'.
+      rank: of the document among all that the question may see; 1 is the best.
+      chunk: its best chunk, from 0; passage: the text of that.
+      token: the text of the question's token that finds it.
+    """
+
+    layer: int
+    score: float
+    rank: int
+    chunk: int
+    passage: str
+    token: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Explained:
+    """A document that the router finds: `score` is the mean over router layers, `layers` one for each of them."""
+
+    number: int
+    id: str
+    title: str
+    namespace: str
+    text: str
+    score: float
+    layers: tuple[LayerMatch, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """The documents that the router finds best for a question, best first; a few, or all if there are fewer."""
+
+    question: str
+    documents: tuple[Explained, ...]
+
+
+class Found(NamedTuple):
+    """A document of the bank that the router finds.
+
+    Attributes:
+      index: in the bank.
+      scores: [L_r] float32. ranks: [L_r] int, from 1.
+      chunks: [L_r] int, the best chunk, from 0 within the document.
+      tokens: [L_r] int, which token of the question finds that chunk.
+    """
+
+    index: int
+    scores: np.ndarray
+    ranks: np.ndarray
+    chunks: np.ndarray
+    tokens: np.ndarray
+
+
+class Text(Protocol):
+    """What is shown of a document: a `BankDocument` or `Document`."""
+
+    id: str
+    title: str
+    text: str
+
+
+class Source(NamedTuple):
+    """What document it is that was found: `document` has `id`, `title` and `text`."""
+
+    number: int
+    document: Text
+    namespace: str
+
+
+def best_chunk(
+    queries: jax.Array,
+    keys: jax.Array,
+    *,
+    route: jax.Array | None = None,
+    valid: jax.Array | None = None,
+    key_scale: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The chunk that gives a document its score in one layer.
+
+    Args:
+      queries: [T, M] float32, of `ModelOutput.queries`.
+      keys: [n, M] float, or int8 with `key_scale` [n] float32.
+      route: [T] bool, tokens that route; default all. valid: [n] bool, chunks to consider; default all.
+
+    Returns:
+      Chunk and token, int32, the first of equals, and their score, float32.
+    """
+    if keys.dtype != jnp.int8:
+        queries = queries.astype(keys.dtype)  # as routing does
+    else:
+        keys = keys.astype(queries.dtype)
+    products = jnp.einsum("tm,nm->nt", queries, keys, preferred_element_type=jnp.float32)
+    if key_scale is not None:
+        products = products * key_scale[:, None]
+    if route is not None:
+        products = jnp.where(route[None, :], products, NO_SCORE)
+    if valid is not None:
+        products = jnp.where(valid[:, None], products, NO_SCORE)
+    chunk, token = jnp.unravel_index(jnp.argmax(products), products.shape)
+    return chunk, token, products[chunk, token]
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def _best_chunks(queries, route, keys, key_scale, start, length, *, size):
+    """`best_chunk` of each layer, [L_r] each, of chunks start to start + length of keys [L_r, C, M]."""
+    begin = jnp.minimum(start, keys.shape[1] - size)
+    take = lambda x: jax.lax.dynamic_slice_in_dim(x, begin, size, axis=1)  # noqa: E731
+    chunks = begin + jnp.arange(size)
+    valid = (chunks >= start) & (chunks < start + length)
+    one = functools.partial(best_chunk, route=route, valid=valid)
+    scale = None if key_scale is None else take(key_scale)
+    chunk, token, score = jax.vmap(lambda q, k, s: one(q, k, key_scale=s))(queries, take(keys), scale)
+    return begin + chunk - start, token, score
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "documents"))
+def _route(graphdef, params, prefix, tokens, route, mask, bank, visible, *, documents):
+    """Best documents [d] by mean score, their scores and ranks [L_r, d], and queries [L_r, T, M]."""
+    model: MSATransformer = nnx.merge(graphdef, params)
+    past = model.encode_template(prefix[None]) if prefix.size else None
+    output = model(
+        tokens[None],
+        positions=model.config.position_offset + jnp.arange(tokens.size, dtype=jnp.int32)[None],
+        mask=jnp.concatenate([jnp.ones(prefix.size, bool), mask])[None],
+        past=past,
+        bank=bank,
+        route=route[None],
+        visible=None if visible is None else visible[None],
+        return_queries=True,
+    )
+    scores = output.document_scores[:, 0]
+    best = top_k_indices(jnp.mean(scores, axis=0, keepdims=True), documents)[0]
+    chosen = scores[:, best]
+    ranks = 1 + jnp.sum(scores[:, None, :] > chosen[:, :, None], axis=2)
+    return best, chosen, ranks, output.queries[:, 0]
+
+
+def explain_question(
+    model: MSATransformer,
+    prefix: Sequence[int],
+    tokens: Sequence[int],
+    roles: Sequence[int],
+    bank: MemoryBank,
+    *,
+    visible: np.ndarray | None = None,
+    documents: int = 5,
+) -> list[Found]:
+    """The documents that the router finds best for a question, by mean score over router layers, best first.
+
+    The scores are those of the first round. Compiled once for questions of about the same length; under the mesh of a
+    bank that is spread.
+
+    Args:
+      model: that the bank was made with.
+      prefix: tokens of the template's prefix.
+      tokens, roles: of the framed question, as `Renderer.prompt` gives them; tokens of role 0 route.
+      bank: to find them in.
+      visible: [N] bool, documents that the question may see; default all.
+      documents: how many, at most.
+
+    Raises:
+      ValueError: `documents` below 1, no token that routes, or keys that another process holds.
+    """
+    if documents < 1:
+        raise ValueError(f"explain: documents must be at least 1, got {documents}.")
+    if ROUTING not in roles:
+        raise ValueError("explain: the question has no token that routes.")
+    size = max(_SHORTEST, 1 << (len(tokens) - 1).bit_length())
+    padded, route, mask = np.zeros(size, np.int32), np.zeros(size, bool), np.zeros(size, bool)
+    padded[: len(tokens)], mask[: len(tokens)] = tokens, True
+    route[: len(tokens)] = np.asarray(roles) == ROUTING
+    best, scores, ranks, queries = jax.device_get(
+        _route(
+            *nnx.split(model), np.asarray(prefix, np.int32), padded, route, mask, bank, visible,
+            documents=min(documents, bank.num_documents),
+        )
+    )  # fmt: skip
+    starts, lengths = (np.asarray(x[best]) for x in (bank.layout.starts, bank.layout.lengths))
+    found = []
+    for i, index in enumerate(best.tolist()):
+        if scores[0, i] <= NO_SCORE / 2:
+            break  # from here on there are only documents that it may not see
+        keys, key_scale, start = _held(bank, int(starts[i]))
+        size = min(1 << (int(lengths[i]) - 1).bit_length(), keys.shape[1])
+        with jax.set_mesh(_NO_MESH):  # a device's part alone is no array of the mesh
+            chunks, at, _ = _best_chunks(queries, route, keys, key_scale, start, lengths[i], size=size)
+        found.append(Found(index, scores[:, i], ranks[:, i], np.asarray(chunks), np.asarray(at)))
+    return found
+
+
+def _held(bank: MemoryBank, chunk: int) -> tuple[jax.Array, jax.Array | None, int]:
+    """A device's part of the routing keys and their scales, and which of its chunks `chunk` is.
+
+    A document is whole in one part, so that reading it moves no other.
+    """
+    scales = () if bank.key_scale is None else jnp.asarray(bank.key_scale).addressable_shards
+    scale_on = {shard.device: shard.data for shard in scales}
+    for shard in jnp.asarray(bank.routing_keys).addressable_shards:
+        first = shard.index[1].start or 0
+        if first <= chunk < first + shard.data.shape[1]:
+            return shard.data, scale_on.get(shard.device), chunk - first
+    raise ValueError("explain: the document's keys are on another process's device: ask there.")
+
+
+def explanation(
+    question: str,
+    found: Sequence[Found],
+    sources: Sequence[Source],
+    *,
+    renderer: Renderer,
+    tokens: Sequence[int],
+    router_layers: Sequence[int],
+    chunk_size: int,
+) -> Explanation:
+    """What `explain_question` found, with the texts.
+
+    Args:
+      question: as asked.
+      found: the documents; sources: which they are, one each.
+      renderer: with which documents were rendered to be encoded.
+      tokens: of the framed question, as given to `explain_question`.
+      router_layers, chunk_size: of the model's config.
+    """
+    explained = []
+    for one, source in zip(found, sources, strict=True):
+        passages = _passages(renderer, source, chunk_size)
+        layers = tuple(
+            LayerMatch(layer, float(score), int(rank), int(chunk), passages[chunk], _word(renderer, tokens, int(at)))
+            for layer, score, rank, chunk, at in zip(router_layers, *one[1:], strict=True)
+        )
+        number, document, namespace = source
+        shown = (number, document.id, document.title, namespace, document.text)
+        explained.append(Explained(*shown, score=float(np.mean(one.scores)), layers=layers))
+    return Explanation(question, tuple(explained))
+
+
+def _passages(renderer: Renderer, source: Source, chunk_size: int) -> list[str]:
+    """The text of every chunk: no part of the frame, unless there is nothing else in it."""
+    document = Document(source.document.id, source.document.title, source.document.text)
+    rendered, first = renderer.render_document(document, source.number), renderer.text_start(source.number)
+    last = first + len(renderer.body(document))
+    passages = []
+    for begin in range(0, len(rendered), chunk_size):
+        end = begin + chunk_size
+        body = rendered[max(begin, first) : min(end, last)]
+        # Characters that are partly in another chunk are left out.
+        text = renderer.tokenizer.decode(body).strip(_TORN + " ")
+        passages.append(text or renderer.tokenizer.decode(rendered[begin:end]))
+    return passages
+
+
+def _word(renderer: Renderer, tokens: Sequence[int], at: int) -> str:
+    """The text of a token, with its neighbours where it is only part of a character."""
+    for reach in range(4):
+        text = renderer.tokenizer.decode(tokens[max(0, at - reach) : at + reach + 1])
+        if not (text.startswith(_TORN) and text.endswith(_TORN)):
+            break
+    return text.strip(_TORN + " ")

@@ -1,0 +1,227 @@
+"""Explaining a question: scores, ranks and passages against those computed plainly."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
+
+from msa_jax import MSAConfig, MSATransformer
+from msa_jax.bank import encode_bank
+from msa_jax.bank.quantization import quantize
+from msa_jax.bank.spread import spread
+from msa_jax.data import Document, Renderer, Template, Tokenizer, pack_documents
+from msa_jax.data.batch import REPLY, ROUTING, TEMPLATE
+from msa_jax.inference.explain import Found, Source, best_chunk, explain_question, explanation
+from msa_jax.sharding import MeshConfig, Shardings
+
+P, ROW = 4, 40
+TEXTS = [
+    "the river runs north past seven towns and a mill, then slowly into the grey lake",
+    "the stone is grey",
+    "東京 lies east; the cloud is high above the bridge",
+    "a cloud",
+    "seven bridges cross the river at the mill",
+]
+NUMBERS = [4, 7, 9, 12, 30]
+DOCUMENTS = [Document(f"d{n}", f"Title {n}", text) for n, text in zip(NUMBERS, TEXTS, strict=True)]
+QUESTION = "where does the river run past 東京"
+
+
+@functools.cache
+def renderer():
+    return Renderer(Tokenizer.train([*TEXTS, QUESTION] * 3, 420, Template.compact(id_digits=2)))
+
+
+@functools.cache
+def model_of(**changes):
+    config = MSAConfig(
+        vocab_size=renderer().tokenizer.vocab_size, hidden_size=16, num_layers=4, num_heads=4, num_kv_heads=2,
+        head_dim=6, mlp_size=20, chunk_size=P, top_k=2, position_offset=5, router_layers=(1, 3), **changes,
+    )  # fmt: skip
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: MSATransformer(config, rngs=nnx.Rngs(0))))
+    rng = np.random.default_rng(1)
+    draw = lambda path, x: jnp.asarray(("scale" in jax.tree_util.keystr(path)) + rng.normal(0, 0.3, x.shape), x.dtype)  # noqa: E731
+    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(draw, state))
+
+
+@functools.cache
+def bank_of(kind="float", **changes):
+    rendered = [renderer().render_document(d, n) for d, n in zip(DOCUMENTS, NUMBERS, strict=True)]
+    bank = encode_bank(model_of(**changes), pack_documents(rendered, chunk_size=P, row_len=ROW), rows_per_step=2)
+    return quantize(bank) if kind == "int8" else bank
+
+
+best_chunk_jit = jax.jit(best_chunk)
+
+
+def asked(question=QUESTION):
+    tokens, roles = renderer().prompt(question)
+    return tokens, roles
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "return_queries"))
+def _forward(graphdef, params, prefix, tokens, route, bank, visible, return_queries=True):
+    model = nnx.merge(graphdef, params)
+    positions = model.config.position_offset + jnp.arange(tokens.shape[1])[None]
+    return model(
+        tokens, positions=positions, past=model.encode_template(prefix), bank=bank, route=route, visible=visible,
+        return_queries=return_queries,
+    )  # fmt: skip
+
+
+def forward(bank, visible=None, question=QUESTION, model=None, **kwargs):
+    """The question alone and unpadded."""
+    tokens, roles = asked(question)
+    route = jnp.asarray([roles]) == ROUTING
+    prefix = jnp.asarray([renderer().prefix])
+    visible = None if visible is None else visible[None]
+    return _forward(*nnx.split(model or model_of()), prefix, jnp.asarray([tokens]), route, bank, visible, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "kind, changes",
+    [("float", {}), ("int8", {}), ("int8", dict(dtype="bfloat16"))],
+    ids=["float32", "int8", "bfloat16"],
+)
+def test_documents_are_those_that_the_router_finds_and_chunks_those_that_it_scores(kind, changes):
+    model, bank = model_of(**changes), bank_of(kind, **changes)
+    tokens, roles = asked()
+    found = explain_question(model, renderer().prefix, tokens, roles, bank)
+    output = forward(bank, model=model)
+    scores, queries = (np.asarray(x)[:, 0] for x in (output.document_scores, output.queries))
+    keys, scales, starts, lengths = map(
+        np.asarray, (bank.routing_keys, bank.key_scale, bank.layout.starts, bank.layout.lengths)
+    )
+    route = np.asarray(roles) == ROUTING
+    mean = scores.mean(axis=0)
+    tolerance = 2e-2 if changes else 1e-5  # padding rounds otherwise
+    assert [f.index for f in found] == np.argsort(-mean).tolist()
+    for one in found:
+        np.testing.assert_allclose(one.scores, scores[:, one.index], atol=tolerance)
+        np.testing.assert_array_equal(one.ranks, 1 + (scores > scores[:, [one.index]]).sum(axis=1))
+        start, length = int(starts[one.index]), int(lengths[one.index])
+        valid = (np.arange(keys.shape[1]) >= start) & (np.arange(keys.shape[1]) < start + length)
+        for layer in range(2):
+            scale = scales[layer] if kind == "int8" else None
+            chunk, token, score = best_chunk_jit(queries[layer], keys[layer], route=route, valid=valid, key_scale=scale)
+            np.testing.assert_allclose(score, scores[layer, one.index], atol=1e-6, rtol=0)
+            assert (one.chunks[layer], one.tokens[layer]) == (chunk - start, token)
+            assert roles[token] == ROUTING and start <= chunk < start + length
+
+
+@given(seed=st.integers(0, 2**31), masked=st.booleans())
+def test_the_best_chunk_is_the_largest_product(seed, masked):
+    rng, (t, n, m) = np.random.default_rng(seed), (5, 7, 3)
+    queries, scale = rng.integers(-4, 5, (t, m)).astype(np.float32), rng.integers(1, 4, n).astype(np.float32)
+    keys = rng.integers(-4, 5, (n, m)).astype(np.int8)
+    route, valid = (rng.random(size) < (0.4 if masked else 1) for size in (t, n))
+    route[rng.integers(t)] = valid[rng.integers(n)] = True
+    chunk, token, score = best_chunk_jit(queries, keys, route=route, valid=valid, key_scale=scale)
+    products = (keys.astype(np.float32) * scale[:, None]) @ queries.T
+    assert route[token] and valid[chunk]
+    assert score == products[chunk, token] == products[valid][:, route].max()
+
+
+def test_only_visible_documents_are_explained_and_ranked():
+    tokens, roles = asked()
+    everything = explain_question(model_of(), renderer().prefix, tokens, roles, bank_of(), documents=50)
+    assert len(everything) == len(TEXTS)
+    hidden = everything[0].index
+    visible = np.arange(len(TEXTS)) != hidden
+    rest = explain_question(model_of(), renderer().prefix, tokens, roles, bank_of(), visible=visible, documents=50)
+    assert hidden not in [f.index for f in rest] and len(rest) == len(TEXTS) - 1
+    assert sorted(f.ranks[0] for f in rest) == [1, 2, 3, 4]
+    nothing = explain_question(model_of(), renderer().prefix, tokens, roles, bank_of(), visible=visible & False)
+    assert nothing == []
+
+
+@pytest.mark.parametrize("question", ["mill", QUESTION * 3], ids=["short", "long"])
+def test_any_length_of_question(question):
+    tokens, roles = asked(question)
+    found = explain_question(model_of(), renderer().prefix, tokens, roles, bank_of(), documents=5)
+    scores = np.asarray(forward(bank_of(), question=question).document_scores[:, 0])
+    for one in found:
+        np.testing.assert_allclose(one.scores, scores[:, one.index], atol=1e-5)
+
+
+def test_a_bank_that_is_spread_is_explained_the_same():
+    tokens, roles = asked()
+    alone = explain_question(model_of(), renderer().prefix, tokens, roles, bank_of())
+    mesh = MeshConfig(memory=2).make()
+    with jax.set_mesh(mesh):
+        bank = spread(bank_of(), mesh, Shardings.inference())
+        apart = explain_question(model_of(), renderer().prefix, tokens, roles, bank)
+    assert len(apart) == len(TEXTS)
+    for a, b in zip(alone, apart, strict=True):
+        assert a.index == b.index
+        np.testing.assert_allclose(a.scores, b.scores, atol=1e-5)
+        for name in ("ranks", "chunks", "tokens"):
+            np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+
+
+def explained(renderer, document, number, chunk, tokens=(1,), token=0):
+    found = [Found(0, np.float32([0.5, 0.25]), np.asarray([1, 3]), np.asarray([chunk] * 2), np.asarray([token] * 2))]
+    return explanation(
+        "asked", found, [Source(number, document, "towns")], renderer=renderer, tokens=tokens, router_layers=(1, 3),
+        chunk_size=P,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("document, number", list(zip(DOCUMENTS, NUMBERS, strict=True)), ids=NUMBERS)
+def test_passages_are_the_text_of_chunks(document, number):
+    rendered, decode = renderer().render_document(document, number), renderer().tokenizer.decode
+    first, size = renderer().text_start(number), len(renderer().body(document))
+    told = []
+    for chunk in range(-(-len(rendered) // P)):
+        explanation = explained(renderer(), document, number, chunk, asked()[0], 2)
+        assert explanation.question == "asked"
+        (one,) = explanation.documents
+        assert (one.number, one.id, one.title, one.namespace, one.text, one.score) == (
+            number, document.id, document.title, "towns", document.text, 0.375,
+        )  # fmt: skip
+        assert [(m.layer, m.score, m.rank, m.chunk) for m in one.layers] == [(1, 0.5, 1, chunk), (3, 0.25, 3, chunk)]
+        assert {m.token for m in one.layers} == {decode([asked()[0][2]]).strip()}
+        passage = one.layers[0].passage
+        if (chunk + 1) * P <= first or chunk * P >= first + size:
+            assert passage == decode(rendered[chunk * P : chunk * P + P])
+        else:
+            told.append(passage)
+    assert "".join(told).replace(" ", "") == document.text.replace(" ", "")
+
+
+def test_characters_that_chunks_tear_are_left_out():
+    bytewise = Renderer(Tokenizer.train(["a"], 340, Template.compact(id_digits=2)))
+    document, asking = Document("d", "", "ab東京cd"), bytewise.tokenizer.encode("京")
+    assert len(asking) == 3
+    count = -(-len(bytewise.render_document(document, 5)) // P)
+    matches = [explained(bytewise, document, 5, i, asking, 1).documents[0].layers[0] for i in range(count)]
+    assert {m.token for m in matches} == {"京"}  # of which it is one byte
+    told = [m.passage for m in matches if "|>" not in m.passage]
+    assert all(passage in document.text for passage in told)
+    assert {"a", "b", "c", "d"} <= set("".join(told))
+
+
+def test_queries_are_returned_when_asked_for_only():
+    assert forward(bank_of(), return_queries=False).queries is None
+    queries = forward(bank_of()).queries
+    assert (queries.shape, queries.dtype) == ((2, 1, len(asked()[0]), 12), jnp.float32)
+    with pytest.raises(ValueError, match="return_queries needs routing"):
+        forward(None)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(documents=0), "documents must be at least 1"),
+        (dict(roles=[TEMPLATE, REPLY]), "no token that routes"),
+    ],
+)
+def test_bad_requests_are_refused(change, message):
+    asks = dict(tokens=[1, 2], roles=[ROUTING, REPLY]) | change
+    with pytest.raises(ValueError, match=message):
+        explain_question(model_of(), renderer().prefix, bank=bank_of(), **asks)
