@@ -85,7 +85,7 @@ def forward(bank, visible=None, question=QUESTION, model=None, **kwargs):
 
 @pytest.mark.parametrize(
     "kind, changes",
-    [("float", {}), ("int8", {}), ("int8", dict(dtype="bfloat16"))],
+    [("float", {}), ("int8", {}), ("float", dict(dtype="bfloat16"))],
     ids=["float32", "int8", "bfloat16"],
 )
 def test_documents_are_those_that_the_router_finds_and_chunks_those_that_it_scores(kind, changes):
