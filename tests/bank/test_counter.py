@@ -5,7 +5,7 @@ import contextlib
 import itertools
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from msa_jax.bank.manifest import BankError
@@ -27,6 +27,7 @@ steps = st.lists(
 
 
 @settings(max_examples=60)
+@example([("take", 2, 5), ("commit", 2, 3), ("stop", 2, 0), ("take", 2, 3), ("take", 0, 3), ("take", 2, 9)])
 @given(steps)
 def test_no_ordinal_is_given_twice_whoever_takes_stops_and_goes_on(tmp_path_factory, steps):
     """0 and 1 add to the bank, 2 and 3 are parts."""
@@ -64,11 +65,11 @@ def test_claims_are_few_and_waste_little(tmp_path, monkeypatch):
     numbers, claims = Numbers(tmp_path, 1), []
     claim = numbers._claim
     monkeypatch.setattr(numbers, "_claim", lambda count: claims.append(count) or claim(count))
-    for _ in range(500):
+    for _ in range(300):
         numbers.take(64)
-    assert len(claims) < 60 and sum(claims) < 500 * 64 * 1.13
-    numbers.give_back(30_001)
-    assert next_of(tmp_path) == 30_001
+    assert len(claims) < 50 and sum(claims) < 300 * 64 * 1.13
+    numbers.give_back(19_001)
+    assert next_of(tmp_path) == 19_001
 
 
 @pytest.mark.parametrize("place", ["folder", "gs"])

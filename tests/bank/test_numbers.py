@@ -101,6 +101,7 @@ def test_a_number_is_a_texts_for_good(tmp_path):
         assert numbers_of(store) == kept
         store.delete(["c"])
         store.compact()
+        assert store.manifest.next_text == 7
         store.add([BankDocument("d", "text c")], encoder)
         del kept["c"]
         assert numbers_of(store) == kept | {"d": 7}
@@ -117,12 +118,12 @@ def test_a_text_has_one_number_though_it_comes_while_its_document_changes(tmp_pa
     encoder = encoder_of()
     with create(tmp_path) as store:
         store.add([BankDocument("a", "first"), BankDocument("b", "b"), BankDocument("c", "c")], encoder)
-        changes = [BankDocument("b", "first"), BankDocument("a", "second"), BankDocument("c", "first")]
 
         def slowly():
-            for document in changes:
-                yield document
-                time.sleep(0.3)  # the commit of the one before becomes visible
+            # When b comes, a still has the text; when c comes, a has another, and what b has is not committed.
+            yield from [BankDocument("a", "second"), BankDocument("b", "first")]
+            time.sleep(0.8)
+            yield BankDocument("c", "first")
 
         store.update(slowly(), encoder, commit_tokens=1)
         assert numbers_of(store) == {"a": 4, "b": 1, "c": 1}
