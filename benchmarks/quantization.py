@@ -26,13 +26,14 @@ from msa_jax.bank.encoder import encode_bank
 from msa_jax.bank.quantization import quantize
 from msa_jax.data import Renderer
 from msa_jax.data.batch import ROUTING
-from msa_jax.evaluation.evaluate import load_model, score
+from msa_jax.evaluation.evaluate import ask as ask_freely
+from msa_jax.evaluation.evaluate import means, score
 from msa_jax.evaluation.memories import Memory, build_memory
-from msa_jax.inference import interleave
 from msa_jax.memory import MemoryBank
 from msa_jax.model import MSATransformer
 from msa_jax.run import make_source
 from msa_jax.run_config import RunConfig
+from msa_jax.trained import load_model
 
 BEST, BATCH = 16, 32
 
@@ -108,7 +109,7 @@ def relevant_found(scores: np.ndarray, memory: Memory) -> list[float]:
     return np.reshape(parts, (len(best), -1)).mean(axis=1).round(4).tolist()
 
 
-def compare(model, renderer, memory, banks, *, generate: bool) -> dict[str, dict]:
+def compare(model, renderer, memory, banks, run: RunConfig, *, generate: bool) -> dict[str, dict]:
     """By form of the bank: what is found and how logits change."""
     answers = {name: ask(model, renderer, memory, bank) for name, bank in banks.items()}
     rows = {}
@@ -126,8 +127,8 @@ def compare(model, renderer, memory, banks, *, generate: bool) -> dict[str, dict
         }
         if generate:
             texts = [question.question for question in memory.questions]
-            replies = interleave(model, banks[name], memory.originals, texts, renderer, max_rounds=2, batch_size=BATCH)
-            scored = score(memory, replies)
+            replies = ask_freely(model, renderer, banks[name], memory, texts, run)
+            scored = means([row for _, row in score(memory, range(len(texts)), replies)])
             rows[name] |= {field: scored[field] for field in ("id_exact_match", "exact_match") if field in scored}
     return rows
 
@@ -162,7 +163,8 @@ def main() -> None:
     record = json.loads(options.out.read_text()) if options.out.is_file() else {}
     results = dict(tokens=memory.tokens, documents=banks["int8"].num_documents, questions=len(memory.questions))
     for dtype in ("bfloat16", "float32"):
-        rows = compare(in_dtype(dtype), renderer, memory, banks, generate=name == "own" and dtype == "float32")
+        freely = name == "own" and dtype == "float32"
+        rows = compare(in_dtype(dtype), renderer, memory, banks, run, generate=freely)
         results[f"questions in {dtype}"] = rows
         print(f"\n{name}: {memory.tokens:,} tokens, {results['documents']:,} documents; questions in {dtype}")
         for form, values in rows.items():

@@ -2,6 +2,7 @@
 
 from msa_jax.bank.store import MemoryStore
 from msa_jax.config import AttentionConfig, ConfigError, MSAConfig
+from msa_jax.inference import Session
 from msa_jax.layers import MemorySparseAttention
 from msa_jax.memory import MemoryBank
 from msa_jax.model import MSATransformer
@@ -14,4 +15,5 @@ __all__ = [
     "MemoryBank",
     "MemorySparseAttention",
     "MemoryStore",
+    "Session",
 ]

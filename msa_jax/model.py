@@ -171,6 +171,7 @@ class MSATransformer(nnx.Module):
         route: jax.Array | None = None,
         visible: jax.Array | None = None,
         selection: routing.Selection | None = None,
+        also: routing.Selection | None = None,
         mean_over_tokens: bool | jax.Array = False,
         bank_gradients: bool = False,
         return_hidden: bool = False,
@@ -183,11 +184,13 @@ class MSATransformer(nnx.Module):
           positions: [B, T] int32; the active context starts at `config.position_offset`.
           mask: [B, S] bool, tokens that exist, those of `past` included; default all.
           past: a template prefix (batch 1 or B), or with `slot` a cache of fixed size S.
-          slot: scalar int32, where in the cache the one new token goes; without it `past` is extended.
+          slot: int32 [B] or one for all, where in the cache the one new token goes, at S or beyond nowhere; without it
+            `past` is extended.
           bank: memory bank; None reads no memory.
           route: [B, T] bool, tokens that route (role 0); default all that `mask` keeps.
           visible: [B, N] bool, documents that a question may see; default all.
           selection: [L_r, B, k] fields, documents selected at prefill; skips routing.
+          also: [L_r, B, k] fields, what tokens of `past` selected, where they route with those given.
           mean_over_tokens: see `MemorySparseAttention`.
           bank_gradients: say that the bank is differentiated. Results are the same: layers then take copies of
             their parts of the bank, which keeps gradients small, and else read it where it lies.
@@ -219,40 +222,48 @@ class MSATransformer(nnx.Module):
         x = spread(self._embed(tokens))
         own, scores, selections, queries, hidden = [], [], [], [], []
         first_router = 0
+        # A cache goes from layer to layer whole and is written in place; taken apart, all of it would be copied.
+        cached = slot is not None and past is not None
+        cache = (past.k, past.v) if cached else None
         for (is_router, first, count), group in zip(c.layer_groups, self.groups, strict=True):
             reads_bank = is_router and bank is not None
             part = slice(first, first + count)
             routers = slice(first_router, first_router + count)
             first_router += count if is_router else 0
-            xs = {"past": None if past is None else (past.k[part], past.v[part])}
+            xs = {"past": None if past is None or cached else (past.k[part], past.v[part])}
+            xs["layer"] = jnp.arange(part.start, part.stop, dtype=jnp.int32) if cached else None
             if reads_bank:
                 take = lambda x, routers=routers: x[routers]  # noqa: E731
                 xs["memory"] = jax.tree.map(take, bank.arrays) if bank_gradients else None
                 xs["index"] = None if bank_gradients else jnp.arange(routers.start, routers.stop, dtype=jnp.int32)
-                xs["selection"] = jax.tree.map(take, selection)
+                xs["selection"], xs["also"] = jax.tree.map(take, (selection, also))
 
-            def body(layer, x, xs, reads_bank=reads_bank):
-                past_k, past_v = xs["past"] or (None, None)
+            def body(layer, carry, xs, reads_bank=reads_bank):
+                x, cache = carry
+                past_k, past_v = xs["past"] or cache or (None, None)
                 kwargs = dict(positions=positions, mask=mask, past_k=past_k, past_v=past_v, slot=slot)
+                kwargs["layer"] = xs["layer"]
                 if reads_bank:
                     own = xs["memory"] and LayerMemory(**xs["memory"], layout=bank.layout)
                     kwargs |= dict(
                         memory=own or bank.layer_at(xs["index"]),
                         route=route, visible=visible,
-                        selection=xs["selection"], mean_over_tokens=mean_over_tokens,
+                        selection=xs["selection"], also=xs["also"], mean_over_tokens=mean_over_tokens,
                     )  # fmt: skip
                 y, result = layer(x, **kwargs)
                 query = result.query.astype(jnp.float32) if return_queries and reads_bank else None
-                ys = (KeyValues(k=result.k, v=result.v), result.document_scores, result.selection, query)
-                return spread(y), (*ys, x if return_hidden else None)
+                caches = (result.k, result.v)
+                own_now = None if cached else KeyValues(*caches)
+                ys = (own_now, result.document_scores, result.selection, query, x if return_hidden else None)
+                return (spread(y), caches if cached else None), ys
 
-            x, ys = scan_stack(group, body, x, xs, remat=c.remat)
+            (x, cache), ys = scan_stack(group, body, (x, cache), xs, remat=c.remat)
             for kept, value in zip((own, scores, selections, queries, hidden), ys, strict=True):
                 kept.append(value)
         x = self.final_norm(x)
         return ModelOutput(
             hidden=x,
-            own=_concat(own),
+            own=KeyValues(*cache) if cached else _concat(own),
             document_scores=_concat(scores),
             selection=_concat(selections),
             queries=_concat(queries),

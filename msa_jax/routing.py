@@ -228,6 +228,26 @@ def select(
     )
 
 
+def merge(first: Selection, second: Selection) -> Selection:
+    """What is selected by the larger of two scores of every document, given what each of them selects.
+
+    Exact: a document among the k best by the larger score is among the k best by the score that is larger. Of equal
+    scores the lower document comes first, as in `select`. All fields are [B, k].
+    """
+    both = (first.documents[:, :, None] == second.documents[:, None, :]) & (
+        (first.lengths[:, :, None] > 0) & (second.lengths[:, None, :] > 0)
+    )
+    larger = jnp.max(jnp.where(both, second.scores[:, None, :], NO_SCORE), axis=2, initial=NO_SCORE)
+    scores = jnp.concatenate(
+        [jnp.maximum(first.scores, larger), jnp.where(jnp.any(both, axis=1), NO_SCORE, second.scores)], axis=1
+    )
+    join = lambda name: jnp.concatenate([getattr(first, name), getattr(second, name)], axis=1)  # noqa: E731
+    lengths = jnp.where(scores > NO_SCORE / 2, join("lengths"), 0)
+    order, documents, starts, lengths = jax.lax.sort((-scores, join("documents"), join("starts"), lengths), num_keys=2)
+    k = first.documents.shape[1]
+    return Selection(documents=documents[:, :k], scores=-order[:, :k], starts=starts[:, :k], lengths=lengths[:, :k])
+
+
 def bias_of(selection: Selection, beta: jax.Array) -> jax.Array:
     """Router bias [B, k, H]: `beta_h * (s_d - max s)`, 0 where nothing was selected."""
     found = selection.lengths > 0

@@ -99,7 +99,7 @@ class EvalConfig:
 
     Attributes:
       num_questions: asked of every memory. batch_size: asked together.
-      max_rounds, max_new_tokens: see `interleave`.
+      max_rounds: how often a question may retrieve. max_new_tokens: of each turn, and of the answer.
       rows_per_step: packed rows that are encoded together.
       seed: of memories and questions.
     """

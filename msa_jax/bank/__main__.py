@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import pathlib
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -31,24 +30,11 @@ from msa_jax.data import DataError
 
 def _encoder(options):
     # Here, because a model takes seconds to import and most commands need none.
-    from msa_jax import hf
     from msa_jax.bank.document_encoder import DocumentEncoder
-    from msa_jax.data.tokenizer import Tokenizer
-    from msa_jax.evaluation.evaluate import load_model
-    from msa_jax.run_config import RunConfig
+    from msa_jax.trained import open_model
 
-    if options.checkpoint:
-        model = hf.load_model(options.checkpoint)
-        tokenizer, row_len = Tokenizer.load(options.checkpoint, add_missing=True), 4096
-    else:
-        folder = pathlib.Path(options.workdir)
-        try:
-            run = RunConfig.from_dict(json.loads((folder / "config.json").read_text()))
-        except (OSError, ValueError) as e:
-            raise BankError(f"--workdir {folder}: no trained run there ({e}).") from e
-        model, renderer = load_model(run, folder)
-        tokenizer, row_len = renderer.tokenizer, run.row_len(model.config.chunk_size)
-    row_len = options.row_len or -(-row_len // model.config.chunk_size) * model.config.chunk_size
+    model, tokenizer, row_len = open_model(workdir=options.workdir or "", checkpoint=options.checkpoint or "")
+    row_len = options.row_len or row_len
     return DocumentEncoder(model, tokenizer, row_len=row_len, rows_per_step=options.rows_per_step)
 
 

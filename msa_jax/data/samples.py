@@ -52,10 +52,12 @@ class Renderer:
 
     def body(self, document: Document) -> Sequence[int] | np.ndarray:
         """Token ids of a document's text, cut to fit `document_len`."""
-        tokens = (
-            document.tokens if document.tokens is not None else self.tokenizer.encode(" " + document.text)
-        )
+        tokens = self.whole_body(document)
         return tokens if self.body_len is None else tokens[: self.body_len]
+
+    def whole_body(self, document: Document) -> Sequence[int] | np.ndarray:
+        """Token ids of all of a document's text."""
+        return document.tokens if document.tokens is not None else self.tokenizer.encode(" " + document.text)
 
     def render_document(self, document: Document, number: int) -> list[int]:
         """Token ids of a document as the model encodes it."""
@@ -80,7 +82,11 @@ class Renderer:
 
     def appended(self, document: Document, number: int) -> list[int]:
         """The original text as the engine appends it after a reference."""
-        return self._appended.fill(self.tokenizer.number_ids(number), self.body(document))[0]
+        return self.appended_body(self.body(document), number)
+
+    def appended_body(self, body: Sequence[int] | np.ndarray, number: int) -> list[int]:
+        """The same of a text given as token ids."""
+        return self._appended.fill(self.tokenizer.number_ids(number), body)[0]
 
     def end_of_retrieve(self) -> list[int]:
         """What the model writes when it has all the documents it wants."""

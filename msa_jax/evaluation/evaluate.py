@@ -9,7 +9,7 @@ import logging
 import os
 import pathlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,19 +20,24 @@ from tqdm import tqdm
 from msa_jax import distributed
 from msa_jax.bank import encode_bank
 from msa_jax.bank.spread import spread
-from msa_jax.checkpoint import Checkpoints
 from msa_jax.data import Renderer
 from msa_jax.evaluation.memories import Memory, build_memory
-from msa_jax.inference import Answer, interleave
+from msa_jax.inference.answer import Answer
+from msa_jax.inference.engine import Engine
+from msa_jax.inference.library import FixedLibrary
+from msa_jax.inference.settings import AskConfig, Budget, EngineConfig
+from msa_jax.memory import MemoryBank
 from msa_jax.metrics import exact_match, f1, precision_recall
 from msa_jax.model import MSATransformer
 from msa_jax.plots import plot_curve
-from msa_jax.run import make_source, model_skeleton, open_tokenizer
+from msa_jax.run import make_source
 from msa_jax.run_config import RunConfig
 from msa_jax.sharding import Shardings, check_model
+from msa_jax.trained import load_model
 
 _LOG = logging.getLogger(__name__)
 _RECALL = (1, 5, 10, 16)
+_CONTEXT_MULTIPLE = 64
 _COLUMNS = (
     ("memory_tokens", "memory tokens", "{:,}"),
     ("documents", "documents", "{:,}"),
@@ -47,50 +52,38 @@ _COLUMNS = (
 )
 
 
-def load_model(run: RunConfig, workdir: pathlib.Path) -> tuple[MSATransformer, Renderer]:
-    """The trained model of a run (its moving average, if there is one) and the renderer of its tokenizer."""
-    tokenizer = open_tokenizer(run, workdir, train=False)
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=run.training.keep_checkpoints)
-    graphdef, state = nnx.split(model_skeleton(run, tokenizer))
-    params = checkpoints.restore_params(nnx.as_pure(state), ema=run.training.optimizer.ema_decay > 0)
-    checkpoints.close()
-    return nnx.merge(graphdef, params), Renderer(tokenizer, run.data.document_len, run.data.loss_weights)
-
-
-def _recall(scores: np.ndarray, relevant: Sequence[int], n: int) -> float:
-    """Share of the relevant documents among the n best of one question's scores [N]."""
-    n = min(n, len(scores))
-    best = np.argpartition(-scores, n - 1)[:n]
-    return len(set(best.tolist()) & set(relevant)) / len(set(relevant))
+def _recall(best: np.ndarray, wanted: set[int], n: int) -> float:
+    """Share of the wanted numbers among the first n."""
+    return len(wanted & set(best[:n].tolist())) / len(wanted)
 
 
 def score(memory: Memory, asked: Sequence[int], answers: Iterable[Answer]) -> list[tuple[int, dict[str, Any]]]:
-    """Scores of questions by their number. Answers are consumed one by one: their router scores need not be kept."""
+    """Scores of questions by their number."""
     scores = []
     for number, answer in zip(asked, answers, strict=True):
         question = memory.questions[number]
-        relevant = [memory.place[i] for i in question.supporting_ids]
-        wanted = {memory.numbers[i] for i in relevant}
-        precision, recall = precision_recall(answer.numbers + answer.unknown, wanted)
+        wanted = {memory.numbers[memory.place[i]] for i in question.supporting_ids}
+        named = [event.number for event in answer.events if event.kind in ("read", "cut", "unknown")]
+        precision, recall = precision_recall(named, wanted)
         row = {
-            "id_exact_match": float(set(answer.numbers + answer.unknown) == wanted),
+            "id_exact_match": float(set(named) == wanted),
             "id_precision": precision,
             "id_recall": recall,
-            "rounds": float(answer.rounds),
-            "answered": float(answer.outcome != "unfinished"),
+            "rounds": float(len(answer.rounds) - 1),
+            "answered": float(answer.outcome == "answered"),
         }
         if question.answers:
             row |= {
                 "exact_match": exact_match(answer.text, question.answers),
                 "f1": f1(answer.text, question.answers),
             }
-        if answer.router_scores is not None:
-            row |= {f"router_recall@{n}": [_recall(s, relevant, n) for s in answer.router_scores] for n in _RECALL}
+        best = answer.rounds[0].documents
+        row |= {f"router_recall@{n}": [_recall(layer, wanted, n) for layer in best] for n in _RECALL}
         scores.append((number, row))
     return scores
 
 
-def _means(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def means(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Over questions that have a score, of router recall by layer."""
     means = {name: np.mean([row[name] for row in rows if name in row], axis=0) for name in rows[0]}
     return {name: value.round(4).tolist() if value.ndim else float(value) for name, value in means.items()}
@@ -128,16 +121,14 @@ def evaluate(run: RunConfig, workdir: str | pathlib.Path, memory_tokens: Sequenc
         encoded = time.monotonic()
         batch, index, count = settings.batch_size, jax.process_index(), jax.process_count()
         mine = [i for i in range(len(memory.questions)) if i // batch % count == index]
-        answers = interleave(
-            asked_of, bank, memory.originals, [memory.questions[i].question for i in mine], renderer,
-            max_rounds=settings.max_rounds, max_new_tokens=settings.max_new_tokens, batch_size=batch,
-        )  # fmt: skip
-        progress = tqdm(
-            answers, total=len(mine), desc="ask", unit="question", mininterval=1.0, disable=not main
-        )  # fmt: skip
+        questions = [memory.questions[i].question for i in mine]
         with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            answers = ask(asked_of, renderer, bank, memory, questions, run)
+            progress = tqdm(
+                answers, total=len(mine), desc="ask", unit="question", mininterval=1.0, disable=not main
+            )  # fmt: skip
             parts = distributed.gather(score(memory, mine, progress))
-        scores = _means([row for _, row in sorted(sum(parts, []), key=lambda pair: pair[0])])
+        scores = means([row for _, row in sorted(sum(parts, []), key=lambda pair: pair[0])])
         asked = time.monotonic()
         rows.append(
             {
@@ -156,6 +147,28 @@ def evaluate(run: RunConfig, workdir: str | pathlib.Path, memory_tokens: Sequenc
         shown = {name: scores[name] for name in ("exact_match", "id_exact_match") if name in scores}
         _LOG.info("%s tokens of memory: %s", f"{size:,}", shown)
     return rows
+
+
+def ask(
+    model: MSATransformer,
+    renderer: Renderer,
+    bank: MemoryBank,
+    memory: Memory,
+    questions: Sequence[str],
+    run: RunConfig,
+) -> Iterator[Answer]:
+    """Answers to questions about a memory that `bank` holds, as the run's settings of evaluation have them."""
+    settings = run.evaluation
+    tokens = settings.max_new_tokens
+    # Room for all that `max_rounds` can bring, so that nothing is cut.
+    longest = max((len(renderer.prompt(q)[0]) + len(renderer.restated(q)) for q in questions), default=0)
+    context = longest + settings.max_rounds * (run.data.document_len + 2 * tokens) + 2 * tokens
+    context = -(-context // _CONTEXT_MULTIPLE) * _CONTEXT_MULTIPLE
+    library = FixedLibrary(bank, {number: memory.originals[number] for number in memory.numbers})
+    config = EngineConfig(slots=settings.batch_size, context=context, reported_documents=max(_RECALL))
+    engine = Engine(model, renderer, library, config)
+    budget = Budget(rounds=settings.max_rounds, turn_tokens=tokens, answer_tokens=tokens)
+    return engine.ask(questions, config=AskConfig(budget=budget))
 
 
 def _mesh(run: RunConfig, model: MSATransformer) -> jax.sharding.Mesh | None:

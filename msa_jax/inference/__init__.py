@@ -1,6 +1,27 @@
-"""Asking the memory: generation, and Memory Interleave around it."""
+"""Asking the memory: an engine that answers many questions at once, and the session that people and programs use."""
 
-from msa_jax.inference.generate import Context, Generation, generate
-from msa_jax.inference.interleave import Answer, interleave
+from msa_jax.inference.answer import Answer, Citation, Event, Outcome, Round, StreamEvent
+from msa_jax.inference.engine import Engine
+from msa_jax.inference.library import FixedLibrary, QuestionError
+from msa_jax.inference.pending import Pending
+from msa_jax.inference.session import Session, Stats
+from msa_jax.inference.settings import AskConfig, Budget, EngineConfig, Sampling
 
-__all__ = ["Answer", "Context", "Generation", "generate", "interleave"]
+__all__ = [
+    "Answer",
+    "AskConfig",
+    "Budget",
+    "Citation",
+    "Engine",
+    "EngineConfig",
+    "Event",
+    "FixedLibrary",
+    "Outcome",
+    "Pending",
+    "QuestionError",
+    "Round",
+    "Sampling",
+    "Session",
+    "Stats",
+    "StreamEvent",
+]

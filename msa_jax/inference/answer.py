@@ -116,8 +116,12 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class StreamEvent:
-    """What a stream gives: `citation` when a document is read, `text` as the answer grows, `answer` at the end."""
+    """What a stream gives: `citation` when a document is read, `text` as the answer grows, `answer` at the end.
+
+    `error`, at the end instead, is what stopped the engine.
+    """
 
     citation: Citation | None = None
     text: str = ""
     answer: Answer | None = None
+    error: BaseException | None = None

@@ -27,7 +27,7 @@ class AttentionOutput:
 
     Attributes:
       out: [B, T, E].
-      k, v: [B, S, K, D], own keys and values after this call: the cache of the next one.
+      k, v: [B, S, K, D], own keys and values after this call: the cache of the next one; all layers' with `layer`.
       document_scores: [B, N] float32; None in a layer without router, or when a selection was reused.
       selection: the documents read; None in a layer without router or without memory.
       query: [B, T, M] float, what the tokens routed with, see `routing.routing_query`; None unless it routed.
@@ -107,17 +107,24 @@ class SelfAttention(nnx.Module):
         """
         return self._encode(x, positions, segment_ids)
 
-    def _own(self, k, v, past_k, past_v, slot):
+    def _own(self, k, v, past_k, past_v, slot, layer):
+        """Own keys and values to attend to, and those to give back: with `layer` the caches of all layers."""
         if past_k is None:
-            return k, v
+            return (k, v), (k, v)
         if slot is None:
             batch = (k.shape[0], *past_k.shape[1:])
             past_k, past_v = jnp.broadcast_to(past_k, batch), jnp.broadcast_to(past_v, batch)
-            return jnp.concatenate([past_k, k], axis=1), jnp.concatenate([past_v, v], axis=1)
+            own = jnp.concatenate([past_k, k], axis=1), jnp.concatenate([past_v, v], axis=1)
+            return own, own
         if k.shape[1] != 1:
             raise ValueError(f"{type(self).__name__}: a cache slot takes one token at a time, got T {k.shape[1]}.")
-        write = lambda cache, new: jax.lax.dynamic_update_slice_in_dim(cache, new, slot, axis=1)  # noqa: E731
-        return write(past_k, k), write(past_v, v)
+        # In place: nothing of the cache moves but what is written. A slot beyond the cache writes nothing.
+        place = (jnp.arange(k.shape[0]), jnp.broadcast_to(slot, k.shape[:1]))
+        place = place if layer is None else (layer, *place)
+        write = lambda cache, new: cache.at[place].set(new[:, 0], mode="drop", unique_indices=True)  # noqa: E731
+        caches = write(past_k, k), write(past_v, v)
+        read = lambda x: x if layer is None else jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)  # noqa: E731
+        return tuple(map(read, caches)), caches
 
     def __call__(
         self,
@@ -128,6 +135,7 @@ class SelfAttention(nnx.Module):
         past_k: jax.Array | None = None,
         past_v: jax.Array | None = None,
         slot: jax.Array | None = None,
+        layer: jax.Array | None = None,
     ) -> AttentionOutput:
         """Causal attention of the active context over `[past ; own tokens]`.
 
@@ -136,16 +144,19 @@ class SelfAttention(nnx.Module):
           positions: [B, T] int32.
           mask: [B, S] bool, own tokens that exist, past ones included; default all.
           past_k, past_v: [B or 1, S_past, K, D], a template prefix or a cache.
-          slot: with it, `past_k` and `past_v` are a cache of fixed size S in which the one new token is
-            written at this index (scalar int32); without it, the T tokens are appended to the past.
+          slot: with it, `past_k` and `past_v` are a cache of fixed size S in which the one new token of each
+            question is written at this index, int32 [B] or one for all; at S or beyond, nowhere. Without it, the T
+            tokens are appended to the past.
+          layer: with `slot`, scalar int32: the caches are those of all layers, [L, B, S, K, D], this one's is read
+            and written where it lies, and they are what is given back.
         """
         q, k, v = self._qkv(x, positions)
-        k, v = self._own(k, v, past_k, past_v, slot)
+        (k, v), caches = self._own(k, v, past_k, past_v, slot, layer)
         b, t = x.shape[:2]
         causal = jnp.arange(k.shape[1])[None, :] <= jnp.arange(t)[:, None] + (k.shape[1] - t)
         allowed = causal[None, None] if mask is None else causal[None, None] & mask[:, None, None, :]
         out = jax.nn.dot_product_attention(q, k, v, mask=allowed)
-        return AttentionOutput(out=self.o_proj(out.reshape(b, t, -1)), k=k, v=v)
+        return AttentionOutput(out=self.o_proj(out.reshape(b, t, -1)), k=caches[0], v=caches[1])
 
 
 class MemorySparseAttention(SelfAttention):
@@ -222,11 +233,13 @@ class MemorySparseAttention(SelfAttention):
         route: jax.Array | None = None,
         visible: jax.Array | None = None,
         selection: routing.Selection | None = None,
+        also: routing.Selection | None = None,
         mean_over_tokens: bool | jax.Array = False,
         mask: jax.Array | None = None,
         past_k: jax.Array | None = None,
         past_v: jax.Array | None = None,
         slot: jax.Array | None = None,
+        layer: jax.Array | None = None,
         implementation: str | None = None,
     ) -> AttentionOutput:
         """Attention of the active context over `[past ; selected documents' chunks ; own tokens]` (stage 2, 3).
@@ -238,21 +251,24 @@ class MemorySparseAttention(SelfAttention):
           route: [B, T] bool, tokens that route; default all that `mask` keeps.
           visible: [B, N] bool, documents that a question may see; default all.
           selection: reuse what an earlier call selected (decoding) instead of routing.
+          also: what tokens before these selected; they count as routing tokens too.
           mean_over_tokens: score by the mean over routing tokens, not the max (warm-up of training).
-          mask, past_k, past_v, slot: as in `SelfAttention`.
+          mask, past_k, past_v, slot, layer: as in `SelfAttention`.
           implementation: of both operations, see `pallas_kernels`; default `config.implementation`.
 
         Raises:
           ValueError: shapes or dtypes do not fit together.
         """
         if memory is None:
-            return super().__call__(x, positions=positions, mask=mask, past_k=past_k, past_v=past_v, slot=slot)
+            return super().__call__(
+                x, positions=positions, mask=mask, past_k=past_k, past_v=past_v, slot=slot, layer=layer
+            )
         c = self.config
         memory.check()
         implementation = implementation or c.implementation
         b, t = x.shape[:2]
         q, k, v = self._qkv(x, positions)
-        k, v = self._own(k, v, past_k, past_v, slot)
+        (k, v), caches = self._own(k, v, past_k, past_v, slot, layer)
         scores = query = None
         if selection is None:
             wanted = (memory.layout.num_chunks, c.router_width)
@@ -260,12 +276,10 @@ class MemorySparseAttention(SelfAttention):
             if got != wanted:
                 raise ValueError(f"MemorySparseAttention: to route, routing_keys must be [C, M] = {wanted}, got {got}.")
             if route is None:
-                if mask is None:
+                if mask is None or slot is not None:
                     route = jnp.ones((b, t), bool)
-                elif slot is None:
-                    route = mask[:, -t:]
                 else:
-                    route = jax.lax.dynamic_slice_in_dim(mask, slot, t, axis=1)
+                    route = mask[:, -t:]
             query = routing.routing_query(
                 self.router_q_proj(x).reshape(q.shape), num_kv_heads=c.num_kv_heads, score=c.routing_score
             )
@@ -280,6 +294,7 @@ class MemorySparseAttention(SelfAttention):
                     query, memory.routing_keys, memory.layout, key_scale=memory.key_scale, layer=memory.index, **what
                 )
                 selection = routing.select(scores, memory.layout, **how)
+            selection = selection if also is None else routing.merge(selection, also)
         bias = routing.bias_of(selection, self.router_beta[...]) if c.router_bias else None
         last = dict(bias=bias, mask=mask, implementation=implementation)
         if memory.layout.axes is not None:
@@ -288,5 +303,10 @@ class MemorySparseAttention(SelfAttention):
             content = tiers.content_of(memory, selection.starts, selection.lengths)
             out, _ = gather_attention(q, k, v, **content._asdict(), **last)
         return AttentionOutput(
-            out=self.o_proj(out.reshape(b, t, -1)), k=k, v=v, document_scores=scores, selection=selection, query=query
+            out=self.o_proj(out.reshape(b, t, -1)),
+            k=caches[0],
+            v=caches[1],
+            document_scores=scores,
+            selection=selection,
+            query=query,
         )

@@ -14,8 +14,10 @@ from msa_jax import MemoryBank, MemorySparseAttention, MSAConfig, MSATransformer
 from msa_jax.bank.disk_content import DiskContent
 from msa_jax.bank.loading import load
 from msa_jax.bank.quantization import quantize
-from msa_jax.data.batch import ROUTING
-from msa_jax.inference.generate import Context, generate
+from msa_jax.inference.programs import Current, Turn, decode, take_turn
+from msa_jax.inference.rows import Visibility, empty_rows
+from msa_jax.inference.sampling import from_settings
+from msa_jax.inference.settings import Sampling
 from msa_jax.memory import DocumentLayout
 from msa_jax.routing import NO_SCORE, Selection, bias_of
 from tests.bank import drawn
@@ -150,12 +152,32 @@ def test_what_is_fetched_once_serves_every_step_of_decoding(place, int8):
     assert same is bank and same_selection is selection
 
 
-def test_generation_reads_content_from_anywhere_and_once():
+def test_decoding_reads_content_from_anywhere_and_once():
     graphdef, params = model_of()
-    context = Context(
-        tokens=jnp.asarray(TOKENS), roles=jnp.full((B, T), ROUTING, jnp.int32), mask=jnp.ones((B, T), bool)
-    )
-    ask = lambda bank: generate(graphdef, params, jnp.arange(0), context, bank, max_new_tokens=5)  # noqa: E731
+    model = nnx.merge(graphdef, params)
+    everything = Visibility(namespaces=jnp.zeros(bank_of().num_documents, jnp.int32), born=jnp.zeros(1, jnp.int32))
+    turn = Turn(
+        rows=np.arange(B)[::-1].astype(np.int32), tokens=TOKENS, lengths=np.full(B, T, np.int32),
+        begin=np.zeros(B, np.int32), route=np.ones((B, T), bool), alone=np.ones(B, bool), allowed=np.ones((B, 1), bool),
+        seen=np.zeros(B, np.int32), sampling=from_settings([Sampling()] * B),
+    )  # fmt: skip
+
+    def ask(bank):
+        rows = empty_rows(model, bank, rows=B, length=T + 6)
+        rows, first = take_turn(
+            graphdef, params, None, rows, bank, everything, turn, fresh=True, routes=True, reported=2
+        )
+        current = Current(
+            token=np.asarray(first.token)[::-1], length=np.full(B, T, np.int32), left=np.full(B, 4, np.int32),
+            sampling=from_settings([Sampling()] * B),
+        )  # fmt: skip
+        written = [first]
+        for _ in range(2):
+            rows, tokens = decode(graphdef, params, rows, bank, current, head=0, columns=T + 6, steps=2, stop_tokens=())
+            current = current.replace(token=np.asarray(tokens)[:, -1], length=current.length + 2)
+            written.append(tokens)
+        return written
+
     equal(ask(placed("host")), ask(bank_of()))
     reader = Arrays(bank_of())
     equal(ask(on_disk(bank_of(), reader)), ask(bank_of()))

@@ -1,0 +1,104 @@
+"""From conversations to the arrays of one compiled step, padded to a few sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from msa_jax.inference.conversation import Conversation, Routed
+from msa_jax.inference.library import Library, View
+from msa_jax.inference.programs import Current, Turn, Written
+from msa_jax.inference.sampling import from_settings
+from msa_jax.inference.settings import Sampling
+from msa_jax.routing import NO_SCORE
+
+
+def turn_of(
+    talks: Sequence[Conversation],
+    *,
+    rows: Sequence[int],
+    views: Sequence[View],
+    sampling: Sequence[Sampling],
+    size: int,
+    length: int,
+    head: int,
+    nobody: int,
+    fresh: bool,
+    pad_id: int,
+) -> Turn:
+    """The tokens to come of some questions, those of the whole context if `fresh`.
+
+    Args:
+      size: b, questions that the step has; places beyond those given get the row `nobody`.
+      length: T.
+      head: tokens of the template prefix.
+    """
+    tokens = np.full((size, length), pad_id, np.int32)
+    route = np.zeros((size, length), bool)
+    lengths, begin = np.ones(size, np.int32), np.full(size, head, np.int32)
+    for i, talk in enumerate(talks):
+        first = 0 if fresh else talk.computed
+        new = talk.tokens[first:]
+        lengths[i], begin[i] = len(new), head + first
+        tokens[i, : len(new)], route[i, : len(new)] = new, talk.routing[first:]
+    allowed = np.zeros((size, len(views[0].allowed)), bool)
+    for i in range(len(talks)):
+        allowed[i] = views[i].allowed
+    spare = size - len(talks)
+    return Turn(
+        rows=np.array([*rows, *[nobody] * spare], np.int32),
+        tokens=tokens,
+        lengths=lengths,
+        begin=begin,
+        route=route,
+        alone=np.array([*(talk.first_round for talk in talks), *[False] * spare]),
+        allowed=allowed,
+        seen=np.array([*(view.seen for view in views[: len(talks)]), *[0] * spare], np.int32),
+        sampling=from_settings(
+            [*sampling, *[Sampling()] * spare], [*(talk.completion_tokens for talk in talks), *[0] * spare]
+        ),
+    )
+
+
+def no_turn(view: View, *, size: int, length: int, head: int, nobody: int) -> Turn:
+    """A turn of no question, for compiling its shapes."""
+    shapes = dict(size=size, length=length, head=head, nobody=nobody)
+    return turn_of([], rows=[], views=[view], sampling=[], fresh=True, pad_id=0, **shapes)
+
+
+def current_of(
+    talks: Sequence[Conversation | None], *, sampling: Sequence[Sampling], head: int
+) -> Current:
+    """Where rows stand; None is a row that is not decoding."""
+    return Current(
+        token=np.array([talk.tokens[-1] if talk else 0 for talk in talks], np.int32),
+        length=np.array([head + talk.computed if talk else 0 for talk in talks], np.int32),
+        left=np.array([talk.left if talk else 0 for talk in talks], np.int32),
+        sampling=from_settings(sampling, [talk.completion_tokens if talk else 0 for talk in talks]),
+    )
+
+
+def routed_of(written: Written, place: int, library: Library, *, tokens: int, why: str) -> Routed:
+    """What the routing of the question at `place` of a step found."""
+    documents = np.asarray(written.documents[:, place])
+    layers, reported = documents.shape
+    scores = np.asarray(written.scores[:, place])  # [L_r, L_r * R]
+    numbers = library.numbers(documents.reshape(-1))
+    numbers[(scores <= NO_SCORE / 2).all(axis=0)] = -1
+    mean = np.maximum(scores, -1.0).mean(axis=0)
+    order = np.argsort(-mean, kind="stable")
+    ranking = {int(numbers[i]): float(mean[i]) for i in order if numbers[i] >= 0}
+    own = np.stack([scores[i, i * reported : (i + 1) * reported] for i in range(layers)])
+    return Routed(
+        documents=np.where(own > NO_SCORE / 2, numbers.reshape(layers, reported), -1),
+        scores=own,
+        ranking=ranking,
+        tokens=tokens,
+        why=why,
+    )
+
+
+def no_routing(tokens: int) -> Routed:
+    """Of a question without a bank."""
+    return Routed(np.zeros((0, 0), np.int64), np.zeros((0, 0), np.float32), {}, tokens, "")

@@ -1,0 +1,231 @@
+"""The two jit-compiled steps of asking: tokens into the contexts of some questions, and decoding of all of them.
+
+Every question has a row of a cache of fixed size. Which rows there are, how long they are and what may be seen are
+arrays, so that questions come and go without anything being compiled.
+
+Sizes: B rows, b questions of one call, T tokens of a turn, S slots of a cache, U tokens decoded in a call, L layers,
+L_r router layers, A namespaces, R documents reported, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, struct
+
+from msa_jax.inference.rows import Rows, Visibility, best_documents, fetched, near_bank, unchanged
+from msa_jax.inference.sampling import SamplingState, choose
+from msa_jax.memory import MemoryBank
+from msa_jax.model import KeyValues, MSATransformer
+
+
+@struct.dataclass
+class Turn:
+    """Tokens that are added to the contexts of b questions.
+
+    Attributes:
+      rows: [b] int32, of each question; B for one that is not there.
+      tokens: [b, T] int32, padded at the end.
+      lengths: [b] int32, how many there are, at least 1.
+      begin: [b] int32, how many tokens of the row come before them, the template prefix included.
+      route: [b, T] bool, tokens that route.
+      alone: [b] bool, only the question's own tokens route.
+      allowed: [b, A] bool; seen: [b] int32: see `Visibility`.
+      sampling: of the token that is written after them.
+    """
+
+    rows: jax.Array
+    tokens: jax.Array
+    lengths: jax.Array
+    begin: jax.Array
+    route: jax.Array
+    alone: jax.Array
+    allowed: jax.Array
+    seen: jax.Array
+    sampling: SamplingState
+
+
+@struct.dataclass
+class Written:
+    """What a turn gave.
+
+    Attributes:
+      token: [b] int32, written after the turn's tokens.
+      logits: [b, V] float32 that it was chosen from.
+      same: [L_r, b] bool, whether what each router layer selects leaves the tokens before the turn as they are; None
+        if none did route.
+      documents: [L_r, b, R] int32, best documents of each router layer; None if it did not route.
+      scores: [L_r, b, L_r * R] float32: of each router layer, the scores of all those documents, in their order.
+    """
+
+    token: jax.Array
+    logits: jax.Array
+    same: jax.Array | None
+    documents: jax.Array | None
+    scores: jax.Array | None
+
+
+@struct.dataclass
+class Current:
+    """Where b rows stand.
+
+    Attributes:
+      token: [b] int32, written last and not computed yet.
+      length: [b] int32, tokens of the row before it, the template prefix included.
+      left: [b] int32, how many may be written; 0 for a row that is not decoding.
+      sampling: of the tokens to come.
+    """
+
+    token: jax.Array
+    length: jax.Array
+    left: jax.Array
+    sampling: SamplingState
+
+
+@functools.partial(
+    jax.jit, static_argnames=("graphdef", "fresh", "routes", "reported"), donate_argnames=("rows",)
+)
+def take_turn(
+    graphdef: nnx.GraphDef,
+    params: nnx.State,
+    prefix: KeyValues | None,
+    rows: Rows,
+    bank: MemoryBank | None,
+    visibility: Visibility | None,
+    turn: Turn,
+    *,
+    fresh: bool,
+    routes: bool,
+    reported: int,
+) -> tuple[Rows, Written]:
+    """Compute tokens of some questions and choose the token after them (stage 2; stage 3 of these tokens).
+
+    Args:
+      graphdef, params: `nnx.split(model)`.
+      prefix: of the template, [L, 1, S_p, K, D].
+      rows: donated.
+      bank, visibility: what is asked; both None without a memory.
+      turn: the tokens.
+      fresh: the tokens are the whole context, behind the prefix; else they come behind what a row holds.
+      routes: select documents: of a context that is not fresh by the question's own tokens and by those of the turn
+        that route. Else what was selected is read.
+      reported: R.
+    """
+    model: MSATransformer = nnx.merge(graphdef, params)
+    b, t = turn.tokens.shape
+    size, slots = rows.cache.k.shape[1:3]
+    place = jnp.minimum(turn.rows, size - 1)
+    mine = lambda tree: jax.tree.map(lambda x: x[:, place], tree)  # noqa: E731
+    exists = jnp.arange(t)[None] < turn.lengths[:, None]
+    past, before = prefix, jnp.ones((b, 0 if prefix is None else prefix.k.shape[2]), bool)
+    if not fresh:
+        past, before = mine(rows.cache), jnp.arange(slots)[None] < turn.begin[:, None]
+    head = 0 if prefix is None else prefix.k.shape[2]
+    memory = {}
+    if bank is not None and routes:
+        memory = dict(bank=bank, route=turn.route & exists, visible=visibility.of(turn.allowed, turn.seen))
+        if not fresh:
+            memory["also"] = mine(rows.asked)
+    elif bank is not None:
+        source, selected = bank, mine(rows.selection)
+        if rows.near is not None:
+            source, selected = near_bank(bank, mine(rows.near), selected)
+        memory = dict(bank=source, selection=selected)
+    output = model(
+        turn.tokens,
+        positions=model.config.position_offset + (turn.begin - head)[:, None] + jnp.arange(t)[None],
+        mask=jnp.concatenate([before, exists], axis=1),
+        past=past,
+        **memory,
+    )
+    columns = jnp.where(exists, turn.begin[:, None] + jnp.arange(t)[None], slots)
+    keep = lambda cache, own: cache.at[:, turn.rows[:, None], columns].set(own[:, :, -t:], mode="drop")  # noqa: E731
+    kept = rows.replace(cache=jax.tree.map(keep, rows.cache, output.own))
+    last = jnp.take_along_axis(output.hidden, (turn.lengths - 1)[:, None, None], axis=1)[:, 0]
+    logits = model.logits(last)
+    written = Written(choose(logits, turn.sampling), logits, None, None, None)
+    if bank is None or not routes:
+        return kept, written
+
+    put = lambda old, new, at: jax.tree.map(lambda x, y: x.at[:, at].set(y, mode="drop"), old, new)  # noqa: E731
+    selection = output.selection
+    also = None if fresh else memory["also"]
+    documents, scores = best_documents(output.document_scores, selection, also, bank, reported)
+    same = None if fresh else unchanged(model, selection, mine(rows.selection))
+    alone = jnp.where(turn.alone, turn.rows, size)
+    kept = kept.replace(asked=put(rows.asked, selection, alone))
+    near = rows.near
+    if near is not None:
+        arrays, selection = fetched(bank, selection)
+        near = put(near, arrays, turn.rows)
+    kept = kept.replace(near=near, selection=put(rows.selection, selection, turn.rows))
+    return kept, Written(written.token, logits, same, documents, scores)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("graphdef", "head", "columns", "steps", "stop_tokens"), donate_argnames=("rows",)
+)
+def decode(
+    graphdef: nnx.GraphDef,
+    params: nnx.State,
+    rows: Rows,
+    bank: MemoryBank | None,
+    current: Current,
+    *,
+    head: int,
+    columns: int,
+    steps: int,
+    stop_tokens: tuple[int, ...],
+) -> tuple[Rows, jax.Array]:
+    """Go on writing in the first b rows, each at its own length (stage 3).
+
+    Args:
+      rows: donated.
+      current: of those rows.
+      head: S_p, tokens of the template prefix.
+      columns: of the cache that are read: as long as the longest of the rows will be, or more.
+      steps: U.
+      stop_tokens: any of them ends a question's text.
+
+    Returns:
+      [b, U] int32, padded with -1 behind a stop token, which is kept, and behind `current.left` tokens.
+    """
+    model: MSATransformer = nnx.merge(graphdef, params)
+    count = current.token.shape[0]
+    few = lambda tree: jax.tree.map(lambda x: x[:, :count], tree)  # noqa: E731
+    used = jax.tree.map(lambda x: x[:, :count, :columns], rows.cache)
+    source, selected = bank, few(rows.selection)
+    if rows.near is not None:
+        source, selected = near_bank(bank, few(rows.near), selected)
+    stops = jnp.asarray(stop_tokens, jnp.int32)
+
+    def more(carry):
+        step, _, _, running, *_ = carry
+        return (step < steps) & jnp.any(running)
+
+    def one(carry):
+        step, cache, token, running, written = carry
+        length = current.length + step
+        output = model(
+            token[:, None],
+            positions=model.config.position_offset + (length - head)[:, None],
+            mask=jnp.arange(columns)[None] <= length[:, None],
+            past=cache,
+            slot=jnp.where(running, length, columns),
+            bank=source,
+            selection=selected,
+        )
+        sampling = current.sampling.replace(count=current.sampling.count + step.astype(jnp.uint32))
+        token = jnp.where(running, choose(model.logits(output.hidden[:, 0]), sampling), -1)
+        written = jax.lax.dynamic_update_slice_in_dim(written, token[:, None], step, axis=1)
+        running = running & ~jnp.isin(token, stops) & (step + 1 < current.left)
+        return step + 1, output.own, jnp.maximum(token, 0), running, written
+
+    start = (
+        jnp.int32(0), used, current.token, current.left > 0, jnp.full((count, steps), -1, jnp.int32)
+    )  # fmt: skip
+    _, cache, _, _, written = jax.lax.while_loop(more, one, start)
+    back = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, 0, axis=1)  # noqa: E731
+    return rows.replace(cache=jax.tree.map(back, rows.cache, cache)), written

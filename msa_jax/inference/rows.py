@@ -1,0 +1,140 @@
+"""What the device keeps of the questions in progress, and what is read and told of it within a compiled step.
+
+Sizes: B rows, b questions of one call, S slots of a cache, L layers, L_r router layers, N documents, A namespaces,
+k documents selected, R documents reported, C chunks.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from msa_jax import tiers
+from msa_jax.memory import MemoryBank
+from msa_jax.model import KeyValues, MSATransformer
+from msa_jax.routing import NO_SCORE, Selection, top_k_indices
+
+
+@struct.dataclass
+class Rows:
+    """What the device keeps of the questions in progress.
+
+    Attributes:
+      cache: [L, B, S, K, D], the template prefix first. What a row holds behind its length is of no meaning.
+      selection: [L_r, B, k] fields, what each router layer reads. None without a bank.
+      asked: the same, as the question's own tokens alone select it, whatever was read since.
+      near: content of what is selected, [L_r, B, k * longest, ...], if the bank's own is not on the device.
+    """
+
+    cache: KeyValues
+    selection: Selection | None
+    asked: Selection | None
+    near: dict[str, jax.Array] | None
+
+
+@struct.dataclass
+class Visibility:
+    """Which documents are whose: `namespaces` [N] int32, A for none, and `born` [N] int32, when a document came."""
+
+    namespaces: jax.Array
+    born: jax.Array
+
+    def of(self, allowed: jax.Array, seen: jax.Array) -> jax.Array:
+        """[b, N] bool, what questions may see that name `allowed` [b, A] bool and came at `seen` [b] int32."""
+        none = jnp.zeros((allowed.shape[0], 1), bool)
+        named = jnp.take(jnp.concatenate([allowed, none], axis=1), self.namespaces, axis=1, mode="clip")
+        return named & (self.born[None] <= seen[:, None])
+
+
+def empty_rows(model: MSATransformer, bank: MemoryBank | None, *, rows: int, length: int) -> Rows:
+    """Rows without questions; `length` is S."""
+    c = model.config
+    shape = (c.num_layers, rows, length, c.num_kv_heads, c.head_dim)
+    cache = KeyValues(k=jnp.zeros(shape, c.compute_dtype), v=jnp.zeros(shape, c.compute_dtype))
+    if bank is None:
+        return Rows(cache=cache, selection=None, asked=None, near=None)
+    selected = (bank.num_layers, rows, min(c.top_k, bank.num_documents))
+
+    def nothing():
+        zeros = [jnp.zeros(selected, jnp.int32) for _ in range(3)]
+        return Selection(
+            documents=zeros[0], scores=jnp.full(selected, NO_SCORE, jnp.float32), starts=zeros[1], lengths=zeros[2]
+        )
+
+    near = None
+    if bank.tier != "device" and bank.layout.axes is None:
+        one = jax.eval_shape(lambda bank, selection: fetched(bank, selection)[0], bank, nothing())
+        near = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one)
+    return Rows(cache=cache, selection=nothing(), asked=nothing(), near=near)
+
+
+def fetched(bank: MemoryBank, selection: Selection) -> tuple[dict[str, jax.Array], Selection]:
+    """Content of what is selected, [L_r, b, k * longest, ...], and the selection in it, its starts from 0 in each."""
+    near, local = tiers.fetch(bank, selection)
+    b, k = selection.starts.shape[1:]
+    each = k * near.layout.max_length
+    arrays = {}
+    for name, x in near.arrays.items():
+        if x is not None:
+            by_chunk = jnp.moveaxis(x, 2, 1) if name.endswith("scale") else x  # scales are [L_r, K, C]
+            arrays[name] = by_chunk.reshape(by_chunk.shape[0], b, each, *by_chunk.shape[2:])
+    starts = local.starts - each * jnp.arange(b, dtype=jnp.int32)[None, :, None]
+    return arrays, local.replace(starts=starts, documents=selection.documents)
+
+
+def near_bank(bank: MemoryBank, near: dict[str, jax.Array], selection: Selection) -> tuple[MemoryBank, Selection]:
+    """The inverse of `fetched`, of some rows: what the model takes."""
+    layers, b, each = near["content_k"].shape[:3]
+    arrays = {}
+    for name, x in near.items():
+        flat = x.reshape(layers, b * each, *x.shape[3:])
+        arrays[name] = jnp.moveaxis(flat, 1, 2) if name.endswith("scale") else flat
+    k = selection.starts.shape[2]
+    longest = each // k
+    documents = jnp.arange(b * k, dtype=jnp.int32)
+    layout = bank.layout.replace(
+        chunk_documents=jnp.repeat(documents, longest, total_repeat_length=b * each),
+        starts=documents * longest,
+        lengths=jnp.full(documents.shape, longest, jnp.int32),
+        max_length=longest,
+    )
+    starts = selection.starts + each * jnp.arange(b, dtype=jnp.int32)[None, :, None]
+    return MemoryBank(routing_keys=None, layout=layout, **arrays), selection.replace(starts=starts)
+
+
+def unchanged(model: MSATransformer, selection: Selection, before: Selection) -> jax.Array:
+    """[L_r, b] bool: tokens that read `before` would be the same under what each layer has in `selection`.
+
+    What the last layer of the model selects reaches no key or value of theirs. Elsewhere it must be the same set of
+    documents, and with a router bias the same scores.
+    """
+    c = model.config
+
+    def in_order(s):
+        order = jnp.argsort(jnp.where(s.lengths > 0, s.documents, jnp.iinfo(jnp.int32).max), axis=-1)
+        take = lambda x: jnp.take_along_axis(x, order, axis=-1)  # noqa: E731
+        return take(jnp.where(s.lengths > 0, s.documents, -1)), take(jnp.where(s.lengths > 0, s.scores, 0.0))
+
+    (documents, scores), (others, their_scores) = in_order(selection), in_order(before)
+    same = documents == others
+    if c.router_bias:
+        same &= scores == their_scores
+    last = jnp.array(c.router_layers) == c.num_layers - 1
+    return jnp.all(same, axis=2) | last[:, None]
+
+
+def best_documents(scores, selection, also, bank, reported):
+    """Best documents [L_r, b, R] of each layer, and the scores of all of them in each layer, [L_r, b, L_r * R]."""
+    layers, b, n = scores.shape
+    documents = selection.documents[:, :, :reported]
+    if also is None and bank.layout.axes is None and documents.shape[2] < min(reported, n):
+        documents = top_k_indices(scores.reshape(layers * b, n), min(reported, n)).reshape(layers, b, -1)
+    everyone = jnp.moveaxis(documents, 0, 1).reshape(b, -1)
+    everyone = jnp.broadcast_to(everyone, (layers, *everyone.shape))
+    found = jnp.take_along_axis(scores, everyone, axis=2)
+    if also is not None:
+        # What the question's own tokens scored is known of what they selected.
+        equal = everyone[:, :, :, None] == also.documents[:, :, None, :]
+        found = jnp.maximum(found, jnp.max(jnp.where(equal, also.scores[:, :, None, :], NO_SCORE), axis=3))
+    return documents, found

@@ -1,0 +1,61 @@
+"""The model and tokenizer of a trained run, or of a checkpoint in the published layout."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+from flax import nnx
+
+from msa_jax import hf
+from msa_jax.checkpoint import Checkpoints
+from msa_jax.config import ConfigError
+from msa_jax.data import Renderer, Tokenizer
+from msa_jax.model import MSATransformer
+from msa_jax.run import model_skeleton, open_tokenizer
+from msa_jax.run_config import RunConfig
+
+# Tokens of the longest document that a published checkpoint's bank takes unless told otherwise.
+_ROW_LEN = 4096
+
+
+def load_model(run: RunConfig, workdir: pathlib.Path) -> tuple[MSATransformer, Renderer]:
+    """The trained model of a run (its moving average, if there is one) and the renderer of its documents.
+
+    Raises:
+      CheckpointError, DataError: what is there is missing or does not fit.
+    """
+    tokenizer = open_tokenizer(run, workdir, train=False)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=run.training.keep_checkpoints)
+    graphdef, state = nnx.split(model_skeleton(run, tokenizer))
+    params = checkpoints.restore_params(nnx.as_pure(state), ema=run.training.optimizer.ema_decay > 0)
+    checkpoints.close()
+    return nnx.merge(graphdef, params), Renderer(tokenizer, run.data.document_len, run.data.loss_weights)
+
+
+def open_model(
+    *, workdir: str | pathlib.Path = "", checkpoint: str | pathlib.Path = ""
+) -> tuple[MSATransformer, Tokenizer, int]:
+    """The model, its tokenizer, and how many tokens its longest document may have.
+
+    Args:
+      workdir: of a trained run, or
+      checkpoint: a folder in the published layout, its tokenizer within.
+
+    Raises:
+      ConfigError: both or neither are given, or there is no run.
+      CheckpointError, DataError: what is there is damaged or does not fit.
+    """
+    if bool(workdir) == bool(checkpoint):
+        raise ConfigError("give either the workdir of a trained run or the folder of a checkpoint.")
+    if checkpoint:
+        model, tokenizer = hf.load_model(checkpoint), Tokenizer.load(checkpoint, add_missing=True)
+        chunk = model.config.chunk_size
+        return model, tokenizer, -(-_ROW_LEN // chunk) * chunk
+    folder = pathlib.Path(workdir)
+    try:
+        run = RunConfig.from_dict(json.loads((folder / "config.json").read_text()))
+    except (OSError, json.JSONDecodeError) as e:
+        raise ConfigError(f"{folder}: no trained run there ({e}).") from e
+    model, renderer = load_model(run, folder)
+    return model, renderer.tokenizer, run.row_len(model.config.chunk_size)
