@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 from msa_jax.bank.manifest import BankError
 from msa_jax.checkpoint import CheckpointError
-from msa_jax.config import ConfigError
+from msa_jax.config import ConfigError, require
 from msa_jax.data import DataError
 from msa_jax.inference.settings import MODES, AskConfig, Budget, EngineConfig, Sampling
 from msa_jax.serve.keys import KeyFileError, Keys
@@ -92,6 +92,7 @@ def make_service(options: argparse.Namespace) -> tuple[Service, EngineConfig]:
     Raises:
       ConfigError, KeyFileError: one sentence.
     """
+    require(0 <= options.port < 1 << 16, f"--port must be from 0 to 65535, got {options.port}.")
     local = options.keys is None and not options.open
     if local and not is_loopback(options.host):
         raise ConfigError(f"--host {options.host} lets others in, and everybody could read: give --keys or --open.")

@@ -22,6 +22,8 @@ from msa_jax.serve.keys import Access
 from msa_jax.serve.limits import read_json
 from msa_jax.serve.service import Service
 
+# Python's own limit depends on where it is met; this is far below.
+_METADATA_LEVELS = 32
 _FIELDS = tuple(field.name for field in dataclasses.fields(BankDocument))
 
 
@@ -61,10 +63,20 @@ def _document(item: Any, where: str, access: Access) -> BankDocument:
             raise fields.refusal(name, "a string that is not empty", values[name])
     namespace = namespace_of(fields.string("namespace"), access, fields.at("namespace"))
     metadata = fields.mapping("metadata") or {}
+    if _depth(metadata) > _METADATA_LEVELS:
+        raise fields.refusal("metadata", f"nested at most {_METADATA_LEVELS} deep", metadata)
     fields.done(_FIELDS)
     return BankDocument(
         id=values["id"], text=values["text"], title=values["title"] or "", namespace=namespace, metadata=metadata
     )
+
+
+def _depth(value: Any) -> int:
+    levels, level = 0, [value]
+    while level := [item for item in level if isinstance(item, dict | list)]:
+        levels += 1
+        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
+    return levels
 
 
 class Documents:
@@ -74,9 +86,8 @@ class Documents:
         self._service = service
 
     async def _change(self, function: Callable[[], Any]) -> Any:
-        """Runs a change in the thread for changes."""
         try:
-            return await self._service.thread("write", function)
+            return await self._service.change(function)
         except BankError as e:
             raise ApiError(400, str(e).removeprefix(f"{self._service.bank}: "), code="bank_refused") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,7 +48,10 @@ class ClientGone(Exception):
     """The client closed the connection: nobody waits for a response."""
 
 
-def shown(value: Any, most: int = 80) -> str:
-    """A value of the request's as a message quotes it: cut when it is long."""
-    text = repr(value)
-    return text if len(text) <= most else f"{text[:most]}..."
+_SHORT = reprlib.Repr(maxlevel=3, maxlist=4, maxdict=4, maxstring=60, maxlong=30, maxother=60)
+
+
+def shown(value: Any) -> str:
+    """A value of the request's as a message quotes it: cut when it is long or deep."""
+    text = _SHORT.repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."

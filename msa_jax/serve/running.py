@@ -32,8 +32,12 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, protocol)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+        except BaseException:
+            bound.close()
+            raise
     except (OSError, OverflowError) as e:
         raise ConfigError(f"--host {host} --port {port}: cannot listen there ({e}): choose another one.") from e
     return bound
@@ -68,7 +72,7 @@ async def serve(service: Service, bound: socket.socket, load: Callable[[], None]
 
     def stop():
         if stopping.is_set():
-            service.cancel_all()
+            service.give_up()
             return
         log.info("stopping: what runs has %g s", service.limits.grace)
         service.draining = server.should_exit = True
@@ -85,7 +89,7 @@ async def serve(service: Service, bound: socket.socket, load: Callable[[], None]
         await stopping.wait()
         await asyncio.sleep(service.limits.grace)
         while True:  # also one that was just being submitted
-            service.cancel_all()
+            service.give_up()
             await asyncio.sleep(0.5)
 
     failure: list[BaseException] = []

@@ -61,6 +61,7 @@ class Service:
         self.writes = Gate(limits.writes, "changes of documents")
         self._cancels: set[Callable[[], None]] = set()
         self._tasks: set[asyncio.Task] = set()
+        self._given_up = asyncio.Event()
         # Changes take long, and reading a listing may: questions must not stand behind them.
         self._threads = {
             name: concurrent.futures.ThreadPoolExecutor(count, thread_name_prefix=f"serve-{name}")
@@ -98,6 +99,22 @@ class Service:
         """The function's result, computed in a thread for "ask", "read" or "write"."""
         return await asyncio.get_running_loop().run_in_executor(self._threads[kind], function)
 
+    async def change(self, function: Callable[[], T]) -> T:
+        """The result of a change of documents, which run one after another.
+
+        Raises:
+          ApiError: 503 when the server ends before it.
+        """
+        change = asyncio.ensure_future(self.thread("write", function))
+        given_up = asyncio.create_task(self._given_up.wait())
+        try:
+            await asyncio.wait((change, given_up), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            given_up.cancel()
+        if not change.done():
+            raise ApiError(503, "The server is stopping; what the change has committed stays.", code="stopping")
+        return change.result()
+
     def later(self, function: Callable[[], Any]) -> None:
         """Call it in a thread, whatever comes of it."""
 
@@ -120,9 +137,8 @@ class Service:
     def remove_cancel(self, cancel: Callable[[], None]) -> None:
         self._cancels.discard(cancel)
 
-    def cancel_all(self) -> int:
-        """Cancel what is being answered; returns how many questions."""
-        cancels = list(self._cancels)
-        for cancel in cancels:
+    def give_up(self) -> None:
+        """Cancel what is being answered, and wait for no change of documents."""
+        self._given_up.set()
+        for cancel in list(self._cancels):
             self.later(cancel)
-        return len(cancels)

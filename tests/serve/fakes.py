@@ -153,7 +153,8 @@ class FakeSession:
     def update(self, documents):
         documents = list(documents)
         for d in documents:
-            self.get(d.id, d.namespace)
+            if (d.namespace, d.id) not in self.documents:
+                raise BankError(f"no document {d.id!r} in namespace {d.namespace!r}: `add` it instead.")
         self.documents |= {(d.namespace, d.id): d for d in documents}
         return Report(added=len(documents))
 
@@ -183,12 +184,15 @@ class FakeSession:
 class Served:
     """A server in a thread of its own. Attributes: url, service, session."""
 
-    def __init__(self, service: Service, session: FakeSession, port: int, log: list):
-        self.service, self.session, self.port, self.log = service, session, port, log
+    def __init__(self, service: Service, session: FakeSession, port: int):
+        self.service, self.session, self.port = service, session, port
         self.url = f"http://127.0.0.1:{port}"
+        self.clients: list[openai.OpenAI] = []
 
     def openai(self, key="none", **options) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, **{"max_retries": 0, "timeout": 20} | options)
+        client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, **{"max_retries": 0, "timeout": 20} | options)
+        self.clients.append(client)
+        return client
 
     def http(self, key=None, **options) -> httpx.Client:
         headers = {} if key is None else {"authorization": f"Bearer {key}"}
@@ -239,7 +243,8 @@ def serving(session: FakeSession | None = None, *, keys=None, limits=None, **opt
     thread.start()
     assert eventually(lambda: server.started or bool(log))
     try:
-        yield Served(service, session, port, log)
+        served = Served(service, session, port)
+        yield served
         # Whatever happened, nothing is held for ever.
         for pending in session.submitted:
             if not eventually(pending.done):
@@ -248,8 +253,8 @@ def serving(session: FakeSession | None = None, *, keys=None, limits=None, **opt
         assert eventually(lambda: service.requests.taken == 0), "a request is held"
         assert not service._cancels
     finally:
-        for pending in session.submitted:
-            pending.cancel()
+        for one in (*session.submitted, *served.clients):
+            one.cancel() if isinstance(one, FakePending) else one.close()
         service.draining = server.should_exit = True
         thread.join(10)
     assert not thread.is_alive() and log == []

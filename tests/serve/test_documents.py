@@ -1,0 +1,121 @@
+"""Documents added, changed, listed and deleted over HTTP."""
+
+import concurrent.futures
+import json
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from msa_jax.bank import BankDocument
+from msa_jax.serve.limits import Limits
+from tests.serve.fakes import FakeSession, eventually, serving
+
+ONE = {"id": "a/b c", "text": "Straße", "title": "T", "namespace": "mine", "metadata": {"page": 7}}
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serving() as served:
+        yield served
+
+
+@pytest.fixture
+def http(server):
+    server.session.documents = {}
+    with server.http() as client:
+        yield client
+
+
+def test_in_out_changed_and_gone(http):
+    assert http.post("/v1/documents", json=ONE).json()["added"] == 1
+    many = {"documents": [{"id": str(i), "text": f"text {i}"} for i in range(3)]}
+    report = http.post("/v1/documents", json=many).json()
+    assert (report["added"], report["unchanged"], report["encoded_tokens"]) == (3, 0, 9)
+    assert http.post("/v1/documents", json=many).json()["unchanged"] == 3
+    place = "/v1/documents/a%2Fb%20c?namespace=mine"
+    assert http.get(place).json() == {"object": "document"} | ONE
+    assert http.put("/v1/documents", json=ONE | {"text": "new"}).json()["added"] == 1
+    assert http.get(place).json()["text"] == "new"
+    assert http.delete(place).json()["deleted"] is True
+    assert http.get(place).status_code == http.delete(place).status_code == 404
+    assert http.get("/v1/documents/0").json()["namespace"] == "default"
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "said"),
+    [
+        ({"documents": []}, "documents", "at least one"),
+        ({"documents": [{"id": "a", "text": "b"}], "dry": 1}, "dry", "not a field"),
+        ({"documents": [{"id": "a", "text": "b"}, {"id": "c"}]}, "documents[1].text", "a string that is not empty"),
+        ({"documents": ["a"]}, "documents[0]", "must be a JSON object"),
+        ({"id": 5, "text": "b"}, "id", "must be a string"),
+        ({"id": "", "text": "b"}, "id", "not empty"),
+        ({"id": "a", "text": "b", "metadata": []}, "metadata", "an object"),
+        ({"id": "a", "text": "b", "metadata": {"a": json.loads("[" * 40 + "]" * 40)}}, "metadata", "32 deep"),
+        ({"id": "a", "text": "b", "body": "c"}, "body", "there are id, text, title, namespace, metadata"),
+        ([], None, "must be a JSON object"),
+    ],
+)
+def test_what_is_no_document(server, http, body, param, said):
+    response = http.post("/v1/documents", json=body)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+    assert said in response.json()["error"]["message"] and server.session.documents == {}
+
+
+def test_what_the_bank_refuses_is_told_without_its_place(http):
+    http.post("/v1/documents", json=ONE)
+    response = http.post("/v1/documents", json=ONE | {"text": "other"})
+    message = response.json()["error"]["message"]
+    assert response.status_code == 400
+    assert message == "document 'a/b c' of namespace 'mine' is there with another text."
+    missing = http.put("/v1/documents", json={"id": "none", "text": "x"})
+    assert missing.status_code == 400 and "`add` it instead" in missing.text
+
+
+def test_a_server_that_only_reads(http):
+    with serving(writable=False) as server, server.http() as http:
+        for response in (http.post("/v1/documents", json=ONE), http.delete("/v1/documents/a")):
+            assert (response.status_code, response.json()["error"]["code"]) == (403, "read_only")
+        assert http.get("/v1/documents").json()["data"] == []
+
+
+@pytest.mark.parametrize("query", ["limit=0", "limit=1001", "limit=a", "limit=²", "after=zz", "after=WzFd", "size=3"])
+def test_listings_that_cannot_be(http, query):
+    assert http.get(f"/v1/documents?{query}").status_code == 400
+
+
+@settings(max_examples=30)
+@given(
+    names=st.sets(st.tuples(st.sampled_from(["default", "p", "q"]), st.text("ab/%é", min_size=1, max_size=4))),
+    limit=st.integers(1, 5),
+    prefix=st.text("ab", max_size=1),
+    namespace=st.none() | st.sampled_from(["p", "nowhere"]),
+    gone=st.integers(0, 5),
+)
+def test_pages_hold_every_document_once(server, names, limit, prefix, namespace, gone):
+    server.session.documents = {(n, i): BankDocument(i, "t", namespace=n) for n, i in names}
+    found, query = [], {"limit": limit, "prefix": prefix} | ({} if namespace is None else {"namespace": namespace})
+    with server.http() as http:
+        while query.get("after", "") is not None:
+            page = http.get("/v1/documents", params=query).json()
+            assert len(page["data"]) <= limit and page["has_more"] == (page["next"] is not None)
+            found += [(d["namespace"], d["id"]) for d in page["data"]]
+            if len(found) > gone:
+                server.session.documents.pop(found[-1], None)  # the next page goes on behind one that has gone
+            query["after"] = page["next"]
+    assert found == sorted((n, i) for n, i in names if i.startswith(prefix) and namespace in (None, n))
+
+
+def test_questions_are_answered_while_documents_are_added():
+    with serving(FakeSession(add_seconds=0.6), limits=Limits(writes=2, grace=0.2)) as server:
+        with concurrent.futures.ThreadPoolExecutor(4) as pool, server.http() as http:
+            writes = [pool.submit(http.post, "/v1/documents", json={"id": str(i), "text": "t"}) for i in range(2)]
+            assert eventually(lambda: server.service.writes.taken == 2)
+            begin = time.monotonic()
+            assert server.chat("a").status_code == http.get("/v1/documents").status_code == 200
+            refused = http.post("/v1/documents", json={"id": "3", "text": "t"})
+            assert (refused.status_code, time.monotonic() - begin < 0.55) == (429, True)
+            assert [w.result().status_code for w in writes] == [200, 200]
+        assert server.chat("a").status_code == 200
