@@ -45,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--checkpoint", default="", help="or a folder in the published layout, its tokenizer within")
     root.add_argument("--bank", required=True, metavar="DIR", help="the bank, made by `python -m msa_jax.bank`")
     root.add_argument("--writable", action="store_true", help="documents may be added, changed and deleted")
+    root.add_argument("--row_len", type=int, help="tokens of the longest document to add; default as trained, or 4096")
     root.add_argument("--model_name", help="what clients call the model; default the name of its folder")
 
     where = root.add_argument_group("who is served")
@@ -92,6 +93,7 @@ def make_service(options: argparse.Namespace) -> tuple[Service, EngineConfig]:
     Raises:
       ConfigError, KeyFileError: one sentence.
     """
+    require(options.row_len is None or options.row_len > 0, f"--row_len must be above 0, got {options.row_len}.")
     require(0 <= options.port < 1 << 16, f"--port must be from 0 to 65535, got {options.port}.")
     local = options.keys is None and not options.open
     if local and not is_loopback(options.host):
@@ -129,12 +131,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             session = Session.open(
                 options.bank, workdir=options.workdir, checkpoint=options.checkpoint, engine=engine,
-                defaults=service.defaults, writable=options.writable,
+                defaults=service.defaults, writable=options.writable, row_len=options.row_len,
             )  # fmt: skip
-            service.start(session, engine.slots)
             log.info("loaded; compiling")
             session.warm_up()
-            service.warm = True
+            service.start(session, engine.slots)
             log.info("ready")
 
         asyncio.run(serve(service, bound, load, options.keys))

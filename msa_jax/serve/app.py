@@ -150,7 +150,7 @@ class Application:
 
     async def _ready(self, request: Request) -> Response:
         service = self._service
-        status = "draining" if service.draining else "ready" if service.warm else "loading"
+        status = "draining" if service.draining else "ready" if service.session is not None else "loading"
         return JSONResponse({"status": status}, 200 if status == "ready" else 503)
 
     async def _metrics(self, request: Request) -> Response:

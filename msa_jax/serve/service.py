@@ -27,8 +27,7 @@ class Service:
     """The session, who may use it, and what is under way. All but the threads' work is in the event loop's thread.
 
     Attributes:
-      session: None until it is loaded.
-      warm: questions are answered without compiling first.
+      session: None until it is loaded and warm: all is compiled that questions need.
       draining: told to stop: nothing new is taken.
       model: the name that clients give.
       bank: its place, which no response tells.
@@ -52,7 +51,7 @@ class Service:
         writable: bool = False,
     ):
         self.session: Session | None = None
-        self.warm = self.draining = False
+        self.draining = False
         self.model, self.bank, self.defaults, self.limits = model, bank, defaults, limits
         self.keys, self.local, self.writable = keys, local, writable
         self.metrics = Metrics(lambda: self.session and self.session.stats())
@@ -69,9 +68,9 @@ class Service:
         }
 
     def start(self, session: Session, slots: int) -> None:
-        """Take questions from now on, `slots` of which run together."""
-        self.session = session
+        """Take questions from now on, `slots` of which run together. From any thread."""
         self.questions.limit = slots + self.limits.waiting
+        self.session = session
 
     def asked(self) -> Session:
         """The session.

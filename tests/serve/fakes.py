@@ -228,7 +228,6 @@ def serving(session: FakeSession | None = None, *, keys=None, limits=None, **opt
         **dict(local=True, writable=True) | options,
     )  # fmt: skip
     service.start(session, session._slots)
-    service.warm = True
     bound, log = bind("127.0.0.1", 0), []
     server = make_server(service)
 

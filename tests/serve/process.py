@@ -34,9 +34,8 @@ def main(grace: str, keys: str | None = None) -> None:
     def load():
         if "FAIL" in os.environ:
             raise OSError("cannot be loaded")
-        service.start(FakeSession(script=script, add_seconds=float(os.environ.get("ADD", 0))), 4)
         time.sleep(0.1)
-        service.warm = True
+        service.start(FakeSession(script=script, add_seconds=float(os.environ.get("ADD", 0))), 4)
 
     print(bound.getsockname()[1], flush=True)
     asyncio.run(serve(service, bound, load, keys))

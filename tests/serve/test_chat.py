@@ -243,7 +243,7 @@ def test_probes_and_wrong_methods(server):
 
 def test_while_it_loads_it_is_alive_and_not_ready():
     with serving() as server:
-        session, server.service.session, server.service.warm = server.service.session, None, False
+        session, server.service.session = server.service.session, None
         with server.http() as http:
             assert http.get("/healthz").status_code == 200 and http.get("/readyz").json() == {"status": "loading"}
             assert "msa_requests_total" in http.get("/metrics").text
