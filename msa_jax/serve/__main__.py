@@ -116,15 +116,25 @@ def make_service(options: argparse.Namespace) -> tuple[Service, EngineConfig]:
     ), engine  # fmt: skip
 
 
+def _show_log() -> None:
+    """Print this package's log lines to stderr, and of others what goes wrong."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    for name, level in (("msa_jax", logging.INFO), ("uvicorn", logging.ERROR)):
+        logger = logging.getLogger(name)
+        logger.setLevel(level)
+        logger.addHandler(handler)
+        logger.propagate = False
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; see the module."""
     options = parser().parse_args(arguments)
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
-    logging.getLogger("msa_jax").setLevel(logging.INFO)
-    logging.getLogger("uvicorn").setLevel(logging.ERROR)
     try:
         service, engine = make_service(options)
         bound = bind(options.host, options.port)
+
+        _show_log()
 
         def load():
             from msa_jax.inference.session import Session  # takes seconds

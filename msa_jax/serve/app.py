@@ -24,7 +24,7 @@ from msa_jax.serve.service import Service
 
 log = logging.getLogger(__name__)
 
-# Served always, to anyone, and not counted against the requests at once.
+# Served always, to anyone; neither counted against the requests at once nor logged.
 PROBES = ("/healthz", "/readyz")
 # For the log and the metrics: the client went away before the response.
 _CLIENT_GONE = 499
@@ -78,7 +78,8 @@ class Application:
             route = getattr(scope.get("route"), "path", "none")
             metrics.request(route, scope["method"], status or _CLIENT_GONE, seconds)
             who = getattr(scope.get("state", {}).get("access"), "name", "")
-            log.info("%s %s %s %s %.3f s %s", name, scope["method"], route, status or _CLIENT_GONE, seconds, who)
+            level = logging.DEBUG if route in PROBES else logging.INFO
+            log.log(level, "%s %s %s %s %.3f s %s", name, scope["method"], route, status or _CLIENT_GONE, seconds, who)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send, name: str) -> None:
         """Serve a request, or send why not."""

@@ -6,12 +6,14 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 
 from msa_jax.inference.answer import Answer
 
 log = logging.getLogger(__name__)
+prometheus_client.disable_created_metrics()  # a series more of each, which nobody asked for
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 120.0)

@@ -252,6 +252,23 @@ def test_while_it_loads_it_is_alive_and_not_ready():
         server.service.session = session
 
 
+def test_while_it_stops_nothing_new_is_taken():
+    with serving() as server:
+        server.service.draining = True
+        with server.http() as http:
+            assert http.get("/readyz").json() == {"status": "draining"} and http.get("/metrics").status_code == 200
+        response = server.chat("a")
+        assert (response.status_code, response.headers["connection"], server.session.submitted) == (503, "close", [])
+
+
+def test_the_log_holds_no_question_and_no_probe(server, caplog):
+    with caplog.at_level("INFO"), server.http() as http:
+        server.chat("a secret question")
+        http.get("/readyz")
+    lines = [r.getMessage() for r in caplog.records if r.name == "msa_jax.serve.app"]
+    assert len(lines) == 1 and "POST /v1/chat/completions 200" in lines[0] and "secret" not in lines[0]
+
+
 def test_scores_that_json_cannot_say(server, monkeypatch):
     endless = [Citation(1, "i", "", "default", "t", 1, score=float("inf")), "x"]
     monkeypatch.setattr(server.session, "script", lambda _: endless)

@@ -1,6 +1,7 @@
 """Clients that go away: their questions are cancelled, and those of others are not."""
 
 import contextlib
+import dataclasses
 import json
 import socket
 import time
@@ -8,7 +9,8 @@ import time
 import httpx
 import pytest
 
-from tests.serve.fakes import FakeSession, eventually, serving
+from msa_jax.serve import questions
+from tests.serve.fakes import FakeSession, events_of, eventually, serving
 
 SLOW = ["first ", *[0.05, "more "] * 200]
 
@@ -95,27 +97,44 @@ def test_others_are_answered_meanwhile(server):
     assert all(eventually(p.cancelled.is_set, 3) for p in slow)
 
 
-def test_no_other_question_waits_for_a_client_that_does_not_read(server):
-    connection = raw_request(server, "slow", stream=True)
-    connection.recv(10)
-    assert server.chat("a").status_code == 200
-    connection.close()
-    assert cancelled_last_slow(server)
+def test_a_client_that_stops_reading(monkeypatch):
+    monkeypatch.setattr(questions, "_SEND_SECONDS", 0.3)
+    with serving(FakeSession(script=lambda _: [*["x" * 100_000] * 300, 30.0])) as server:
+        with contextlib.closing(raw_request(server, "long", stream=True)) as connection:
+            connection.recv(10)
+            assert eventually(lambda: server.session.submitted[-1].cancelled.is_set(), 5)
+            assert server.chat("a", msa={"timeout": 0.1}).status_code == 200
 
 
-def cancelled_last_slow(server):
-    pending = [p for p in server.session.submitted if p.question == "slow"][-1]
-    return eventually(pending.cancelled.is_set, 3)
+def test_a_stream_without_news_sends_comments(monkeypatch):
+    monkeypatch.setattr(questions, "_ALIVE_SECONDS", 0.1)
+    with serving(FakeSession(script=lambda _: [0.5, "a"])) as server:
+        text = server.chat("a", stream=True).text
+        assert text.count(": waiting\n\n") >= 2 and [e["choices"][0]["delta"] for e in events_of(text)][1] == {
+            "content": "a"
+        }
+
+
+class Stubborn(FakeSession):
+    """Ends a question only when the test says so."""
+
+    def submit(self, question, *, config, **kwargs):
+        pending = super().submit(question, config=dataclasses.replace(config, timeout=None), **kwargs)
+        self.let_go, pending.cancel = pending.cancel, lambda: None
+        return pending
+
+
+def test_an_engine_that_owes_the_outcome_for_too_long(monkeypatch):
+    monkeypatch.setattr(questions, "_LATE_SECONDS", 0.3)
+    monkeypatch.setattr(questions, "_LOOK_SECONDS", 0.1)
+    with serving(Stubborn(script=lambda _: [30.0])) as server:
+        response = server.chat("a", msa={"timeout": 0.1})
+        assert response.status_code == 504 and "the engine does not answer" in response.text
+        server.session.let_go()
 
 
 def test_a_place_is_taken_until_the_session_lets_go():
     """Else clients that ask and leave could fill the engine with questions that nobody counts."""
-
-    class Stubborn(FakeSession):
-        def submit(self, *args, **kwargs):
-            pending = super().submit(*args, **kwargs)
-            self.let_go, pending.cancel = pending.cancel, lambda: None
-            return pending
 
     with serving(Stubborn(script=lambda _: [30.0])) as server:
         raw_request(server, "mute").close()
