@@ -13,10 +13,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
 from starlette.types import Message, Receive, Scope, Send
 
-from msa_jax.serve.chat import namespaces_of, read_chat
+from msa_jax.serve.chat import read_chat
 from msa_jax.serve.completion import Completion
 from msa_jax.serve.documents import Documents
 from msa_jax.serve.errors import ApiError, ClientGone
+from msa_jax.serve.explain import explain
 from msa_jax.serve.limits import TooLarge, read_json
 from msa_jax.serve.metrics import CONTENT_TYPE
 from msa_jax.serve.questions import ask
@@ -39,6 +40,7 @@ class Application:
         self._router = Router(
             [
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),
+                Route("/v1/explain", self._explain, methods=["POST"]),
                 Route("/v1/models", self._models, methods=["GET"]),
                 Route("/v1/models/{model:path}", self._model, methods=["GET"]),
                 Route("/v1/documents", documents.list, methods=["GET"]),
@@ -128,12 +130,14 @@ class Application:
 
     async def _chat(self, request: Request):
         service, access = self._service, request.state.access
-        session = service.asked()
+        service.asked()
         body = await read_json(request, service.limits)
         chat = read_chat(body, model=service.model, defaults=service.defaults, timeout=service.limits.timeout)
-        known = () if access.namespaces is None else await service.thread("ask", lambda: tuple(session.namespaces))
-        namespaces = namespaces_of(chat.namespaces, access, known)
+        namespaces = await service.chosen(chat.namespaces, access, "msa.namespaces")
         return await ask(service, request, chat, namespaces, Completion(chat, access, service.model))
+
+    async def _explain(self, request: Request) -> Response:
+        return JSONResponse(await explain(self._service, request))
 
     def _about_model(self) -> dict[str, object]:
         return {"id": self._service.model, "object": "model", "created": 0, "owned_by": "msa-jax"}

@@ -10,7 +10,6 @@ from msa_jax.config import ConfigError
 from msa_jax.inference.settings import AskConfig
 from msa_jax.serve.errors import ApiError, shown
 from msa_jax.serve.fields import Fields
-from msa_jax.serve.keys import Access
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 # Accepted whatever they say, as the answer would be the same.
@@ -106,22 +105,6 @@ def read_chat(body: Any, *, model: str, defaults: AskConfig, timeout: float) -> 
             )  # fmt: skip
     fields.done()
     return ChatRequest(question, config, namespaces, stream, include_usage, ignored)
-
-
-def namespaces_of(named: tuple[str, ...] | None, access: Access, known: tuple[str, ...]) -> tuple[str, ...] | None:
-    """The namespaces a question reads: those it names, or all that its key may read; None means all there are.
-
-    With a key of some namespaces, those without documents count as empty; whether others exist makes no difference.
-
-    Raises:
-      ApiError: 403 for a namespace that the key may not read.
-    """
-    if access.namespaces is None:
-        return named
-    chosen = access.namespaces if named is None else named
-    for namespace in chosen:
-        access.require(namespace, "msa.namespaces")
-    return tuple(namespace for namespace in dict.fromkeys(chosen) if namespace in known)
 
 
 def _question(messages: list[Any] | None) -> tuple[str, int]:

@@ -54,6 +54,21 @@ class Access:
             raise ApiError(403, f"This key does not reach namespace {shown(namespace)}.", param=param)
         return namespace
 
+    def chosen(self, named: tuple[str, ...] | None, known: Sequence[str], param: str) -> tuple[str, ...] | None:
+        """The namespaces a question reads: those it names, or all that the key may read; None means all there are.
+
+        With a key of some namespaces, those without documents count as empty; `known` are those with documents.
+
+        Raises:
+          ApiError: 403 for a namespace that the key may not read, whether it is `known` or not.
+        """
+        if self.namespaces is None:
+            return named
+        chosen = self.namespaces if named is None else named
+        for namespace in chosen:
+            self.require(namespace, param)
+        return tuple(namespace for namespace in dict.fromkeys(chosen) if namespace in known)
+
     def require_write(self) -> None:
         """Raises ApiError 403 for a key that may only read."""
         if not self.write:

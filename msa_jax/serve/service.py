@@ -88,6 +88,12 @@ class Service:
         """What a request with that Authorization header may do. Raises ApiError 401."""
         return Access() if self.keys is None else self.keys.access(authorization)
 
+    async def chosen(self, named: tuple[str, ...] | None, access: Access, param: str) -> tuple[str, ...] | None:
+        """See `Access.chosen`."""
+        session = self.asked()
+        known = () if access.namespaces is None else await self.thread("ask", lambda: tuple(session.namespaces))
+        return access.chosen(named, known, param)
+
     def require_host(self, host: str | None) -> None:
         """Without keys, a page of the web could have its visitor's browser read from a server on his own machine, by
         a name that leads there. Raises ApiError 403 for such a name."""

@@ -19,6 +19,7 @@ from msa_jax.bank.ingest import Report
 from msa_jax.bank.manifest import BankError
 from msa_jax.inference import QuestionError
 from msa_jax.inference.answer import Answer, Citation, Event, Round, StreamEvent
+from msa_jax.inference.explain import Explained, Explanation, LayerMatch
 from msa_jax.inference.settings import AskConfig
 from msa_jax.serve.limits import Limits
 from msa_jax.serve.running import bind, make_server
@@ -132,12 +133,25 @@ class FakeSession:
 
     def submit(self, question, *, namespaces=None, config=None, listener=None):
         assert isinstance(config, AskConfig) and (namespaces is None or isinstance(namespaces, tuple))
+        self._need(question, namespaces)
+        self.submitted.append(FakePending(self, question, namespaces, config, listener))
+        return self.submitted[-1]
+
+    def _need(self, question, namespaces):
         if not question.strip():
             raise QuestionError("the question is empty: ask something.")
         if unknown := set(namespaces or ()) - set(self.namespaces):
             raise QuestionError(f"no namespace {sorted(unknown)}: there are {self.namespaces}.")
-        self.submitted.append(FakePending(self, question, namespaces, config, listener))
-        return self.submitted[-1]
+
+    def explain(self, question, *, namespaces=None, documents=5):
+        self._need(question, namespaces)
+        layers = (LayerMatch(layer=2, score=0.5, rank=1, chunk=0, passage="text", token="word"),)
+        found = [
+            Explained(n, d.id, d.title, d.namespace, d.text, 0.5, layers)
+            for n, d in enumerate(list(self.documents.values()))
+            if namespaces is None or d.namespace in namespaces
+        ]
+        return Explanation(question, tuple(found[:documents]))
 
     def add(self, documents):
         documents = list(documents)

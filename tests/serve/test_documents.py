@@ -81,6 +81,18 @@ def test_a_server_that_only_reads(http):
         assert http.get("/v1/documents").json()["data"] == []
 
 
+def test_what_the_router_finds(http):
+    http.post("/v1/documents", json=ONE)
+    http.post("/v1/documents", json={"id": "b", "text": "other"})
+    explained = http.post("/v1/explain", json={"question": "a", "namespaces": ["mine"]}).json()
+    layer = {"layer": 2, "score": 0.5, "rank": 1, "chunk": 0, "passage": "text", "token": "word"}
+    found = {name: ONE[name] for name in ("id", "title", "namespace", "text")} | {"score": 0.5, "layers": [layer]}
+    assert explained == {"object": "explanation", "question": "a", "documents": [found]}
+    assert len(http.post("/v1/explain", json={"question": "a", "documents": 1}).json()["documents"]) == 1
+    for bad in ({}, {"question": " "}, {"question": "a", "documents": 0}, {"question": "a", "namespaces": ["no"]}):
+        assert http.post("/v1/explain", json=bad).status_code == 400
+
+
 @pytest.mark.parametrize("query", ["limit=0", "limit=1001", "limit=a", "limit=²", "after=zz", "after=WzFd", "size=3"])
 def test_listings_that_cannot_be(http, query):
     assert http.get(f"/v1/documents?{query}").status_code == 400

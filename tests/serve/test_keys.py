@@ -130,7 +130,9 @@ def twin():
 
 NAMED = st.sampled_from([*SPACES, "nowhere", None])
 REQUEST = st.one_of(
-    st.tuples(st.just("chat"), st.none() | st.lists(NAMED.filter(bool), max_size=3), st.booleans()),
+    st.tuples(
+        st.sampled_from(["chat", "explain"]), st.none() | st.lists(NAMED.filter(bool), max_size=3), st.booleans()
+    ),
     st.tuples(st.sampled_from(["POST", "PUT"]), NAMED, st.sampled_from(["shared", "new"])),
     st.tuples(
         st.sampled_from(["GET", "DELETE"]), NAMED,
@@ -147,6 +149,8 @@ def told(http, request):
     if kind == "chat":
         body = {"messages": [{"role": "user", "content": "a"}], "stream": what, "seed": 5}
         response = http.post("/v1/chat/completions", json=body | {"msa": {"namespaces": named}})
+    elif kind == "explain":
+        response = http.post("/v1/explain", json={"question": "a", "namespaces": named, "documents": 1 + what})
     elif kind in ("POST", "PUT"):
         documents = [{"id": what, "text": "mine", "namespace": named}]
         response = http.request(kind, "/v1/documents", json={"documents": documents})
@@ -185,7 +189,7 @@ def test_a_key_is_told_as_if_there_were_nothing_else(server, twin, reach, write,
                 assert status == (200 if set(chosen) <= set(reach) else 403)
                 reads = {d.text for d in server.session.documents.values() if d.namespace in chosen}
                 assert status == 403 or all(text in said for text in reads)
-            elif kind != "GET" and not write:
+            elif kind in ("POST", "PUT", "DELETE") and not write:
                 assert status in (403, 405)
     theirs = {key: d for key, d in server.session.documents.items() if key[0] not in reach}
     assert theirs == {key: d for key, d in documents.items() if key[0] not in reach}
