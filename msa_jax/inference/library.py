@@ -46,10 +46,12 @@ class Library(Protocol):
     Attributes:
       bank: None for no memory.
       visibility: whose the documents of the bank are; None without a bank.
+      names: of the namespaces.
     """
 
     bank: MemoryBank | None
     visibility: Visibility | None
+    names: tuple[str, ...]
 
     def view(self, namespaces: Sequence[str] | None) -> View:
         """What a question of these namespaces may see, None all, from now on. Raises QuestionError."""
@@ -63,6 +65,8 @@ class Library(Protocol):
 
 class FixedLibrary:
     """A bank in memory and its documents, all of one namespace."""
+
+    names = (DEFAULT_NAMESPACE,)
 
     def __init__(self, bank: MemoryBank | None, documents: Mapping[int, Document]):
         """Make one.

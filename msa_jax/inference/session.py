@@ -263,6 +263,11 @@ class Session:
             raise BankError("this session's bank is in memory: give it one on disk.")
         return self._library
 
+    @property
+    def namespaces(self) -> tuple[str, ...]:
+        """Names of the namespaces that a question may name."""
+        return self._library.names
+
     # The thread
 
     def _do(self, task: Callable[[], Any]) -> concurrent.futures.Future:

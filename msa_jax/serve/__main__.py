@@ -22,6 +22,7 @@ from msa_jax.bank.manifest import BankError
 from msa_jax.checkpoint import CheckpointError
 from msa_jax.config import ConfigError, require
 from msa_jax.data import DataError
+from msa_jax.inference.session import Session
 from msa_jax.inference.settings import MODES, AskConfig, Budget, EngineConfig, Sampling
 from msa_jax.serve.keys import KeyFileError, Keys
 from msa_jax.serve.limits import Limits
@@ -137,8 +138,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _show_log()
 
         def load():
-            from msa_jax.inference.session import Session  # takes seconds
-
             session = Session.open(
                 options.bank, workdir=options.workdir, checkpoint=options.checkpoint, engine=engine,
                 defaults=service.defaults, writable=options.writable, row_len=options.row_len,

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from starlette.requests import Request
 
+from msa_jax.inference.explanation import Explained
+from msa_jax.inference.library import QuestionError
 from msa_jax.serve.completion import finite
 from msa_jax.serve.errors import ApiError
 from msa_jax.serve.fields import Fields
 from msa_jax.serve.limits import read_json
 from msa_jax.serve.service import Service
-
-if TYPE_CHECKING:
-    from msa_jax.inference.explain import Explained
 
 # More than anyone reads.
 _MOST_DOCUMENTS = 100
@@ -25,8 +24,6 @@ async def explain(service: Service, request: Request) -> dict[str, Any]:
     Raises:
       ApiError: 400 for a bad body or question, 403, 429.
     """
-    from msa_jax.inference import QuestionError
-
     session, access = service.asked(), request.state.access
     fields = Fields(await read_json(request, service.limits))
     question, named = fields.string("question"), fields.strings("namespaces")

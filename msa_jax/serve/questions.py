@@ -6,21 +6,20 @@ import asyncio
 import contextlib
 import json
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from msa_jax.inference.answer import Answer, StreamEvent
+from msa_jax.inference.library import QuestionError
+from msa_jax.inference.pending import Pending
 from msa_jax.inference.settings import AskConfig
 from msa_jax.serve.chat import ChatRequest
 from msa_jax.serve.completion import Completion
 from msa_jax.serve.errors import ApiError, ClientGone
 from msa_jax.serve.service import Service
-
-if TYPE_CHECKING:
-    from msa_jax.inference.session import Pending
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +51,6 @@ class Question:
         Raises:
           ApiError: 429 when too many are under way, 400 when the session refuses it.
         """
-        from msa_jax.inference import QuestionError
-
         session = service.asked()
         question = cls(service, config)
         service.questions.enter()

@@ -7,16 +7,14 @@ import concurrent.futures
 import logging
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
+from msa_jax.inference.session import Session
 from msa_jax.inference.settings import AskConfig
 from msa_jax.serve.errors import ApiError
 from msa_jax.serve.keys import Access, Keys
 from msa_jax.serve.limits import Gate, Limits
 from msa_jax.serve.metrics import Metrics
-
-if TYPE_CHECKING:
-    from msa_jax.inference.session import Session
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -19,7 +19,7 @@ from msa_jax.bank.ingest import Report
 from msa_jax.bank.manifest import BankError
 from msa_jax.inference import QuestionError
 from msa_jax.inference.answer import Answer, Citation, Event, Round, StreamEvent
-from msa_jax.inference.explain import Explained, Explanation, LayerMatch
+from msa_jax.inference.explanation import Explained, Explanation, LayerMatch
 from msa_jax.inference.settings import AskConfig
 from msa_jax.serve.limits import Limits
 from msa_jax.serve.running import bind, make_server
