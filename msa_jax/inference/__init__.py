@@ -2,6 +2,7 @@
 
 from msa_jax.inference.answer import Answer, Citation, Event, Outcome, Round, StreamEvent
 from msa_jax.inference.engine import Engine
+from msa_jax.inference.explanation import Explained, Explanation, Passage
 from msa_jax.inference.library import FixedLibrary, QuestionError
 from msa_jax.inference.pending import Pending
 from msa_jax.inference.session import Session, Stats
@@ -15,8 +16,11 @@ __all__ = [
     "Engine",
     "EngineConfig",
     "Event",
+    "Explained",
+    "Explanation",
     "FixedLibrary",
     "Outcome",
+    "Passage",
     "Pending",
     "QuestionError",
     "Round",

@@ -1,43 +1,39 @@
-"""Why a question reads the documents it reads: the passages that match, and what in the question they match."""
+"""Why the router finds what it finds, told with the documents' own words."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from msa_jax.data.records import Document
 from msa_jax.data.samples import Renderer
-from msa_jax.inference.explain import Found
-
-_TORN = "\N{REPLACEMENT CHARACTER}"
+from msa_jax.inference.explain import explain_question
+from msa_jax.inference.library import Library, QuestionError, View
+from msa_jax.model import MSATransformer
 
 
 @dataclasses.dataclass(frozen=True)
-class LayerMatch:
-    """How one router layer finds a document.
+class Passage:
+    """Why one router layer scores a document as it does.
 
     Attributes:
       layer: of the model, from 0.
-      score: of the document in that layer, the best of its chunks'.
-      rank: of the document among all that the question may see; 1 is the best.
-      chunk: its best chunk, from 0; passage: the text of that.
-      token: the text of the question's token that finds it.
+      score: of the document in this layer, that of its best chunk. rank: from 1 among all that may be seen.
+      text: of the best chunk, as the model encodes it.
+      token: of the question, the one that scores it best.
     """
 
     layer: int
     score: float
     rank: int
-    chunk: int
-    passage: str
+    text: str
     token: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Explained:
-    """A document that the router finds: `score` is the mean over router layers, `layers` one for each of them."""
+    """A document that the router finds; `score` is the mean over router layers, `passages` one of each."""
 
     number: int
     id: str
@@ -45,88 +41,62 @@ class Explained:
     namespace: str
     text: str
     score: float
-    layers: tuple[LayerMatch, ...]
+    passages: tuple[Passage, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """The documents that the router finds best for a question, best first; a few, or all if there are fewer."""
+    """The documents that the router finds best for a question in the first round, best first."""
 
     question: str
     documents: tuple[Explained, ...]
 
 
-class Text(Protocol):
-    """What is shown of a document: a `BankDocument` or `Document`."""
-
-    id: str
-    title: str
-    text: str
-
-
-class Source(NamedTuple):
-    """What document it is that was found: `document` has `id`, `title` and `text`."""
-
-    number: int
-    document: Text
-    namespace: str
-
-
-def explanation(
-    question: str,
-    found: Sequence[Found],
-    sources: Sequence[Source],
-    *,
-    renderer: Renderer,
-    tokens: Sequence[int],
-    router_layers: Sequence[int],
-    chunk_size: int,
+def explanation_of(
+    model: MSATransformer, renderer: Renderer, library: Library, view: View, question: str, *, documents: int
 ) -> Explanation:
-    """What `explain_question` found, with the texts.
+    """Explain a question to a library.
 
-    Args:
-      question: as asked.
-      found: the documents; sources: which they are, one each.
-      renderer: with which documents were rendered to be encoded.
-      tokens: of the framed question, as given to `explain_question`.
-      router_layers, chunk_size: of the model's config.
+    Raises:
+      QuestionError: it is empty, or there is no bank.
     """
-    explained = []
-    for one, source in zip(found, sources, strict=True):
-        passages = _passages(renderer, source, chunk_size)
-        layers = tuple(
-            LayerMatch(layer, float(score), int(rank), int(chunk), passages[chunk], _word(renderer, tokens, int(at)))
-            for layer, score, rank, chunk, at in zip(router_layers, *one[1:], strict=True)
+    if not question.strip():
+        raise QuestionError("the question is empty.")
+    if library.bank is None:
+        raise QuestionError("there is no bank to find documents in.")
+    tokens, roles = renderer.prompt(question)
+    one = lambda x: np.asarray(x)[None]  # noqa: E731
+    visible = np.asarray(library.visibility.of(one(view.allowed), one(np.int32(view.seen))))[0]
+    found = explain_question(
+        model, renderer.prefix, tokens, roles, library.bank, visible=visible, documents=documents
+    )
+    return Explanation(question, tuple(filter(None, (_told(model, renderer, library, view, tokens, f) for f in found))))
+
+
+def _told(model, renderer, library, view, tokens, found) -> Explained | None:
+    number = int(library.numbers(np.array([found.index]))[0])
+    original = library.find(number, view)
+    if original is None:
+        return None
+    document: Document = original.document
+    decode, size = renderer.tokenizer.decode, model.config.chunk_size
+    rendered = renderer.render_document(document, number)
+    passages = tuple(
+        Passage(
+            layer=layer,
+            score=float(found.scores[i]),
+            rank=int(found.ranks[i]),
+            text=decode(rendered[found.chunks[i] * size : (found.chunks[i] + 1) * size]),
+            token=decode([tokens[found.tokens[i]]]),
         )
-        number, document, namespace = source
-        shown = (number, document.id, document.title, namespace, document.text)
-        explained.append(Explained(*shown, score=float(np.mean(one.scores)), layers=layers))
-    return Explanation(question, tuple(explained))
-
-
-def _passages(renderer: Renderer, source: Source, chunk_size: int) -> list[str]:
-    """The text of every chunk: no part of the frame, unless there is nothing else in it."""
-    document = Document(source.document.id, source.document.title, source.document.text)
-    rendered, first = renderer.render_document(document, source.number), renderer.text_start(source.number)
-    last = first + len(renderer.body(document))
-    decode, passages = renderer.tokenizer.decode, []
-    for begin in range(0, len(rendered), chunk_size):
-        end = begin + chunk_size
-        if end <= first or begin >= last:
-            passages.append(decode(rendered[begin:end]))
-            continue
-        # Characters that are partly in another chunk are left out; if there are no others, one of them is whole here.
-        exact, wider = (
-            decode(rendered[max(begin - more, first) : min(end + more, last)]).strip(_TORN + " ") for more in (0, 3)
-        )
-        passages.append(exact or wider)
-    return passages
-
-
-def _word(renderer: Renderer, tokens: Sequence[int], at: int) -> str:
-    """The text of a token, with its neighbours where it is only part of a character."""
-    for reach in range(4):
-        text = renderer.tokenizer.decode(tokens[max(0, at - reach) : at + reach + 1])
-        if not (text.startswith(_TORN) and text.endswith(_TORN)):
-            break
-    return text.strip(_TORN + " ")
+        for i, layer in enumerate(model.config.router_layers)
+    )
+    return Explained(
+        number=number,
+        id=document.id,
+        title=document.title,
+        namespace=original.namespace,
+        text=document.text,
+        score=float(np.mean(found.scores)),
+        passages=passages,
+    )

@@ -24,6 +24,7 @@ from msa_jax.data.samples import Renderer
 from msa_jax.data.tokenizer import Tokenizer
 from msa_jax.inference.answer import Answer, StreamEvent
 from msa_jax.inference.engine import Engine
+from msa_jax.inference.explanation import Explanation, explanation_of
 from msa_jax.inference.library import FixedLibrary
 from msa_jax.inference.pending import Listener, Pending
 from msa_jax.inference.settings import AskConfig, EngineConfig
@@ -92,7 +93,7 @@ class Session:
           ValueError: a bank in memory without its documents.
         """
         self._store, self._encoder = None, encoder
-        renderer = Renderer(tokenizer)
+        self._renderer = renderer = Renderer(tokenizer)
         if isinstance(bank, MemoryStore):
             self._encoder = encoder or DocumentEncoder(model, tokenizer, row_len=4096)
             bank.spec.require_same(self._encoder.spec, str(bank.path))
@@ -214,6 +215,23 @@ class Session:
                     return
         finally:
             pending.cancel()
+
+    def explain(
+        self, question: str, *, namespaces: Sequence[str] | None = None, documents: int = 5
+    ) -> Explanation:
+        """Which `documents` the router finds best for a question, and why: scores and passages by layer.
+
+        Raises:
+          QuestionError: it is empty, or there is no such namespace, or no bank.
+        """
+
+        def explain():
+            view = self._library.view(namespaces)
+            return explanation_of(
+                self._model, self._renderer, self._library, view, question, documents=documents
+            )
+
+        return self._do(explain).result()
 
     # Documents
 
