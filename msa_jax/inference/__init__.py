@@ -2,7 +2,7 @@
 
 from msa_jax.inference.answer import Answer, Citation, Event, Outcome, Round, StreamEvent
 from msa_jax.inference.engine import Engine
-from msa_jax.inference.explanation import Explained, Explanation, Passage
+from msa_jax.inference.explanation import Explained, Explanation, LayerMatch
 from msa_jax.inference.library import FixedLibrary, QuestionError
 from msa_jax.inference.pending import Pending
 from msa_jax.inference.session import Session, Stats
@@ -19,8 +19,8 @@ __all__ = [
     "Explained",
     "Explanation",
     "FixedLibrary",
+    "LayerMatch",
     "Outcome",
-    "Passage",
     "Pending",
     "QuestionError",
     "Round",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -12,28 +13,31 @@ from msa_jax.inference.explain import explain_question
 from msa_jax.inference.library import Library, QuestionError, View
 from msa_jax.model import MSATransformer
 
+_TORN = "\N{REPLACEMENT CHARACTER}"
+
 
 @dataclasses.dataclass(frozen=True)
-class Passage:
+class LayerMatch:
     """Why one router layer scores a document as it does.
 
     Attributes:
       layer: of the model, from 0.
       score: of the document in this layer, that of its best chunk. rank: from 1 among all that may be seen.
-      text: of the best chunk, as the model encodes it.
-      token: of the question, the one that scores it best.
+      chunk: the best one, from 0 within the document. passage: its text, without the frame if there is text in it.
+      token: of the question, the one that scores it best, with its neighbours where it is part of a character.
     """
 
     layer: int
     score: float
     rank: int
-    text: str
+    chunk: int
+    passage: str
     token: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Explained:
-    """A document that the router finds; `score` is the mean over router layers, `passages` one of each."""
+    """A document that the router finds; `score` is the mean over router layers, `layers` one for each of them."""
 
     number: int
     id: str
@@ -41,7 +45,7 @@ class Explained:
     namespace: str
     text: str
     score: float
-    passages: tuple[Passage, ...]
+    layers: tuple[LayerMatch, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,15 +83,15 @@ def _told(model, renderer, library, view, tokens, found) -> Explained | None:
     if original is None:
         return None
     document: Document = original.document
-    decode, size = renderer.tokenizer.decode, model.config.chunk_size
-    rendered = renderer.render_document(document, number)
-    passages = tuple(
-        Passage(
+    texts = texts_of_chunks(renderer, document, number, model.config.chunk_size)
+    layers = tuple(
+        LayerMatch(
             layer=layer,
             score=float(found.scores[i]),
             rank=int(found.ranks[i]),
-            text=decode(rendered[found.chunks[i] * size : (found.chunks[i] + 1) * size]),
-            token=decode([tokens[found.tokens[i]]]),
+            chunk=int(found.chunks[i]),
+            passage=texts[found.chunks[i]],
+            token=text_of_token(renderer, tokens, int(found.tokens[i])),
         )
         for i, layer in enumerate(model.config.router_layers)
     )
@@ -98,5 +102,32 @@ def _told(model, renderer, library, view, tokens, found) -> Explained | None:
         namespace=original.namespace,
         text=document.text,
         score=float(np.mean(found.scores)),
-        passages=passages,
+        layers=layers,
     )
+
+
+def texts_of_chunks(renderer: Renderer, document: Document, number: int, chunk_size: int) -> list[str]:
+    """The text of every chunk of a document: no part of the frame, unless there is nothing else in it."""
+    rendered, first = renderer.render_document(document, number), renderer.text_start(number)
+    last = first + len(renderer.body(document))
+    decode, texts = renderer.tokenizer.decode, []
+    for begin in range(0, len(rendered), chunk_size):
+        end = begin + chunk_size
+        if end <= first or begin >= last:
+            texts.append(decode(rendered[begin:end]))
+            continue
+        # Characters that are partly in another chunk are left out; if there are no others, one of them is whole here.
+        exact, wider = (
+            decode(rendered[max(begin - more, first) : min(end + more, last)]).strip(_TORN + " ") for more in (0, 3)
+        )
+        texts.append(exact or wider)
+    return texts
+
+
+def text_of_token(renderer: Renderer, tokens: Sequence[int], at: int) -> str:
+    """The text of one of `tokens`, with its neighbours where it is only part of a character."""
+    for reach in range(4):
+        text = renderer.tokenizer.decode(tokens[max(0, at - reach) : at + reach + 1])
+        if not (text.startswith(_TORN) and text.endswith(_TORN)):
+            break
+    return text.strip(_TORN + " ")

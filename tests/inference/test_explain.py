@@ -16,8 +16,9 @@ from msa_jax.bank.quantization import quantize
 from msa_jax.bank.spread import spread
 from msa_jax.data import Document, Renderer, Template, Tokenizer, pack_documents
 from msa_jax.data.batch import REPLY, ROUTING, TEMPLATE
-from msa_jax.inference.explain import Found, best_chunk, explain_question
-from msa_jax.inference.explanation import Source, explanation
+from msa_jax.inference import Session
+from msa_jax.inference.explain import best_chunk, explain_question
+from msa_jax.inference.explanation import text_of_token, texts_of_chunks
 from msa_jax.sharding import MeshConfig, Shardings
 
 P, ROW = 4, 40
@@ -165,47 +166,54 @@ def test_a_bank_that_is_spread_is_explained_the_same():
             np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
 
 
-def explained(renderer, document, number, chunk, tokens=(1,), token=0):
-    found = [Found(0, np.float32([0.5, 0.25]), np.asarray([1, 3]), np.asarray([chunk] * 2), np.asarray([token] * 2))]
-    return explanation(
-        "asked", found, [Source(number, document, "towns")], renderer=renderer, tokens=tokens, router_layers=(1, 3),
-        chunk_size=P,
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("document, number", list(zip(DOCUMENTS, NUMBERS, strict=True)), ids=NUMBERS)
 def test_passages_are_the_text_of_chunks(document, number):
     rendered, decode = renderer().render_document(document, number), renderer().tokenizer.decode
     first, size = renderer().text_start(number), len(renderer().body(document))
     told = []
-    for chunk in range(-(-len(rendered) // P)):
-        explanation = explained(renderer(), document, number, chunk, asked()[0], 2)
-        assert explanation.question == "asked"
-        (one,) = explanation.documents
-        assert (one.number, one.id, one.title, one.namespace, one.text, one.score) == (
-            number, document.id, document.title, "towns", document.text, 0.375,
-        )  # fmt: skip
-        assert [(m.layer, m.score, m.rank, m.chunk) for m in one.layers] == [(1, 0.5, 1, chunk), (3, 0.25, 3, chunk)]
-        assert {m.token for m in one.layers} == {decode([asked()[0][2]]).strip()}
-        passage = one.layers[0].passage
+    for chunk, text in enumerate(texts_of_chunks(renderer(), document, number, P)):
         if (chunk + 1) * P <= first or chunk * P >= first + size:
-            assert passage == decode(rendered[chunk * P : chunk * P + P])
+            assert text == decode(rendered[chunk * P : chunk * P + P])
         else:
-            told.append(passage)
+            told.append(text)
     assert "".join(told).replace(" ", "") == document.text.replace(" ", "")
 
 
 @pytest.mark.parametrize("before", ["", "x", "xx", "xxx"])
 def test_characters_that_chunks_tear_are_left_out(before):
     bytewise = Renderer(Tokenizer.train(["a"], 340, Template.compact(id_digits=2)))
-    document, asking = Document("d", "", before + "ab東京cd"), bytewise.tokenizer.encode("京")
-    assert len(asking) == 3
-    count = -(-len(bytewise.render_document(document, 5)) // P)
-    matches = [explained(bytewise, document, 5, i, asking, 1).documents[0].layers[0] for i in range(count)]
-    assert {m.token for m in matches} == {"京"}  # of which it is one byte
-    told = [m.passage for m in matches if "|>" not in m.passage]
-    assert [passage for passage in told if passage not in document.text] == []
+    document = Document("d", "", before + "ab東京cd")
+    texts = texts_of_chunks(bytewise, document, 5, P)
+    assert len(texts) == -(-len(bytewise.render_document(document, 5)) // P)
+    told = [text for text in texts if "|>" not in text]
+    assert [text for text in told if text not in document.text] == []
     assert {"a", "b", "c", "d"} <= set("".join(told))
+
+
+def test_a_token_that_is_part_of_a_character_is_told_whole():
+    bytewise = Renderer(Tokenizer.train(["a"], 340, Template.compact(id_digits=2)))
+    tokens = bytewise.tokenizer.encode("a京b")
+    assert [text_of_token(bytewise, tokens, i) for i in (0, 2, 4)] == ["a", "京", "b"]
+
+
+def test_a_session_explains_with_titles_and_texts():
+    documents = dict(zip(NUMBERS, DOCUMENTS, strict=True))
+    tokens, roles = asked()
+    found = explain_question(model_of(), renderer().prefix, tokens, roles, bank_of(), documents=2)
+    with Session(model_of(), renderer().tokenizer, bank_of(), documents=documents) as session:
+        told = session.explain(QUESTION, documents=2)
+    assert told.question == QUESTION
+    assert [d.number for d in told.documents] == [NUMBERS[f.index] for f in found]
+    for one, document in zip(found, told.documents, strict=True):
+        source = DOCUMENTS[one.index]
+        assert (document.id, document.title, document.text) == (source.id, source.title, source.text)
+        assert document.score == pytest.approx(float(one.scores.mean()))
+        texts = texts_of_chunks(renderer(), source, document.number, P)
+        for i, match in enumerate(document.layers):
+            at = (match.layer, match.rank, match.chunk, match.passage)
+            assert at == ((1, 3)[i], one.ranks[i], one.chunks[i], texts[one.chunks[i]])
+            assert match.score == pytest.approx(float(one.scores[i]))
+            assert match.token == text_of_token(renderer(), tokens, one.tokens[i])
 
 
 def test_queries_are_returned_when_asked_for_only():
