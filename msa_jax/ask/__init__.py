@@ -1,0 +1,1 @@
+"""Asking the memory from the command line: `python -m msa_jax.ask`."""
