@@ -47,11 +47,15 @@ class Visibility:
         return named & (self.born[None] <= seen[:, None])
 
 
-def empty_rows(model: MSATransformer, bank: MemoryBank | None, *, rows: int, length: int) -> Rows:
-    """Rows without questions; `length` is S."""
+def empty_rows(
+    model: MSATransformer, prefix: KeyValues | None, bank: MemoryBank | None, *, rows: int, length: int
+) -> Rows:
+    """Rows without questions: the template prefix [L, 1, S_p, K, D] and room; `length` is S."""
     c = model.config
     shape = (c.num_layers, rows, length, c.num_kv_heads, c.head_dim)
     cache = KeyValues(k=jnp.zeros(shape, c.compute_dtype), v=jnp.zeros(shape, c.compute_dtype))
+    if prefix is not None:
+        cache = jax.tree.map(lambda x, first: x.at[:, :, : first.shape[2]].set(first), cache, prefix)
     if bank is None:
         return Rows(cache=cache, selection=None, asked=None, near=None)
     selected = (bank.num_layers, rows, min(c.top_k, bank.num_documents))

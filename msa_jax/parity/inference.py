@@ -11,8 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from msa_jax.inference.programs import Current, Turn, decode, take_turn
+from msa_jax.inference.rows import Visibility, empty_rows
+from msa_jax.inference.sampling import from_settings
+from msa_jax.inference.settings import Sampling
 from msa_jax.memory import ChunkStates, DocumentLayout, MemoryBank
-from msa_jax.model import KeyValues, ModelOutput
+from msa_jax.model import KeyValues
 from msa_jax.parity.recording import TEMPLATE, ParityError, Recording, compiled, document_chunks, pack, take
 from msa_jax.parity.report import Report
 from msa_jax.routing import l2_normalise
@@ -32,9 +36,9 @@ def check_inference(recording: Recording) -> Report:
     model = recording.model(routing_score=routing_score_of(recording))
     report = Report(f"{recording.path}: inference")
     past, bank = _check_documents(report, recording, model)
-    output = _check_questions(report, recording, model, past, bank)
+    _check_questions(report, recording, model, past, bank)
     if "decode/input_tokens" in recording:
-        _check_decoding(report, recording, model, bank, output)
+        _check_decoding(report, recording, model, past, bank)
     return report
 
 
@@ -108,7 +112,7 @@ def _check_bank(report, recording, layers, states: ChunkStates, owners: np.ndarr
             report.activation(f"bank/{name}_{layer}", np.swapaxes(ours, 0, 1), recorded[name])
 
 
-def _check_questions(report, recording, model, past, bank) -> ModelOutput:
+def _check_questions(report, recording, model, past, bank) -> None:
     config = model.config
     ids = _ids(recording, "query/input_ids", config.vocab_size, None, None)
     roles, exists, positions = (
@@ -136,7 +140,6 @@ def _check_questions(report, recording, model, past, bank) -> ModelOutput:
         width = selected.any(0).sum()
         report.equal(f"query/top_docs_{layer}", output.selection.documents[i, :, :width] + 1, documents)
         report.activation(f"query/top_scores_{layer}", output.selection.scores[i, :, :width], best)
-    return output
 
 
 def _with_logits(model, output):
@@ -148,26 +151,56 @@ def _with_prefix(past, exists):
     return np.concatenate([np.ones((len(exists), prefix), bool), exists], axis=1)
 
 
-def _check_decoding(report, recording, model, bank, output) -> None:
+def _check_decoding(report, recording, model, past, bank) -> None:
+    """The recorded questions and steps through the programs that answer questions: a row of a cache each."""
     exists = recording.array("query/attention_mask") == 1
-    positions = recording.array("query/position_ids")
-    batch = len(exists)
-    tokens = _ids(recording, "decode/input_tokens", model.config.vocab_size, batch, None)
-    steps = tokens.shape[1]
-    size = output.own.k.shape[2]
-    cache = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * 2 + [(0, steps)] + [(0, 0)] * 2), output.own)
-    prefix = np.ones((batch, size - exists.shape[1]), bool)
-    mask = np.concatenate([prefix, exists, np.zeros((batch, steps), bool)], axis=1)
-    last = np.where(exists, positions, -1).max(axis=1)
-    run = _jit(model, lambda model, **kwargs: _with_logits(model, model(**kwargs)))
-    logits = []
-    for step in range(steps):
-        mask[:, size + step] = True
-        result, step_logits = run(
-            tokens=tokens[:, step : step + 1], positions=(last + 1 + step)[:, None], mask=mask.copy(),
-            past=cache, slot=np.int32(size + step), bank=bank, selection=output.selection,
+    ids, roles = recording.array("query/input_ids"), recording.array("query/doc_ids")
+    batch, lengths = len(exists), exists.sum(1).astype(np.int32)
+    tokens = _ids(recording, "decode/input_tokens", model.config.vocab_size, batch, None).astype(np.int32)
+    steps, head = tokens.shape[1], 0 if past is None else past.k.shape[2]
+    if not steps:
+        return
+    # Without their padding, wherever that is.
+    order = np.argsort(~exists, axis=1, kind="stable")[:, : lengths.max()]
+    unpadded = lambda x: np.take_along_axis(x, order, axis=1)  # noqa: E731
+    graphdef, params = nnx.split(model)
+    slots = head + int(lengths.max()) + steps + 1
+    everything = Visibility(jnp.zeros(bank.num_documents, jnp.int32), jnp.zeros(bank.num_documents, jnp.int32))
+    greedy = from_settings([Sampling()] * batch)
+
+    def turn(rows, new, count, begin, *, fresh):
+        nothing = np.zeros(batch, np.int32)
+        return take_turn(
+            graphdef, params, past, rows, bank, everything,
+            Turn(
+                rows=np.arange(batch, dtype=np.int32), tokens=new, lengths=count, begin=begin,
+                route=unpadded(roles) == 0 if fresh else np.zeros(new.shape, bool), alone=np.full(batch, fresh),
+                allowed=np.ones((batch, 1), bool), seen=nothing, sampling=greedy,
+            ),
+            fresh=fresh, routes=fresh, reported=1,
         )  # fmt: skip
-        cache = result.own
-        logits.append(step_logits)
-    if steps:
-        report.activation("decode/logits", np.concatenate(logits, axis=1), recording.array("decode/logits"))
+
+    def ask():
+        rows = empty_rows(model, past, bank, rows=batch, length=slots)
+        return turn(rows, unpadded(ids).astype(np.int32), lengths, np.full(batch, head, np.int32), fresh=True)
+
+    with jax.default_matmul_precision("highest"):
+        rows, _ = ask()
+        recorded = recording.array("decode/logits")
+        logits = []
+        for step in range(steps):
+            rows, written = turn(
+                rows, tokens[:, step : step + 1], np.ones(batch, np.int32), head + lengths + step, fresh=False
+            )
+            logits.append(written.logits)
+        report.activation("decode/logits", np.stack(logits, axis=1), recorded)
+        best = recorded.argmax(-1)
+        if np.array_equal(tokens[:, 1:], best[:, :-1]):  # the steps are the greedy ones
+            current = Current(
+                token=tokens[:, 0], length=head + lengths, left=np.full(batch, steps + 1, np.int32), sampling=greedy
+            )
+            rows, _ = ask()
+            _, chosen = decode(
+                graphdef, params, rows, bank, current, head=head, columns=slots, steps=steps, stop_tokens=()
+            )
+            report.equal("decode/tokens", chosen, best)

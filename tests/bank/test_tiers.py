@@ -163,7 +163,7 @@ def test_decoding_reads_content_from_anywhere_and_once():
     )  # fmt: skip
 
     def ask(bank):
-        rows = empty_rows(model, bank, rows=B, length=T + 6)
+        rows = empty_rows(model, None, bank, rows=B, length=T + 6)
         rows, first = take_turn(
             graphdef, params, None, rows, bank, everything, turn, fresh=True, routes=True, reported=2
         )
