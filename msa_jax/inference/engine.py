@@ -68,7 +68,11 @@ class Engine:
     def renew(self) -> None:
         """Make rows for the library's bank as it is now; no question may be in progress."""
         self._device = empty_rows(
-            self._model, self._prefix, self.library.bank, rows=self.config.slots, length=self._head + self.config.context
+            self._model,
+            self._prefix,
+            self.library.bank,
+            rows=self.config.slots,
+            length=self._head + self.config.context,
         )
 
     @property
