@@ -80,7 +80,7 @@ class FakePending:
 
     def _run(self):
         session, text, citations, outcome = self._session, "", [], None
-        while outcome is None and not session.slots.acquire(timeout=0.005):
+        while outcome is None and not session._free.acquire(timeout=0.005):
             outcome = self._late()
         held, tell = outcome is None, True
         for step in session.script(self.question):
@@ -101,7 +101,7 @@ class FakePending:
             else:
                 self._sleep(step)
         if held:
-            session.slots.release()
+            session._free.release()
         if self._error is None:
             self._answer = self._made(text, citations, outcome or self._late() or session.outcome)
         self._over.set()
@@ -123,9 +123,9 @@ class FakeSession:
 
     def __init__(self, documents: Iterable[BankDocument] = (), *, slots=4, script: Script = words, add_seconds=0.0):
         self.documents = {(d.namespace, d.id): d for d in documents}
-        self.slots, self._slots, self.script, self.outcome = threading.Semaphore(slots), slots, script, "answered"
+        self._free, self.slots, self.script, self.outcome = threading.Semaphore(slots), slots, script, "answered"
         self.submitted: list[FakePending] = []
-        self.add_seconds, self.closed = add_seconds, False
+        self.add_seconds, self.adding, self.most_adding = add_seconds, 0, 0
 
     @property
     def namespaces(self):
@@ -154,8 +154,10 @@ class FakeSession:
         return Explanation(question, tuple(found[:documents]))
 
     def add(self, documents):
-        documents = list(documents)
+        documents, self.adding = list(documents), self.adding + 1
+        self.most_adding = max(self.adding, self.most_adding)
         time.sleep(self.add_seconds)
+        self.adding -= 1
         for d in documents:
             if self.documents.get((d.namespace, d.id), d).text != d.text:
                 raise BankError(f"the/bank: document {d.id!r} of namespace {d.namespace!r} is there with another text.")
@@ -189,10 +191,7 @@ class FakeSession:
 
     def stats(self):
         running = sum(not p.done() for p in self.submitted)
-        return Stats(waiting=0, running=running, slots=self._slots, documents=len(self.documents), version=3)
-
-    def close(self):
-        self.closed = True
+        return Stats(waiting=0, running=running, slots=self.slots, documents=len(self.documents), version=3)
 
 
 class Served:
@@ -241,7 +240,7 @@ def serving(session: FakeSession | None = None, *, keys=None, limits=None, **opt
         model="fake", bank="the/bank", defaults=AskConfig(), limits=limits or Limits(grace=0.2), keys=keys,
         **dict(local=True, writable=True) | options,
     )  # fmt: skip
-    service.start(session, session._slots)
+    service.start(session, session.slots)
     bound, log = bind("127.0.0.1", 0), []
     server = make_server(service)
 
@@ -266,8 +265,10 @@ def serving(session: FakeSession | None = None, *, keys=None, limits=None, **opt
         assert eventually(lambda: service.requests.taken == 0), "a request is held"
         assert not service._cancels
     finally:
-        for one in (*session.submitted, *served.clients):
-            one.cancel() if isinstance(one, FakePending) else one.close()
+        for pending in session.submitted:
+            pending.cancel()
+        for client in served.clients:
+            client.close()
         service.draining = server.should_exit = True
         thread.join(10)
     assert not thread.is_alive() and log == []

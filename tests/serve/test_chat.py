@@ -80,6 +80,12 @@ def test_settings_reach_the_session(server):
     assert (budget.rounds, budget.documents, budget.document_tokens, budget.turn_tokens) == (2, 3, 50, 5)
     assert (budget.answer_tokens, config.mode, config.router_documents) == (9, "router", 2)
     assert (config.stop, config.abstain_below, config.timeout, pending.namespaces) == (("x", "y"), 0.25, 9, ())
+    ask(server.openai(), "a", extra_body={"msa": {"timeout": 1e6}}, stop="x", max_tokens=4)
+    config = server.session.submitted[-1].config
+    assert (config.timeout, config.stop, config.budget.answer_tokens) == (120, ("x",), 4)
+    ask(server.openai(), "a")
+    config = server.session.submitted[-1].config
+    assert (config.sampling.temperature, config.timeout, config.stop) == (0.0, 120, ())
 
 
 def test_without_a_seed_each_question_draws_its_own(server):

@@ -78,6 +78,14 @@ def test_a_client_in_the_middle_of_a_long_body_reads_the_refusal(server):
     assert caught.value.status_code == 413
 
 
+def test_a_client_that_reads_only_when_it_has_sent_all(server):
+    with connect(server) as connection:
+        connection.sendall(f"{HEAD}Content-Length: 8000000\r\n\r\n".encode())
+        time.sleep(0.1)  # the refusal is out
+        connection.sendall(b" " * 8_000_000)
+        assert received(connection)[0] == 413
+
+
 def test_a_body_of_just_the_limit_is_taken(server):
     raw = BODY + b" " * (2000 - len(BODY))
     with server.http() as http:
