@@ -45,11 +45,21 @@ async def explain(service: Service, request: Request) -> dict[str, Any]:
 def _document(one: Explained) -> dict[str, Any]:
     """Without its number, which tells how many documents other namespaces have."""
     layers = [
-        {"layer": at.layer, "score": finite(at.score), "rank": at.rank, "chunk": at.chunk, "passage": at.passage,
+        {"layer": at.layer, "score": finite(at.score), "rank": at.rank, "passage": own_words(at.text, one.text),
          "token": at.token}
-        for at in one.layers
+        for at in one.passages
     ]  # fmt: skip
     return {
         "id": one.id, "title": one.title, "namespace": one.namespace, "text": one.text, "score": finite(one.score),
         "layers": layers,
     }  # fmt: skip
+
+
+def own_words(passage: str, text: str) -> str:
+    """As much of a passage as is the document's own text: what frames it holds the number."""
+    passage = passage.strip("\N{REPLACEMENT CHARACTER} ")
+    if passage not in text:
+        passage = passage[max(0, passage.find(text[:12].strip())) :]
+    while passage not in text:
+        passage = passage[:-1]
+    return passage

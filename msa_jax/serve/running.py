@@ -44,7 +44,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 class _Server(uvicorn.Server):
-    """Signals are `serve`'s: uvicorn would end the process by the signal, not with status 0."""
+    """Signals are `serve`'s: at a second one uvicorn would drop what runs without a word."""
 
     @contextlib.contextmanager
     def capture_signals(self):

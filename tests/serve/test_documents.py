@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msa_jax.bank import BankDocument
+from msa_jax.serve.explain import own_words
 from msa_jax.serve.limits import Limits
 from tests.serve.fakes import FakeSession, eventually, serving
 
@@ -85,12 +86,27 @@ def test_what_the_router_finds(http):
     http.post("/v1/documents", json=ONE)
     http.post("/v1/documents", json={"id": "b", "text": "other"})
     explained = http.post("/v1/explain", json={"question": "a", "namespaces": ["mine"]}).json()
-    layer = {"layer": 2, "score": 0.5, "rank": 1, "chunk": 0, "passage": "text", "token": "word"}
+    layer = {"layer": 2, "score": 0.5, "rank": 1, "passage": "Straße", "token": "word"}
     found = {name: ONE[name] for name in ("id", "title", "namespace", "text")} | {"score": 0.5, "layers": [layer]}
     assert explained == {"object": "explanation", "question": "a", "documents": [found]}
     assert len(http.post("/v1/explain", json={"question": "a", "documents": 1}).json()["documents"]) == 1
     for bad in ({}, {"question": " "}, {"question": "a", "documents": 0}, {"question": "a", "namespaces": ["no"]}):
         assert http.post("/v1/explain", json=bad).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("passage", "said"),
+    [
+        ("<|s|>[12]. One text of t", "One text of t"),
+        ("One text of t", "One text of t"),
+        ("\ufffdtwelve letters and more<|e|>", "twelve letters and more"),
+        ("[12]. One text of twelve letters and more[12]", "One text of twelve letters and more"),
+        ("[12]", ""),
+        ("", ""),
+    ],
+)
+def test_a_passage_is_told_without_its_frame(passage, said):
+    assert own_words(passage, "One text of twelve letters and more") == said
 
 
 @pytest.mark.parametrize("query", ["limit=0", "limit=1001", "limit=a", "limit=²", "after=zz", "after=WzFd", "size=3"])

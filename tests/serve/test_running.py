@@ -62,7 +62,7 @@ def test_what_runs_ends_and_nothing_new_begins(root):
         assert "ended" in process.stdout.read()
 
 
-@pytest.mark.parametrize("signals", [(signal.SIGINT,), (signal.SIGTERM, signal.SIGTERM)])
+@pytest.mark.parametrize("signals", [(signal.SIGTERM,), (signal.SIGINT, signal.SIGINT)])
 def test_what_does_not_end_in_time_is_cancelled(root, signals):
     """By the end of the grace, or by a second signal long before it."""
     grace = 0.5 if len(signals) == 1 else 100
