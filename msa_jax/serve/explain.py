@@ -45,9 +45,9 @@ async def explain(service: Service, request: Request) -> dict[str, Any]:
 def _document(one: Explained) -> dict[str, Any]:
     """Without its number, which tells how many documents other namespaces have."""
     layers = [
-        {"layer": at.layer, "score": finite(at.score), "rank": at.rank, "passage": own_words(at.text, one.text),
-         "token": at.token}
-        for at in one.passages
+        {"layer": at.layer, "score": finite(at.score), "rank": at.rank, "chunk": at.chunk,
+         "passage": own_words(at.passage, one.text), "token": at.token}
+        for at in one.layers
     ]  # fmt: skip
     return {
         "id": one.id, "title": one.title, "namespace": one.namespace, "text": one.text, "score": finite(one.score),

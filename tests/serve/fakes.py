@@ -19,7 +19,7 @@ from msa_jax.bank.ingest import Report
 from msa_jax.bank.manifest import BankError
 from msa_jax.inference import QuestionError
 from msa_jax.inference.answer import Answer, Citation, Event, Round, StreamEvent
-from msa_jax.inference.explanation import Explained, Explanation, Passage
+from msa_jax.inference.explanation import Explained, Explanation, LayerMatch
 from msa_jax.inference.settings import AskConfig
 from msa_jax.serve.limits import Limits
 from msa_jax.serve.running import bind, make_server
@@ -146,7 +146,9 @@ class FakeSession:
     def explain(self, question, *, namespaces=None, documents=5):
         self._need(question, namespaces)
         found = [
-            Explained(n, d.id, d.title, d.namespace, d.text, 0.5, (Passage(2, 0.5, 1, f"<[{n}]. {d.text}>", "word"),))
+            Explained(
+                n, d.id, d.title, d.namespace, d.text, 0.5, (LayerMatch(2, 0.5, 1, 0, f"<[{n}]. {d.text}>", "word"),)
+            )
             for n, d in enumerate(list(self.documents.values()))
             if namespaces is None or d.namespace in namespaces
         ]

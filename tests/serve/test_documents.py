@@ -86,7 +86,7 @@ def test_what_the_router_finds(http):
     http.post("/v1/documents", json=ONE)
     http.post("/v1/documents", json={"id": "b", "text": "other"})
     explained = http.post("/v1/explain", json={"question": "a", "namespaces": ["mine"]}).json()
-    layer = {"layer": 2, "score": 0.5, "rank": 1, "passage": "Straße", "token": "word"}
+    layer = {"layer": 2, "score": 0.5, "rank": 1, "chunk": 0, "passage": "Straße", "token": "word"}
     found = {name: ONE[name] for name in ("id", "title", "namespace", "text")} | {"score": 0.5, "layers": [layer]}
     assert explained == {"object": "explanation", "question": "a", "documents": [found]}
     assert len(http.post("/v1/explain", json={"question": "a", "documents": 1}).json()["documents"]) == 1
