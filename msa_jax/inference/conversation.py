@@ -285,5 +285,7 @@ class Conversation:
     def _over(self, outcome: Outcome) -> None:
         self.left = 0
         self.reply.end()
+        if outcome == "not_in_memory":
+            self.reply.say(self._renderer.tokenizer.template.not_found)
         self._end_round()
         self.outcome = outcome

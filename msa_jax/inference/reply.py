@@ -34,6 +34,11 @@ class Reply:
         """No more comes: show the rest."""
         self._read(self._tokenizer.decode(self._tokens, skip_special=True), over=True)
 
+    def say(self, text: str) -> None:
+        """The text is this, which nobody wrote."""
+        self.text = text
+        self._on_text(text)
+
     def _read(self, whole: str, *, over: bool) -> None:
         text = whole.lstrip()
         if self._before and not over and self._before.startswith(text.rstrip()):

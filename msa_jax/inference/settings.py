@@ -87,7 +87,7 @@ class AskConfig:
       router_documents: how many documents "router" reads; `budget.documents` at most.
       stop: the answer ends before any of these strings.
       abstain_below: if the best document's router score, the mean over router layers, is below it, the outcome is
-        "not_in_memory" and nothing is generated. None never abstains.
+        "not_in_memory", the text the template's `not_found`, and nothing is generated. None never abstains.
       timeout: seconds from submission until the question is given up; None never.
     """
 

@@ -16,7 +16,7 @@ from msa_jax.bank.quantization import quantize
 from msa_jax.bank.spread import spread
 from msa_jax.data import Document, Renderer, Template, Tokenizer, pack_documents
 from msa_jax.data.batch import REPLY, ROUTING, TEMPLATE
-from msa_jax.inference import Session
+from msa_jax.inference import AskConfig, Session
 from msa_jax.inference.explain import best_chunk, explain_question
 from msa_jax.inference.explanation import text_of_token, texts_of_chunks
 from msa_jax.sharding import MeshConfig, Shardings
@@ -214,6 +214,17 @@ def test_a_session_explains_with_titles_and_texts():
             assert at == ((1, 3)[i], one.ranks[i], one.chunks[i], texts[one.chunks[i]])
             assert match.score == pytest.approx(float(one.scores[i]))
             assert match.token == text_of_token(renderer(), tokens, one.tokens[i])
+
+
+@pytest.mark.parametrize("mode", ["generate", "router", "latent"])
+def test_what_is_not_in_memory_is_said_in_the_templates_words(mode):
+    documents = dict(zip(NUMBERS, DOCUMENTS, strict=True))
+    with Session(model_of(), renderer().tokenizer, bank_of(), documents=documents) as session:
+        events = list(session.stream(QUESTION, config=AskConfig(mode=mode, abstain_below=2.0)))
+    answer = events[-1].answer
+    assert (answer.outcome, answer.text) == ("not_in_memory", renderer().tokenizer.template.not_found)
+    assert [e.text for e in events[:-1]] == [answer.text]
+    assert (answer.completion_tokens, answer.citations) == (0, ())
 
 
 def test_queries_are_returned_when_asked_for_only():
