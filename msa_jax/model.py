@@ -6,6 +6,8 @@ E hidden, V vocabulary, K key/value heads, D head dim, C chunks, N documents, k 
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
@@ -44,6 +46,7 @@ class ModelOutput:
       own: keys and values of prefix and own tokens, the start of a cache.
       document_scores: [L_r, B, N] float32, None without a bank or when a selection was reused.
       selection: documents read by each router layer, [L_r, B, k] each field; None without a bank.
+      same: [L_r, B] bool with `resume`: whether each router layer reads the same as before; False where left out.
       all_hidden: [L + 1, B, T, E] when asked for: the input of every layer, then `hidden`.
       queries: [L_r, B, T, M] float32 when asked for: what every token routes with, whether or not it may.
     """
@@ -52,6 +55,7 @@ class ModelOutput:
     own: KeyValues
     document_scores: jax.Array | None = None
     selection: routing.Selection | None = None
+    same: jax.Array | None = None
     all_hidden: jax.Array | None = None
     queries: jax.Array | None = None
 
@@ -172,6 +176,7 @@ class MSATransformer(nnx.Module):
         visible: jax.Array | None = None,
         selection: routing.Selection | None = None,
         also: routing.Selection | None = None,
+        resume: routing.Selection | None = None,
         mean_over_tokens: bool | jax.Array = False,
         bank_gradients: bool = False,
         return_hidden: bool = False,
@@ -191,6 +196,8 @@ class MSATransformer(nnx.Module):
           visible: [B, N] bool, documents that a question may see; default all.
           selection: [L_r, B, k] fields, documents selected at prefill; skips routing.
           also: [L_r, B, k] fields, what tokens of `past` selected, where they route with those given.
+          resume: [L_r, B, k] fields, what tokens of `past` read. Where a layer now selects other documents for every
+            question, those tokens are no longer what they were, and the layers behind it are left out.
           mean_over_tokens: see `MemorySparseAttention`.
           bank_gradients: say that the bank is differentiated. Results are the same: layers then take copies of
             their parts of the bank, which keeps gradients small, and else read it where it lies.
@@ -220,8 +227,9 @@ class MSATransformer(nnx.Module):
             raise ValueError("MSATransformer: return_queries needs routing: give a bank, and no selection.")
         spread = lambda x: constrain(x, self.shardings.questions)  # noqa: E731
         x = spread(self._embed(tokens))
-        own, scores, selections, queries, hidden = [], [], [], [], []
+        own, scores, selections, queries, hidden, same = [], [], [], [], [], []
         first_router = 0
+        stands = None if resume is None else jnp.ones(tokens.shape[0], bool)  # what tokens before these are
         # A cache goes from layer to layer whole and is written in place; taken apart, all of it would be copied.
         cached = slot is not None and past is not None
         cache = (past.k, past.v) if cached else None
@@ -236,10 +244,11 @@ class MSATransformer(nnx.Module):
                 take = lambda x, routers=routers: x[routers]  # noqa: E731
                 xs["memory"] = jax.tree.map(take, bank.arrays) if bank_gradients else None
                 xs["index"] = None if bank_gradients else jnp.arange(routers.start, routers.stop, dtype=jnp.int32)
-                xs["selection"], xs["also"] = jax.tree.map(take, (selection, also))
+                xs["selection"], xs["also"], xs["before"] = jax.tree.map(take, (selection, also, resume))
+                xs["last"] = jnp.arange(part.start, part.stop) == c.num_layers - 1
 
             def body(layer, carry, xs, reads_bank=reads_bank):
-                x, cache = carry
+                x, cache, stands = carry
                 past_k, past_v = xs["past"] or cache or (None, None)
                 kwargs = dict(positions=positions, mask=mask, past_k=past_k, past_v=past_v, slot=slot)
                 kwargs["layer"] = xs["layer"]
@@ -254,11 +263,24 @@ class MSATransformer(nnx.Module):
                 query = result.query.astype(jnp.float32) if return_queries and reads_bank else None
                 caches = (result.k, result.v)
                 own_now = None if cached else KeyValues(*caches)
-                ys = (own_now, result.document_scores, result.selection, query, x if return_hidden else None)
-                return (spread(y), caches if cached else None), ys
+                alike = None
+                if reads_bank and stands is not None:
+                    # What the last layer reads reaches no key or value of another token.
+                    alike = xs["last"] | routing.reads_alike(result.selection, xs["before"], biased=c.router_bias)
+                    stands = stands & alike
+                ys = (own_now, result.document_scores, result.selection, query, x if return_hidden else None, alike)
+                return (spread(y), caches if cached else None, stands), ys
 
-            (x, cache), ys = scan_stack(group, body, (x, cache), xs, remat=c.remat)
-            for kept, value in zip((own, scores, selections, queries, hidden), ys, strict=True):
+            def unless_over(layer, carry, xs, body=body):
+                def nothing(carry, xs):
+                    shapes = jax.eval_shape(functools.partial(body, layer), carry, xs)
+                    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+                return jax.lax.cond(jnp.any(carry[2]), functools.partial(body, layer), nothing, carry, xs)
+
+            run = body if resume is None else unless_over
+            (x, cache, stands), ys = scan_stack(group, run, (x, cache, stands), xs, remat=c.remat)
+            for kept, value in zip((own, scores, selections, queries, hidden, same), ys, strict=True):
                 kept.append(value)
         x = self.final_norm(x)
         return ModelOutput(
@@ -267,5 +289,6 @@ class MSATransformer(nnx.Module):
             document_scores=_concat(scores),
             selection=_concat(selections),
             queries=_concat(queries),
+            same=_concat(same),
             all_hidden=_concat([*hidden, x[None]]) if return_hidden else None,
         )

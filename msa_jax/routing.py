@@ -248,6 +248,20 @@ def merge(first: Selection, second: Selection) -> Selection:
     return Selection(documents=documents[:, :k], scores=-order[:, :k], starts=starts[:, :k], lengths=lengths[:, :k])
 
 
+def reads_alike(selection: Selection, before: Selection, *, biased: bool) -> jax.Array:
+    """[B] bool: attention gives the same under both: the same documents, and with a router bias the same scores."""
+
+    def in_order(s):
+        there = s.lengths > 0
+        order = jnp.argsort(jnp.where(there, s.documents, jnp.iinfo(jnp.int32).max), axis=1)
+        values = (jnp.where(there, s.documents, -1), jnp.where(there, s.scores, 0.0))
+        return tuple(jnp.take_along_axis(x, order, axis=1) for x in values)
+
+    (documents, scores), (others, their_scores) = in_order(selection), in_order(before)
+    same = documents == others
+    return jnp.all(same & (scores == their_scores) if biased else same, axis=1)
+
+
 def bias_of(selection: Selection, beta: jax.Array) -> jax.Array:
     """Router bias [B, k, H]: `beta_h * (s_d - max s)`, 0 where nothing was selected."""
     found = selection.lengths > 0

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 
-from msa_jax.inference.rows import Rows, Visibility, best_documents, fetched, near_bank, unchanged
+from msa_jax.inference.rows import Rows, Visibility, best_documents, fetched, near_bank
 from msa_jax.inference.sampling import SamplingState, choose
 from msa_jax.memory import MemoryBank
 from msa_jax.model import KeyValues, MSATransformer
@@ -127,7 +127,7 @@ def take_turn(
     if bank is not None and routes:
         memory = dict(bank=bank, route=turn.route & exists, visible=visibility.of(turn.allowed, turn.seen))
         if not fresh:
-            memory["also"] = mine(rows.asked)
+            memory |= dict(also=mine(rows.asked), resume=mine(rows.selection))
     elif bank is not None:
         source, selected = bank, mine(rows.selection)
         if rows.near is not None:
@@ -153,7 +153,6 @@ def take_turn(
     selection = output.selection
     also = None if fresh else memory["also"]
     documents, scores = best_documents(output.document_scores, selection, also, bank, reported)
-    same = None if fresh else unchanged(model, selection, mine(rows.selection))
     alone = jnp.where(turn.alone, turn.rows, size)
     kept = kept.replace(asked=put(rows.asked, selection, alone))
     near = rows.near
@@ -161,7 +160,7 @@ def take_turn(
         arrays, selection = fetched(bank, selection)
         near = put(near, arrays, turn.rows)
     kept = kept.replace(near=near, selection=put(rows.selection, selection, turn.rows))
-    return kept, Written(written.token, logits, same, documents, scores)
+    return kept, Written(written.token, logits, output.same, documents, scores)
 
 
 @functools.partial(

@@ -107,27 +107,6 @@ def near_bank(bank: MemoryBank, near: dict[str, jax.Array], selection: Selection
     return MemoryBank(routing_keys=None, layout=layout, **arrays), selection.replace(starts=starts)
 
 
-def unchanged(model: MSATransformer, selection: Selection, before: Selection) -> jax.Array:
-    """[L_r, b] bool: tokens that read `before` would be the same under what each layer has in `selection`.
-
-    What the last layer of the model selects reaches no key or value of theirs. Elsewhere it must be the same set of
-    documents, and with a router bias the same scores.
-    """
-    c = model.config
-
-    def in_order(s):
-        order = jnp.argsort(jnp.where(s.lengths > 0, s.documents, jnp.iinfo(jnp.int32).max), axis=-1)
-        take = lambda x: jnp.take_along_axis(x, order, axis=-1)  # noqa: E731
-        return take(jnp.where(s.lengths > 0, s.documents, -1)), take(jnp.where(s.lengths > 0, s.scores, 0.0))
-
-    (documents, scores), (others, their_scores) = in_order(selection), in_order(before)
-    same = documents == others
-    if c.router_bias:
-        same &= scores == their_scores
-    last = jnp.array(c.router_layers) == c.num_layers - 1
-    return jnp.all(same, axis=2) | last[:, None]
-
-
 def best_documents(scores, selection, also, bank, reported):
     """Best documents [L_r, b, R] of each layer, and the scores of all of them in each layer, [L_r, b, L_r * R]."""
     layers, b, n = scores.shape
