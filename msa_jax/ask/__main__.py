@@ -125,6 +125,8 @@ def open_session(options, config: AskConfig, engine: EngineConfig):
             if unknown:
                 known = ", ".join(bank.table.namespaces)
                 raise BankError(f"{options.bank}: no namespace {sorted(unknown)[0]!r}: it has {known}.")
+    if sys.stderr.isatty() and not options.json:
+        print("Loading. The first questions take longer: what computes them is compiled for them.", file=sys.stderr)
     # Here, because the model takes seconds to import.
     from msa_jax.inference.session import Session
 

@@ -15,7 +15,7 @@ from msa_jax.inference.settings import MODES, AskConfig
 
 HELP = """\
 Type a question. Ctrl-C gives an answer up, Ctrl-D or /quit ends.
-/namespaces [NAME...]  only documents of these; * for all; alone: which they are
+/namespaces [NAME...]  read documents of these only; * for all; alone: which there are
 /mode [MODE]           generate, router or latent
 /explain [QUESTION]    which documents the router finds, and by what; alone: for the last question
 /help                  this
@@ -87,9 +87,7 @@ class Prompt:
                 self._last = line
                 answer_one(self.session, line, self.config, self.namespaces, self._out)
         elif command == "/namespaces":
-            if rest:
-                self.namespaces = None if rest == "*" else tuple(rest.split())
-            self._out.write("all\n" if self.namespaces is None else f"{', '.join(self.namespaces)}\n")
+            self._choose(rest)
         elif command == "/mode":
             if rest and rest not in MODES:
                 self._out.write(f"There is no mode {rest}: use {', '.join(MODES)}.\n")
@@ -104,3 +102,15 @@ class Prompt:
             write_explanation(explanation, self._out, width())
         else:
             self._out.write(HELP if command == "/help" else f"There is no command {command}; /help lists them.\n")
+
+    def _choose(self, names: str) -> None:
+        known = self.session.namespaces
+        unknown = [name for name in names.split() if name not in ("*", *known)]
+        if unknown:
+            self._out.write(f"There is no namespace {unknown[0]}; there are {', '.join(known)}.\n")
+            return
+        if names:
+            self.namespaces = None if "*" in names.split() else tuple(names.split())
+        read = known if self.namespaces is None else self.namespaces
+        rest = [name for name in known if name not in read]
+        self._out.write(f"read: {', '.join(read)}" + (f"; not read: {', '.join(rest)}\n" if rest else "\n"))

@@ -51,6 +51,8 @@ class Waiting:
 class Session:
     """`answers` by question; "refuse" in a question refuses it, and in a stream an exception is raised half-way."""
 
+    namespaces = ("a", "b", "towns")
+
     def __init__(self, answers=None):
         self.answers = answers or {}
         self.asked, self.explained, self.cancelled = [], [], []

@@ -37,8 +37,9 @@ def test_commands_change_how_the_next_is_asked():
     )
     asked = [(question, namespaces, config.mode) for question, namespaces, config in session.asked]
     assert asked == [("one", ("a", "b"), "generate"), ("two", ("a", "b"), "latent"), ("three", None, "latent")]
-    said = [line for line in out.splitlines() if line and line[0] not in "n[ "]
-    assert said == ["all", "a, b", "a, b", "generate", "latent", "all"]
+    said = [line for line in out.splitlines() if line and line[:2] not in ("no", "[1", "[2", "  ")]
+    some, everything = "read: a, b; not read: towns", "read: a, b, towns"
+    assert said == [everything, some, some, "generate", "latent", everything]
 
 
 def test_explain_takes_a_question_or_the_last():
@@ -50,12 +51,18 @@ def test_explain_takes_a_question_or_the_last():
 
 
 @pytest.mark.parametrize(
-    "line, said", [("/modes", "There is no command /modes"), ("/mode guess", "There is no mode guess")]
+    "line, said",
+    [
+        ("/modes", "There is no command /modes"),
+        ("/mode guess", "There is no mode guess"),
+        ("/namespaces a c", "There is no namespace c; there are a, b, towns."),
+    ],
 )
 def test_wrong_commands_are_told(line, said):
     session, out = talk(line, "/mode", "fine")
     assert out.startswith(said) and "\ngenerate\n" in out
-    assert len(session.asked) == 1
+    ((_, namespaces, _),) = session.asked
+    assert namespaces is None
 
 
 def test_help_is_shown():
