@@ -17,6 +17,15 @@ _ENDED = {
     "timed_out": "given up when its time ran out: raise --timeout",
     "cancelled": "given up",
 }
+# What else a reader should know of how an answer came about; the rest of the trace is for --json.
+_EVENTS = {
+    "unknown": "the model named {number}, a number that no document has which it may read",
+    "malformed": "the model named nothing that is a number of a document",
+    "none_named": "the model named no document",
+    "no_room": "no room in the context for the text of a document: raise --context",
+    "documents_spent": "no more documents were read: raise --documents",
+    "rounds_spent": "no more was retrieved: raise --rounds",
+}
 
 
 def clean(text: str) -> str:
@@ -64,6 +73,9 @@ def write_end(answer: Answer, out: TextIO, width: int) -> None:
     """Write how it ended, if not as it should, and the documents that were read."""
     if answer.outcome in _ENDED:
         out.write(f"({_ENDED[answer.outcome]})\n")
+    for event in answer.events:
+        if event.kind in _EVENTS:
+            out.write(f"({_EVENTS[event.kind].format(number=event.number)})\n")
     for place, citation in enumerate(answer.citations, start=1):
         parts = [citation.id] if citation.title in ("", citation.id) else [citation.title, citation.id]
         parts += [] if citation.namespace in ("", "default") else [citation.namespace]

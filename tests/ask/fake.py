@@ -5,6 +5,7 @@ import dataclasses
 
 import numpy as np
 
+from msa_jax.ask import __main__ as command
 from msa_jax.inference import QuestionError
 from msa_jax.inference.answer import Answer, Citation, Event, Round, StreamEvent
 from msa_jax.inference.explanation import Explained, Explanation, LayerMatch
@@ -17,11 +18,18 @@ ROUND = Round(
     documents=np.asarray([[4, 9, -1], [9, -1, -1]]),
     scores=np.asarray([[0.75, 0.5, -1e30], [0.25, -1e30, -1e30]], np.float32),
     written="[4][9]",
-    events=(Event("read", 4), Event("cut", 9), Event("malformed")),
+    events=(Event("read", 4), Event("cut", 9), Event("repeated")),
     computed="all",
     why="",
     tokens=31,
 )
+
+
+BASE = ["--workdir", "RUN", "--bank", "BANK"]
+
+
+def run(*arguments):
+    return command.main([*BASE, *arguments])
 
 
 def answer(question, text="north, past 東京", **changes):

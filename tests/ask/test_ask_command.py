@@ -1,31 +1,20 @@
 """`python -m msa_jax.ask`: flags, output, exit status; on a session that does what a script says."""
 
+import dataclasses
 import io
 import json
 import math
-import os
-import subprocess
 import sys
+import typing
 
 import pytest
 
 from msa_jax.ask import __main__ as command
+from msa_jax.ask import show
+from msa_jax.inference.answer import Event, EventKind
 from msa_jax.inference.settings import AskConfig, Budget, EngineConfig, Sampling
 from tests.ask import fake
-
-BASE = ["--workdir", "RUN", "--bank", "BANK"]
-
-
-@pytest.fixture
-def session(monkeypatch):
-    made = fake.Session()
-    monkeypatch.setenv("COLUMNS", "60")
-    monkeypatch.setattr(command, "open_session", lambda *_: made)
-    return made
-
-
-def run(*arguments, base=BASE):
-    return command.main([*base, *arguments])
+from tests.ask.fake import BASE, run
 
 
 def test_an_answer_and_its_documents_are_printed(session, capsys):
@@ -92,6 +81,20 @@ def test_outcomes_have_a_status(session, capsys, outcome, status, note):
     assert note in capsys.readouterr().out
 
 
+def test_what_went_wrong_on_the_way_is_told(session, capsys):
+    kinds = ("unknown", "none_named", "no_room", "documents_spent", "rounds_spent", "read", "cut", "repeated")
+    made = dataclasses.replace(fake.ROUND, events=tuple(Event(kind, 12) for kind in kinds))
+    session.answers["q"] = fake.answer("q", rounds=(made, made), citations=())
+    assert run("q") == 0
+    said = capsys.readouterr().out.splitlines()[1:]
+    assert len(said) == 10 and said[:5] == said[5:]
+    assert said[0] == "(the model named 12, a number that no document has which it may read)"
+
+
+def test_every_kind_of_event_is_told_or_shown_otherwise():
+    assert set(show._EVENTS) | {"read", "cut", "repeated"} == set(typing.get_args(EventKind))
+
+
 def test_json_is_one_object(session, capsys):
     assert run("where to", "--json", "--explain", "--namespace", "towns") == 0
     (line,) = capsys.readouterr().out.splitlines()
@@ -110,7 +113,7 @@ def test_json_is_one_object(session, capsys):
         "rounds": [{
             "documents": [[[4, 0.75], [9, 0.5]], [[9, 0.25]]],
             "events": [
-                {"kind": "read", "number": 4}, {"kind": "cut", "number": 9}, {"kind": "malformed", "number": None},
+                {"kind": "read", "number": 4}, {"kind": "cut", "number": 9}, {"kind": "repeated", "number": None},
             ],
             "written": "[4][9]", "computed": "all", "why": "", "tokens": 31,
         }],
@@ -144,8 +147,7 @@ def test_a_document_cannot_steer_the_terminal(session, capsys):
 
 
 def test_lines_fit_the_terminal(session, capsys, monkeypatch):
-    from msa_jax.ask.show import shorten
-
+    shorten = show.shorten
     assert shorten("東京東京", 8) == "東京東京"
     assert shorten("東京東京", 7) == "東京東…"
     assert shorten("東京東京", 6) == "東京…"
@@ -155,56 +157,6 @@ def test_lines_fit_the_terminal(session, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "31")
     assert run("q") == 0
     assert all(len(line) <= 31 for line in capsys.readouterr().out.splitlines()[1:])
-
-
-QUESTIONS = "first\n\n  second  \r\nrefuse me\nthird\n"
-
-
-@pytest.mark.parametrize("stdin", [False, True])
-def test_several_questions_are_asked_in_order(session, capsys, monkeypatch, tmp_path, stdin):
-    session.answers["second"] = fake.answer("second", **fake.NOT_FOUND)
-    (tmp_path / "q.txt").write_text(QUESTIONS)
-    if stdin:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(QUESTIONS.encode())))
-    assert run("--questions", "-" if stdin else str(tmp_path / "q.txt"), "--json") == 1
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["question"] for line in lines] == ["first", "second", "refuse me", "third"]
-    assert lines[2] == {"question": "refuse me", "error": "the question 'refuse me' is refused."}
-    assert [q for q, *_ in session.asked] == ["first", "second", "third"]
-
-
-def test_several_questions_as_text(session, capsys, tmp_path):
-    session.answers["b"] = fake.answer("b", **fake.NOT_FOUND)
-    (tmp_path / "q.txt").write_text("a\nb\n")
-    assert run("--questions", str(tmp_path / "q.txt"), "--explain", "--namespace", "towns", "--seed", "3") == 3
-    out = capsys.readouterr().out.splitlines()
-    assert out[:2] == ["> a", "north, past 東京"]
-    assert out[out.index("> b") + 1] == "The memory holds no answer."
-    assert session.explained == [("a", ["towns"]), ("b", ["towns"])]
-    assert [(q, names, config.sampling.seed) for q, names, config in session.asked] == [
-        ("a", ["towns"], 3),
-        ("b", ["towns"], 3),
-    ]
-
-
-def test_questions_are_handed_in_ahead_but_not_all_at_once(session, tmp_path, monkeypatch):
-    handed, given = [], []
-    submit = session.submit
-    monkeypatch.setattr(session, "submit", lambda q, **more: handed.append(q) or submit(q, **more))
-    monkeypatch.setattr(command, "as_json", lambda answer, _: given.append(len(handed)) or {})
-    (tmp_path / "q.txt").write_text("".join(f"q{i}\n" for i in range(20)))
-    assert run("--questions", str(tmp_path / "q.txt"), "--json", "--slots", "2") == 0
-    assert given[:3] == [9, 10, 11] and given[-1] == 20
-
-
-def test_an_interruption_gives_up_what_waits(session, capsys, tmp_path):
-    session.answers["b"] = KeyboardInterrupt()
-    (tmp_path / "q.txt").write_text("a\nb\nc\n")
-    assert run("--questions", str(tmp_path / "q.txt"), "--json") == 130
-    captured = capsys.readouterr()
-    assert [json.loads(line)["question"] for line in captured.out.splitlines()] == ["a"]
-    assert captured.err == "ask: interrupted.\n"
-    assert len(session.cancelled) == 2 and session.closed
 
 
 def test_an_interrupted_stream_is_closed(session, capsys):
@@ -218,66 +170,3 @@ def test_a_refused_question_is_one_sentence(session, capsys):
     assert run("refuse this") == 1
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "ask: the question 'refuse this' is refused.\n")
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ([], "give one of"),
-        (["q", "--interactive"], "give one of"),
-        (["q", "--questions", "f"], "give one of"),
-        (["--interactive", "--json"], "--json is for questions"),
-        (["q", "--temperature", "-1"], "temperature must be a number of at least 0, got -1.0"),
-        (["q", "--temperature", "warm"], "invalid float value"),
-        (["q", "--top_p", "0"], "top_p must be above 0"),
-        (["q", "--top_k", "1.5"], "invalid int value"),
-        (["q", "--rounds", "0"], "rounds must be an integer of at least 1"),
-        (["q", "--document_tokens", "0"], "document_tokens must be"),
-        (["q", "--abstain_below", "nan"], "abstain_below must be a number"),
-        (["q", "--timeout", "0"], "timeout must be above 0"),
-        (["q", "--stop", ""], "stop must be"),
-        (["q", "--slots", "0"], "slots must be"),
-        (["q", "--mode", "guess"], "invalid choice"),
-        (["q", "--checkpoint", "x"], "not allowed with"),
-    ],
-)
-def test_wrong_usage_is_refused_before_anything_is_opened(arguments, message, monkeypatch, capsys):
-    monkeypatch.setattr(command, "open_session", lambda *_: pytest.fail("opened"))
-    with pytest.raises(SystemExit) as ended:
-        run(*arguments)
-    assert ended.value.code == 2
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "arguments, content, message",
-    [
-        (["  "], b"", "the command line: there is no question"),
-        (["--questions", "FILE"], b"\n \n", "there is no question: give one"),
-        (["--questions", "FILE"], b"good\n\xff\n", "line 2 is not UTF-8"),
-        (["--questions", "nowhere.txt"], b"", "No such file"),
-        (["a\udcff"], b"", "the question is not UTF-8"),
-    ],
-)
-def test_bad_questions_are_refused_before_anything_is_opened(
-    arguments, content, message, monkeypatch, capsys, tmp_path
-):
-    monkeypatch.setattr(command, "open_session", lambda *_: pytest.fail("opened"))
-    (tmp_path / "q.txt").write_bytes(content)
-    assert run(*[str(tmp_path / "q.txt") if a == "FILE" else a for a in arguments]) == 1
-    err = capsys.readouterr().err
-    assert message in err and err.startswith("ask: ") and err.count("\n") == 1
-
-
-def test_a_reader_that_goes_away_is_no_error():
-    script = (
-        "import os, sys; from tests.ask import fake; from msa_jax.ask import __main__ as c;"
-        "c.open_session = lambda *_: fake.Session({'q': fake.answer('q', text='x' * 3_000)});"
-        "sys.exit(c.main(['--workdir', 'r', '--bank', 'b', 'q']))"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(os.environ)
-    ) as process:
-        process.stdout.close()
-        assert process.stderr.read() == b""
-        assert process.wait() == 0
