@@ -13,6 +13,7 @@ import argparse
 import collections
 import dataclasses
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -227,7 +228,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except BrokenPipeError:
-        return 0  # who read the answers has enough
+        # Who read the answers has enough. What is left of them goes nowhere, or the interpreter fails at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (BankError, CheckpointError, ConfigError, DataError, OSError, QuestionError) as e:
         print(f"ask: {' '.join(str(e).split())}", file=sys.stderr)
         return 1

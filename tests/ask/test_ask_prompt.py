@@ -83,6 +83,20 @@ def test_an_interruption_ends_the_answer_and_not_the_program():
     assert [q for q, *_ in session.asked] == ["long", "fine"]
 
 
+def test_an_interruption_while_it_is_shown_gives_the_question_up():
+    class Out(io.StringIO):
+        def write(self, text):
+            if text == "nor":
+                raise KeyboardInterrupt
+            return super().write(text)
+
+    session, out = fake.Session(), Out()
+    with fake.lines("where to") as read:
+        Prompt(session, AskConfig(), None, read=read, out=out).run()
+    assert session.stream_closed
+    assert out.getvalue().endswith("\n(given up)\n\n")
+
+
 def test_the_command_starts_it_with_its_flags(monkeypatch, capsys):
     session, typed = fake.Session(), ["one"]
     monkeypatch.setattr(command, "open_session", lambda *_: session)

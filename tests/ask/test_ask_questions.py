@@ -111,14 +111,17 @@ def test_bad_questions_are_refused_before_anything_is_opened(
     assert message in err and err.startswith("ask: ") and err.count("\n") == 1
 
 
-def test_a_reader_that_goes_away_is_no_error():
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_reader_that_goes_away_is_no_error(streamed):
+    more = "" if streamed else ", outcome='not_in_memory', citations=()"
     script = (
         "import os, sys; from tests.ask import fake; from msa_jax.ask import __main__ as c;"
-        "c.open_session = lambda *_: fake.Session({'q': fake.answer('q', text='x' * 3_000)});"
+        f"c.open_session = lambda *_: fake.Session({{'q': fake.answer('q', text='x' * 3_000{more})}});"
         "sys.exit(c.main(['--workdir', 'r', '--bank', 'b', 'q']))"
     )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(os.environ)
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
     ) as process:
         process.stdout.close()
         assert process.stderr.read() == b""
