@@ -44,7 +44,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 class _Server(uvicorn.Server):
-    """Signals are `serve`'s: at a second one uvicorn would drop what runs without a word."""
+    """Leaves signals to `serve`."""
 
     @contextlib.contextmanager
     def capture_signals(self):

@@ -7,6 +7,7 @@ import asyncio
 import logging
 import os
 import sys
+import threading
 import time
 
 from msa_jax.inference.settings import AskConfig
@@ -15,6 +16,16 @@ from msa_jax.serve.limits import Limits
 from msa_jax.serve.running import bind, serve
 from msa_jax.serve.service import Service
 from tests.serve.fakes import FakeSession
+
+
+class Slow(FakeSession):
+    """Notices after half a second that a question was cancelled, as one that computes does."""
+
+    def submit(self, *args, **kwargs):
+        pending = super().submit(*args, **kwargs)
+        cancel = pending.cancel
+        pending.cancel = lambda: threading.Timer(0.5, cancel).start()
+        return pending
 
 
 def script(question):
@@ -35,7 +46,7 @@ def main(grace: str, keys: str | None = None) -> None:
         if "FAIL" in os.environ:
             raise OSError("cannot be loaded")
         time.sleep(0.1)
-        service.start(FakeSession(script=script, add_seconds=float(os.environ.get("ADD", 0))), 4)
+        service.start(Slow(script=script, add_seconds=float(os.environ.get("ADD", 0))), 4)
 
     print(bound.getsockname()[1], flush=True)
     asyncio.run(serve(service, bound, load, keys))

@@ -233,6 +233,9 @@ def test_metrics_count_by_route_and_status(server):
     with server.http() as http:
         for path in ("/nowhere/7", "/v1/documents/x"):
             assert http.get(path).status_code == 404
+        for method in ("BREW", "STIR"):
+            assert http.request(method, "/v1/models").status_code == 405
+    assert server.metric("msa_requests_total", route="/v1/models", method="other", status="405") == 2
     assert server.metric("msa_requests_total", route="none", status="404") == 1
     assert server.metric("msa_requests_total", route="/v1/documents/{id:path}", status="404") == 1
 

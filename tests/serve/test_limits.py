@@ -180,6 +180,16 @@ def test_more_questions_than_may_wait():
         assert server.chat("a").status_code == 200
 
 
+def test_explaining_counts_as_a_question():
+    with serving(FakeSession(slots=1, script=lambda _: [0.6, "a"]), limits=Limits(waiting=0, grace=0.2)) as server:
+        with concurrent.futures.ThreadPoolExecutor(1) as pool, server.http() as http:
+            running = pool.submit(server.chat, "a")
+            assert eventually(lambda: server.service.questions.taken == 1)
+            assert http.post("/v1/explain", json={"question": "a"}).status_code == 429
+            assert running.result().status_code == 200
+            assert http.post("/v1/explain", json={"question": "a"}).status_code == 200
+
+
 def test_openais_client_waits_and_asks_again():
     with serving(FakeSession(slots=1, script=lambda _: [0.1, "a"]), limits=Limits(waiting=0, grace=0.2)) as server:
         messages = [{"role": "user", "content": "a"}]

@@ -24,22 +24,21 @@ def started(root, *arguments, **environment):
         [sys.executable, "-m", "tests.serve.process", *map(str, arguments)],
         cwd=root, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    try:
-        with (
-            process,
-            httpx.Client(base_url=f"http://127.0.0.1:{process.stdout.readline().strip()}", timeout=20) as http,
-        ):
+    with process:
+        try:
+            port = process.stdout.readline().strip()
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as http:
 
-            def ready():
-                with contextlib.suppress(httpx.TransportError):
-                    return http.get("/readyz").status_code == 200
-                return process.poll() is not None
+                def ready():
+                    with contextlib.suppress(httpx.TransportError):
+                        return http.get("/readyz").status_code == 200
+                    return process.poll() is not None
 
-            if "FAIL" not in environment:
-                assert eventually(ready, 20) and process.poll() is None
-            yield process, http
-    finally:
-        process.kill()
+                if "FAIL" not in environment:
+                    assert eventually(ready, 20) and process.poll() is None
+                yield process, http
+        finally:
+            process.kill()
 
 
 def chat(http, text, **more):
