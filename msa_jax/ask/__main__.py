@@ -124,7 +124,7 @@ def open_session(options, config: AskConfig, engine: EngineConfig):
         with BankReader(options.bank) as bank:
             unknown = set(options.namespace) - set(bank.table.namespaces)
             if unknown:
-                known = ", ".join(bank.table.namespaces)
+                known = ", ".join(bank.table.namespaces) or "none yet"
                 raise BankError(f"{options.bank}: no namespace {sorted(unknown)[0]!r}: it has {known}.")
     if sys.stderr.isatty() and not options.json:
         print("Loading. The first questions take longer: what computes them is compiled for them.", file=sys.stderr)

@@ -8,7 +8,10 @@ import sys
 
 import pytest
 
+from msa_jax import MSATransformer
 from msa_jax.ask import __main__ as command
+from msa_jax.bank.manifest import BankSpec
+from msa_jax.bank.store import MemoryStore
 from tests.ask import fake
 from tests.ask.fake import run
 
@@ -109,6 +112,25 @@ def test_bad_questions_are_refused_before_anything_is_opened(
     assert run(*[str(tmp_path / "q.txt") if a == "FILE" else a for a in arguments]) == 1
     err = capsys.readouterr().err
     assert message in err and err.startswith("ask: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--bank", "nowhere", "--workdir", "RUN"], "nowhere: no bank here"),
+        (["--bank", "nowhere", "--workdir", "RUN", "--namespace", "a"], "nowhere: no bank here"),
+        (["--bank", "BANK", "--workdir", "RUN", "--namespace", "a"], "no namespace 'a': it has none yet."),
+        (["--bank", "BANK", "--workdir", "nowhere"], "nowhere: no trained run there"),
+        (["--bank", "BANK", "--checkpoint", "nowhere"], "nowhere: no such file"),
+    ],
+)
+def test_what_is_not_there_is_refused_before_the_model_loads(arguments, message, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    MemoryStore.create("BANK", BankSpec("model", "text", 4, 1, 6, 2, 3, "float32")).close()
+    monkeypatch.setattr(MSATransformer, "__init__", lambda *_, **__: pytest.fail("a model is made"))
+    assert command.main([*arguments, "hi"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and message in captured.err and captured.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("streamed", [True, False])
