@@ -18,6 +18,7 @@ import pathlib
 import sys
 from collections.abc import Iterator, Sequence
 
+from msa_jax.ask.loading import add_flags, loading_of
 from msa_jax.ask.prompt import Prompt, answer_one, width
 from msa_jax.ask.show import as_json, clean, write_end, write_explanation
 from msa_jax.bank.manifest import BankError
@@ -81,6 +82,7 @@ def parser() -> argparse.ArgumentParser:
     budget = ("rounds", "documents", "document_tokens", "turn_tokens", "answer_tokens")
     _flags(root.add_argument_group("what it may cost"), Budget, *budget)
     _flags(root.add_argument_group("shapes that are compiled"), EngineConfig, "slots", "context")
+    add_flags(root)
     return root
 
 
@@ -130,10 +132,10 @@ def open_session(options, config: AskConfig, engine: EngineConfig):
         print("Loading. The first questions take longer: what computes them is compiled for them.", file=sys.stderr)
     # Here, because the model takes seconds to import.
     from msa_jax.inference.session import Session
-
     return Session.open(
-        options.bank, workdir=options.workdir, checkpoint=options.checkpoint, engine=engine, defaults=config
-    )
+        options.bank, workdir=options.workdir, checkpoint=options.checkpoint, engine=engine, defaults=config,
+        loading=loading_of(options),
+    )  # fmt: skip
 
 
 def _answers(session, questions: Sequence[str], options, config: AskConfig, ahead: int) -> Iterator[Answer | str]:

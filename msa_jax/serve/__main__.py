@@ -18,6 +18,7 @@ import sys
 import threading
 from collections.abc import Sequence
 
+from msa_jax.ask.loading import add_flags, loading_of
 from msa_jax.bank.manifest import BankError
 from msa_jax.checkpoint import CheckpointError
 from msa_jax.config import ConfigError, require
@@ -68,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
     shapes.add_argument("--slots", type=int, default=engine.slots, help="questions together; default %(default)s")
     shapes.add_argument("--context", type=int, default=engine.context, help="tokens a question; default %(default)s")
     shapes.add_argument("--decode_steps", type=int, default=engine.decode_steps, help="default %(default)s")
+    add_flags(root)
 
     ask = root.add_argument_group("how a question is asked that does not say so")
     ask.add_argument("--mode", choices=MODES, default="generate", help="default %(default)s")
@@ -141,6 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             session = Session.open(
                 options.bank, workdir=options.workdir, checkpoint=options.checkpoint, engine=engine,
                 defaults=service.defaults, writable=options.writable, row_len=options.row_len,
+                loading=loading_of(options),
             )  # fmt: skip
             log.info("loaded; compiling")
             session.warm_up()
