@@ -42,9 +42,10 @@ def turn_of(
         new = talk.tokens[first:]
         lengths[i], begin[i] = len(new), head + first
         tokens[i, : len(new)], route[i, : len(new)] = new, talk.routing[first:]
-    allowed = np.zeros((size, len(views[0].allowed)), bool)
-    for i in range(len(talks)):
-        allowed[i] = views[i].allowed
+    # Views are wider from the day on that the bank has more namespaces.
+    allowed = np.zeros((size, max(len(view.allowed) for view in views)), bool)
+    for i, view in enumerate(views[: len(talks)]):
+        allowed[i, : len(view.allowed)] = view.allowed
     spare = size - len(talks)
     return Turn(
         rows=np.array([*rows, *[nobody] * spare], np.int32),

@@ -8,6 +8,7 @@ repeated, the model answers.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy as np
 from msa_jax.data.batch import ROUTING
 from msa_jax.data.samples import Renderer
 from msa_jax.inference.answer import Citation, Event, Outcome, Round
-from msa_jax.inference.library import Library, Original, QuestionError, View
+from msa_jax.inference.library import Original, QuestionError
 from msa_jax.inference.reply import Reply
 from msa_jax.inference.settings import AskConfig
 
@@ -58,8 +59,7 @@ class Conversation:
         self,
         question: str,
         renderer: Renderer,
-        library: Library,
-        view: View,
+        find: Callable[[int], Original | None],
         config: AskConfig,
         *,
         context: int,
@@ -69,6 +69,7 @@ class Conversation:
         """Begin.
 
         Args:
+          find: the document of a number, if the question may see it; called once there was a routing.
           context: tokens at most.
           on_read, on_text: called with each document that is read and with each piece of the answer.
 
@@ -77,7 +78,7 @@ class Conversation:
         """
         if not question.strip():
             raise QuestionError("the question is empty.")
-        self.question, self._renderer, self._library, self._view = question, renderer, library, view
+        self.question, self._renderer, self._find = question, renderer, find
         self._mode, self._budget, self._abstain_below = config.mode, config.budget, config.abstain_below
         self._router_documents = min(config.router_documents, config.budget.documents)
         self._on_read = on_read
@@ -137,10 +138,11 @@ class Conversation:
         if self._abstain_below is not None and (best is None or best < self._abstain_below):
             self._over("not_in_memory")
         elif self._mode == "router":
-            chosen = list(routed.ranking)[: self._router_documents]
-            for number in chosen:
-                original = self._library.find(number, self._view)
-                if original is None or not self._read(number, original, reference=True):
+            # One that was deleted since it was routed to is no document any more.
+            originals = ((number, self._find(number)) for number in routed.ranking)
+            chosen = ((number, original) for number, original in originals if original is not None)
+            for number, original in itertools.islice(chosen, self._router_documents):
+                if not self._read(number, original, reference=True):
                     break
             self._close()
 
@@ -207,7 +209,7 @@ class Conversation:
         """Append the texts of the numbers that are new; where they are, None if there are none."""
         begin, read = len(self.tokens), {citation.number for citation in self.citations}
         for number in named:
-            original = self._library.find(number, self._view)
+            original = self._find(number)
             if original is None:
                 self._tell("unknown", number)
             elif number in read:

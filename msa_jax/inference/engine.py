@@ -6,6 +6,7 @@ Nothing here knows of threads but `submit` and what `Pending` offers; `Session` 
 from __future__ import annotations
 
 import collections
+import functools
 import itertools
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,10 +21,10 @@ from msa_jax.data.samples import Renderer
 from msa_jax.inference import batching
 from msa_jax.inference.answer import Answer
 from msa_jax.inference.conversation import Conversation
-from msa_jax.inference.library import Library
+from msa_jax.inference.library import Library, QuestionError
 from msa_jax.inference.pending import Listener, Pending
 from msa_jax.inference.programs import Turn, Written, decode, take_turn
-from msa_jax.inference.rows import empty_rows
+from msa_jax.inference.rows import empty_rows, placed
 from msa_jax.inference.settings import AskConfig, EngineConfig, Sampling
 from msa_jax.model import MSATransformer
 
@@ -67,13 +68,12 @@ class Engine:
 
     def renew(self) -> None:
         """Make rows for the library's bank as it is now; no question may be in progress."""
-        self._device = empty_rows(
-            self._model,
-            self._prefix,
-            self.library.bank,
-            rows=self.config.slots,
-            length=self._head + self.config.context,
+        bank = self.library.bank
+        self._device = None  # two of it may be more than there is room for
+        rows = empty_rows(
+            self._model, self._prefix, bank, rows=self.config.slots, length=self._head + self.config.context
         )
+        self._device = placed(rows, (self._params, bank and bank.layout))
 
     @property
     def waiting(self) -> int:
@@ -101,13 +101,12 @@ class Engine:
           QuestionError: it is empty or too long, or there is no such namespace.
           RuntimeError: the engine is closed.
         """
-        pending = Pending(question, config, listener)
-        pending._view = self.library.view(namespaces)
+        self.library.view(namespaces)  # whether there are such
+        pending = Pending(question, namespaces, config, listener)
         pending._conversation = Conversation(
             question,
             self._renderer,
-            self.library,
-            pending._view,
+            functools.partial(pending._find, self.library),
             config,
             context=self.config.context,
             on_read=pending._read,
@@ -196,9 +195,9 @@ class Engine:
             waiting, self._waiting = list(self._waiting), collections.deque()
         running = [pending for pending in self._rows if pending is not None]
         self._rows = [None] * self.config.slots
-        self.renew()  # the rows before were donated
         for pending in running + waiting:
             pending._fail(error)
+        self.renew()  # the rows before were donated
 
     def _admit(self) -> None:
         """Free the rows of questions that were given up, and give free ones, the lowest first, to those that wait."""
@@ -207,15 +206,22 @@ class Engine:
                 pending._conversation.give_up(why)
                 self._leave(row)
         with self._lock:
-            late = [p for p in self._waiting if p._late()]
-            self._waiting = collections.deque(p for p in self._waiting if p not in late)
-            for row in range(len(self._rows)):
-                if self.admits and self._rows[row] is None and self._waiting:
-                    self._rows[row] = self._waiting.popleft()
-                    self._rows[row]._begin()
-        for pending in late:
-            pending._conversation.give_up(pending._late())
-            pending._finish()
+            waiting, self._waiting = self._waiting, collections.deque()
+            late = [(pending, pending._late()) for pending in waiting]
+            free = [row for row, pending in enumerate(self._rows) if pending is None] if self.admits else []
+            begin = [pending for pending, why in late if why is None]
+            self._waiting.extend(begin[len(free) :])
+        for pending, why in late:
+            if why is not None:
+                pending._conversation.give_up(why)
+                pending._finish()
+        for row, pending in zip(free, begin, strict=False):
+            try:
+                pending._begin(self.library.view(pending._namespaces))
+            except QuestionError as error:
+                pending._fail(error)  # the bank lost a namespace meanwhile
+            else:
+                self._rows[row] = pending
 
     def _leave(self, row: int) -> None:
         self._rows[row], pending = None, self._rows[row]

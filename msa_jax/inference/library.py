@@ -22,7 +22,7 @@ class QuestionError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """What one question may see: namespaces `allowed` [A] bool, and what had come when it was asked.
+    """What one question may see: namespaces `allowed` [A] bool, and what had come when it began.
 
     That is told by `seen`, as in `Visibility`, and by how many rows the table of the bank on disk had.
     """
@@ -47,11 +47,14 @@ class Library(Protocol):
       bank: None for no memory.
       visibility: whose the documents of the bank are; None without a bank.
       names: of the namespaces.
+      len: documents that can be read.
     """
 
     bank: MemoryBank | None
     visibility: Visibility | None
     names: tuple[str, ...]
+
+    def __len__(self) -> int: ...
 
     def view(self, namespaces: Sequence[str] | None) -> View:
         """What a question of these namespaces may see, None all, from now on. Raises QuestionError."""
@@ -91,6 +94,9 @@ class FixedLibrary:
         if bank is not None:
             nobody = (places < 0).astype(np.int32)
             self.visibility = Visibility(namespaces=jnp.asarray(nobody), born=jnp.zeros(len(places), jnp.int32))
+
+    def __len__(self) -> int:
+        return len(self._documents)
 
     def view(self, namespaces: Sequence[str] | None) -> View:
         unknown = sorted(set(namespaces or ()) - {DEFAULT_NAMESPACE})

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from msa_jax.inference.answer import Answer, Citation, Outcome, StreamEvent
 from msa_jax.inference.conversation import Conversation
+from msa_jax.inference.library import Library, Original, View
 from msa_jax.inference.settings import AskConfig
+
+_LOG = logging.getLogger(__name__)
 
 Listener = Callable[[StreamEvent], None]
 
@@ -16,8 +20,12 @@ Listener = Callable[[StreamEvent], None]
 class Pending:
     """A question in an engine. Methods without underscore may be called from any thread."""
 
-    def __init__(self, question: str, config: AskConfig, listener: Listener | None):
+    def __init__(
+        self, question: str, namespaces: Sequence[str] | None, config: AskConfig, listener: Listener | None
+    ):
         self._question, self._config, self._listener = question, config, listener
+        self._namespaces = None if namespaces is None else tuple(namespaces)
+        self._view: View | None = None
         self._over, self._cancelled = threading.Event(), threading.Event()
         self._answer: Answer | None = None
         self._error: BaseException | None = None
@@ -56,12 +64,22 @@ class Pending:
         limit = self._config.timeout
         return "timed_out" if limit is not None and time.monotonic() - self._submitted > limit else None
 
-    def _begin(self) -> None:
+    def _find(self, library: Library, number: int) -> Original | None:
+        return library.find(number, self._view)
+
+    def _begin(self, view: View) -> None:
+        self._view = view
         self._begun = time.monotonic() - self._submitted
 
     def _tell(self, event: StreamEvent) -> None:
-        if self._listener is not None:
+        if self._listener is None:
+            return
+        try:
             self._listener(event)
+        except Exception:
+            # Other questions are computed by the same thread.
+            _LOG.exception("a listener failed and hears no more; its question goes on")
+            self._listener = None
 
     def _read(self, citation: Citation) -> None:
         self._tell(StreamEvent(citation=citation))

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 
-from msa_jax.inference.rows import Rows, Visibility, best_documents, fetched, near_bank
+from msa_jax.inference.rows import Rows, Visibility, best_documents, fetched, near_bank, still_there
 from msa_jax.inference.sampling import SamplingState, choose
 from msa_jax.memory import MemoryBank
 from msa_jax.model import KeyValues, MSATransformer
@@ -127,9 +127,9 @@ def take_turn(
     if bank is not None and routes:
         memory = dict(bank=bank, route=turn.route & exists, visible=visibility.of(turn.allowed, turn.seen))
         if not fresh:
-            memory |= dict(also=mine(rows.asked), resume=mine(rows.selection))
+            memory |= dict(also=still_there(mine(rows.asked), bank), resume=mine(rows.selection))
     elif bank is not None:
-        source, selected = bank, mine(rows.selection)
+        source, selected = bank, still_there(mine(rows.selection), bank)
         if rows.near is not None:
             source, selected = near_bank(bank, mine(rows.near), selected)
         memory = dict(bank=source, selection=selected)
@@ -195,7 +195,7 @@ def decode(
     count = current.token.shape[0]
     few = lambda tree: jax.tree.map(lambda x: x[:, :count], tree)  # noqa: E731
     used = jax.tree.map(lambda x: x[:, :count, :columns], rows.cache)
-    source, selected = bank, few(rows.selection)
+    source, selected = bank, None if bank is None else still_there(few(rows.selection), bank)
     if rows.near is not None:
         source, selected = near_bank(bank, few(rows.near), selected)
     stops = jnp.asarray(stop_tokens, jnp.int32)

@@ -41,7 +41,7 @@ class Reply:
 
     def _read(self, whole: str, *, over: bool) -> None:
         text = whole.lstrip()
-        if self._before and not over and self._before.startswith(text.rstrip()):
+        if self._before and not over and self._before.startswith(text.rstrip("\ufffd").rstrip()):
             return  # the template's words may still be coming
         text = text.removeprefix(self._before).lstrip()
         found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
@@ -55,10 +55,11 @@ class Reply:
 
     def _open(self, text: str) -> int:
         """How many characters at the end may change: part of a character, or of a stop string."""
-        held = len(text) - len(text.rstrip("\ufffd"))
+        whole = text.rstrip("\ufffd")
+        held = 0
         for stop in self._stop:
-            for size in range(min(len(stop) - 1, len(text)), held, -1):
-                if text.endswith(stop[:size]):
+            for size in range(min(len(stop) - 1, len(whole)), held, -1):
+                if whole.endswith(stop[:size]):
                     held = size
                     break
-        return held
+        return held + len(text) - len(whole)

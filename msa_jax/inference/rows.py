@@ -6,6 +6,8 @@ k documents selected, R documents reported, C chunks.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -71,6 +73,26 @@ def empty_rows(
         one = jax.eval_shape(lambda bank, selection: fetched(bank, selection)[0], bank, nothing())
         near = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one)
     return Rows(cache=cache, selection=nothing(), asked=nothing(), near=near)
+
+
+def still_there(selection: Selection, bank: MemoryBank) -> Selection:
+    """A selection without documents that were deleted since: their place is nobody's."""
+    there = jnp.take(bank.layout.lengths, selection.documents, mode="clip") > 0
+    return selection.replace(
+        scores=jnp.where(there, selection.scores, NO_SCORE), lengths=jnp.where(there, selection.lengths, 0)
+    )
+
+
+def placed(tree: Any, like: Any) -> Any:
+    """Arrays put, whole, where a compiled step that is given them and `like` will leave them.
+
+    Else the first step would be compiled twice: once for arrays that may lie anywhere, once for its own results.
+    """
+    fixed = [x.sharding for x in jax.tree.leaves(like) if isinstance(x, jax.Array) and x.committed]
+    if not fixed:
+        return tree
+    mesh = getattr(fixed[0], "mesh", None)
+    return jax.device_put(tree, fixed[0] if mesh is None else jax.NamedSharding(mesh, jax.P()))
 
 
 def fetched(bank: MemoryBank, selection: Selection) -> tuple[dict[str, jax.Array], Selection]:

@@ -236,7 +236,7 @@ class Session:
     # Documents
 
     def add(self, documents: Iterable[BankDocument]) -> Report:
-        """Add documents; questions that are asked from the return on see them, those in progress do not.
+        """Add documents; questions that begin from the return on see them, those in progress do not.
 
         Raises:
           BankError: what `MemoryStore.add` refuses; or this session cannot write.
@@ -256,6 +256,7 @@ class Session:
         if self._store is None:
             raise BankError("this session's bank is in memory: documents can be added to one on disk.")
         with self._writing:
+            self._need_open()
             try:
                 return change(self._store)
             finally:
@@ -394,8 +395,9 @@ class Session:
         self._wake.set()
         self._thread.join()
         if self._store is not None:
-            self._library.close()
-            self._store.close()
+            with self._writing:  # what is being added is added whole
+                self._library.close()
+                self._store.close()
 
     def __enter__(self) -> Self:
         return self

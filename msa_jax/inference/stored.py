@@ -29,7 +29,7 @@ class StoredLibrary:
 
     def __init__(self, path: str, **options: Any):
         """Load the bank at `path`; `options` are those of `msa_jax.bank.load`. Raises BankError."""
-        self._reader = BankReader(path)
+        self._path, self._reader = path, BankReader(path)
         try:
             self._loaded = load(self._reader, **options)
         except BaseException:
@@ -42,13 +42,13 @@ class StoredLibrary:
     def _see(self) -> None:
         loaded = self._loaded
         self.bank, self.version = loaded.bank, loaded.version
-        self._columns = -(-max(1, len(loaded.names)) // _NAMESPACES) * _NAMESPACES
-        whose = np.where(loaded.namespaces < 0, self._columns, loaded.namespaces)
+        columns = -(-max(1, len(loaded.names)) // _NAMESPACES) * _NAMESPACES
+        whose = np.where(loaded.namespaces < 0, columns, loaded.namespaces)
         self.visibility = Visibility(
             namespaces=jnp.asarray(whose, jnp.int32), born=jnp.asarray(self._born, jnp.int32)
         )
-        # Rows are added behind others: how many there are tells what had come.
-        self._rows = len(self._reader.table.columns)
+        # Rows are added behind others: how many there are tells what had come. One value, which other threads read.
+        self._now = (loaded.names, columns, self._epoch, len(self._reader.table.columns))
 
     def __len__(self) -> int:
         return len(self._reader)
@@ -56,7 +56,7 @@ class StoredLibrary:
     @property
     def names(self) -> tuple[str, ...]:
         """Of the namespaces."""
-        return self._loaded.names
+        return self._now[0]
 
     def follow(self, *, idle: bool) -> bool:
         """Go to the newest version of the bank.
@@ -70,15 +70,24 @@ class StoredLibrary:
         Raises:
           BankError: a bank that cannot be read; what was loaded stays.
         """
-        self._reader.refresh()
-        if self._reader.version == self._loaded.version:
-            return True
-        stays = self._loaded.placement.follow(self._reader) is not None
-        if not stays and not idle:
-            return False
-        before = self._loaded.rows
-        self._loaded = self._loaded.refresh(self._reader)
-        rows = self._loaded.rows
+        # Questions in progress go on to read by the tables of what is loaded, unless this succeeds.
+        newest = BankReader(self._path)
+        try:
+            before = self._loaded.placement
+            after = before.follow(newest)
+            # For content off the device there is room for the longest document so far.
+            stays = after is not None and (self.bank.tier == "device" or after.max_length == before.max_length)
+            if after is not before and (stays or idle):
+                self._loaded = self._loaded.refresh(newest)
+        except BaseException:
+            newest.close()
+            raise
+        if after is before or not (stays or idle):
+            newest.close()
+            return after is before
+        self._reader, reader = newest, self._reader
+        reader.close()
+        before, rows = before.rows, self._loaded.rows
         self._epoch += 1
         if not stays:
             self._born = np.zeros(len(rows), np.int32)
@@ -88,12 +97,13 @@ class StoredLibrary:
         return True
 
     def view(self, namespaces: Sequence[str] | None) -> View:
-        unknown = sorted(set(namespaces or ()) - set(self.names))
+        names, columns, epoch, rows = self._now
+        unknown = sorted(set(namespaces or ()) - set(names))
         if unknown:
-            raise QuestionError(f"no namespace {unknown[0]!r} in this bank: it has {', '.join(self.names)}.")
-        allowed = np.zeros(self._columns, bool)
-        allowed[[i for i, name in enumerate(self.names) if namespaces is None or name in namespaces]] = True
-        return View(allowed, self._epoch, self._rows)
+            raise QuestionError(f"no namespace {unknown[0]!r} in this bank: it has {', '.join(names)}.")
+        allowed = np.zeros(columns, bool)
+        allowed[[i for i, name in enumerate(names) if namespaces is None or name in namespaces]] = True
+        return View(allowed, epoch, rows)
 
     def find(self, number: int, view: View) -> Original | None:
         rows = self._reader.table.rows_numbered(number, set(np.flatnonzero(view.allowed).tolist()))
