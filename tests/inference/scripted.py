@@ -1,0 +1,73 @@
+"""An engine whose model computes every token and writes what a script says; what it would have written is kept."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from msa_jax.inference.engine import Engine
+from tests.inference.small import CONTEXT, renderer
+
+
+def names(*numbers):
+    """What a model writes that names documents in one turn."""
+    ids = [renderer().reference(n) for n in numbers]
+    return [token for one in ids[:-1] for token in one[:-1]] + ids[-1]
+
+
+class Scripted(Engine):
+    """Made for `decode_steps` of 1.
+
+    Attributes:
+      scripts: by question, the tokens to write; behind them the model's own.
+      seen: (tokens, which of them route, [N] bool visible, the token that the model wrote behind them).
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.scripts, self.seen = {}, []
+
+    def _said(self, row, own):
+        talk = self._rows[row]._conversation
+        visible = None if self.library.bank is None else self.library.visible(self._rows[row]._view)
+        self.seen.append((list(talk.tokens), list(talk.routing), visible, int(own)))
+        script = self.scripts.get(talk.question, [])
+        return script[talk.completion_tokens] if talk.completion_tokens < len(script) else int(own)
+
+    def _take_turn(self, turn, *, fresh, routes):
+        written = super()._take_turn(turn, fresh=fresh, routes=routes)
+        token = np.array(written.token)
+        for i, row in enumerate(turn.rows):
+            if row < self.config.slots and (written.same is None or written.same[:, i].all()):
+                token[i] = self._said(row, token[i])
+        return written.replace(token=token)
+
+    def _write_on(self, talks, sampling, *, longest):
+        written = np.array(super()._write_on(talks, sampling, longest=longest))
+        for row, talk in enumerate(talks):
+            if talk is not None:
+                written[row, 0] = self._said(row, written[row, 0])
+        return written
+
+
+@functools.partial(jax.jit, static_argnames="graphdef")
+def _full_pass(graphdef, params, tokens, route, exists, bank, visible):
+    model = nnx.merge(graphdef, params)
+    prefix = jnp.array([renderer().prefix])
+    mask = jnp.concatenate([jnp.ones(prefix.shape, bool), exists], axis=1)
+    positions = model.config.position_offset + jnp.arange(tokens.shape[1])[None]
+    output = model(
+        tokens, positions=positions, mask=mask, past=model.encode_template(prefix), bank=bank, route=route & exists,
+        visible=visible,
+    )  # fmt: skip
+    return model.logits(output.hidden[0, exists.sum() - 1]), output
+
+
+def full_pass(model, tokens, route, bank=None, visible=None):
+    """Logits [V] behind a context of one question, computed in one go without a cache, and the model's output."""
+    pad = lambda x, kind: np.pad(np.array(x, kind), (0, CONTEXT - len(x)))[None]  # noqa: E731
+    exists = np.arange(CONTEXT)[None] < len(tokens)
+    visible = None if bank is None else visible[None]
+    return _full_pass(*nnx.split(model), pad(tokens, np.int32), pad(route, bool), exists, bank, visible)
