@@ -1,5 +1,6 @@
 """Asking the memory: an engine that answers many questions at once, and the session that people and programs use."""
 
+from msa_jax.inference.abstention import Threshold, choose_threshold
 from msa_jax.inference.answer import Answer, Citation, Event, Outcome, Round, StreamEvent
 from msa_jax.inference.engine import Engine
 from msa_jax.inference.explanation import Explained, Explanation, LayerMatch
@@ -28,4 +29,6 @@ __all__ = [
     "Session",
     "Stats",
     "StreamEvent",
+    "Threshold",
+    "choose_threshold",
 ]
