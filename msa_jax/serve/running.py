@@ -75,6 +75,9 @@ async def serve(service: Service, bound: socket.socket, load: Callable[[], None]
             service.give_up()
             return
         log.info("stopping: what runs has %g s", service.limits.grace)
+        end()
+
+    def end():
         service.draining = server.should_exit = True
         stopping.set()
 
@@ -99,7 +102,7 @@ async def serve(service: Service, bound: socket.socket, load: Callable[[], None]
             load()
         except BaseException as e:
             failure.append(e)
-            loop.call_soon_threadsafe(stop)
+            loop.call_soon_threadsafe(end)
 
     for name in ("SIGTERM", "SIGINT"):
         loop.add_signal_handler(getattr(signal, name), stop)
