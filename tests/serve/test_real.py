@@ -41,8 +41,8 @@ def places(tmp_path_factory):
     folder = tmp_path_factory.mktemp("real")
     tokenizer = Tokenizer.train([*TEXTS.values(), "question"] * 9, vocab_size=340)
     config = MSAConfig.preset(
-        "tiny", vocab_size=tokenizer.vocab_size, hidden_size=16, head_dim=4, mlp_size=8, num_layers=2, chunk_size=8,
-        router_layers=(1,),
+        "tiny", vocab_size=tokenizer.vocab_size, hidden_size=16, head_dim=4, mlp_size=8, num_layers=1, chunk_size=8,
+        router_layers=(0,),
     )  # fmt: skip
     model = MSATransformer(config, rngs=nnx.Rngs(0))
     save_model(model, folder / "model")
@@ -54,7 +54,7 @@ def places(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(places):
-    engine = EngineConfig(slots=Kept.slots, context=192, lengths=(48, 192), prefill_rows=1, decode_steps=4)
+    engine = EngineConfig(slots=Kept.slots, context=192, lengths=(192,), prefill_rows=1, decode_steps=4)
     with Kept.open(places[1], checkpoint=places[0], writable=True, row_len=64, engine=engine) as session:
         session.submitted = []
         with serving(session) as served:
