@@ -55,6 +55,7 @@ def test_it_lies_in_the_middle_of_the_gap():
     assert choose_threshold(wanted, [0.2, 0.85], keep=0.7).value == pytest.approx(0.5)
     assert choose_threshold(wanted, keep=0.6).value == pytest.approx(0.85)
     assert choose_threshold(wanted, [0.97], keep=0.6).value == 0.8  # there is nothing to refuse
+    assert choose_threshold([1.5e308], [1e308]).value == 1.25e308
 
 
 def test_equal_scores_stay_together():
@@ -102,9 +103,9 @@ def test_separation_against_all_pairs(inside, outside):
 
 
 def test_a_threshold_is_used_on_the_half_that_it_was_not_chosen_on():
-    inside, outside = np.array([0.9, 0.5, 0.9, 0.5]), np.array([0.1, 0.6, 0.1, 0.6])
-    # Of the even half 0.5, which keeps all of the odd half and refuses none; of the odd half 0.5 alone.
-    assert separation.held_out(inside, outside) == dict(kept=1.0, refused=0.5)
+    inside, outside = np.array([0.9, 0.5, 0.9, 0.5]), np.array([0.6, 0.1, 0.6, 0.1])
+    # 0.75 of the even half refuses all of the odd one, 0.3 of the odd half nothing of the even one.
+    assert separation.held_out(inside, outside) == dict(kept=0.5, refused=0.5)
 
 
 def test_ranking_and_margin():
@@ -196,6 +197,7 @@ def test_the_benchmark_from_questions_to_the_picture(small, tmp_path, capsys, mo
         assert chosen["kept"] == 1 and chosen["value"] <= lowest  # of six none may be lost
         assert len(row["unanswerable, not refused"]) == round(6 * (1 - chosen["refused"]))
         assert found[separation.FIRST]["value"] == first["score"][separation.CHOSEN]["value"]
+        assert row["quantiles"]["in memory"] != row["quantiles"]["not in memory"]
         assert 0 <= found["auroc"] <= 1 and 0 <= row["unanswerable, without a threshold"]["answers"] <= 1
     assert (tmp_path / "a.png").stat().st_size > 10_000
     assert capsys.readouterr().out.count("| score |") == 2
