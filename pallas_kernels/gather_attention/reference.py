@@ -83,31 +83,6 @@ def _take(bank, scale, layer, index, dtype):
     return (taken.astype(jnp.float32) * jnp.moveaxis(scales, 0, -1)[..., None]).astype(dtype)
 
 
-def _scores(grouped, keys):
-    """[B, T, K, G, D] with [B, s, K, D]: [B, K, G, T, s] float32."""
-    if grouped.shape[1] > 1:
-        return jnp.einsum("btkgd,bskd->bkgts", grouped, keys, preferred_element_type=jnp.float32)
-    # One token at a time costs what moving the keys costs, and heads apart would move them once more: instead each
-    # head asks all of a key, with zeros where it is another head's.
-    b, s, kv, d = keys.shape
-    group = grouped.shape[3]
-    wide = jnp.einsum("bkgd,kj->bkgjd", grouped[:, 0], jnp.eye(kv, dtype=grouped.dtype)).reshape(b, kv * group, kv * d)
-    scores = jnp.einsum("bhm,bsm->bhs", wide, keys.reshape(b, s, -1), preferred_element_type=jnp.float32)
-    return scores.reshape(b, kv, group, 1, s)
-
-
-def _mix(weights, values):
-    """[B, K, G, T, s] with [B, s, K, D]: [B, K, G, T, D] float32."""
-    weights = weights.astype(values.dtype)
-    if weights.shape[3] > 1:
-        return jnp.einsum("bkgts,bskd->bkgtd", weights, values, preferred_element_type=jnp.float32)
-    b, s, kv, d = values.shape
-    flat = weights.reshape(b, -1, s)
-    wide = jnp.einsum("bhs,bsm->bhm", flat, values.reshape(b, s, -1), preferred_element_type=jnp.float32)
-    own = wide.reshape(b, kv, -1, kv, d)[:, jnp.arange(kv), :, jnp.arange(kv)]  # [K, B, G, D]: each head's own part
-    return jnp.moveaxis(own, 0, 1)[:, :, :, None]
-
-
 def _parts(operands: Operands, max_length: int) -> tuple[list[_Part], jax.Array | None]:
     """Own tokens (if any) and chunks (if any), and the index [B, W] of the chunks."""
     q, k, v = operands[:3]
@@ -116,7 +91,7 @@ def _parts(operands: Operands, max_length: int) -> tuple[list[_Part], jax.Array 
     grouped = _grouped(q, kv)
 
     def logits_of(keys):
-        return d**-0.5 * _scores(grouped, keys)
+        return d**-0.5 * jnp.einsum("btkgd,bskd->bkgts", grouped, keys, preferred_element_type=jnp.float32)
 
     parts, index = [], None
     if s:
@@ -165,7 +140,10 @@ def forward(operands: Operands, *, max_length: int) -> tuple[jax.Array, jax.Arra
     for part in parts:
         weights = jnp.exp(jnp.where(part.allowed, part.logits, MASKED) - top)
         total = total + jnp.sum(weights, axis=-1, keepdims=True)
-        out = out + _mix(weights, part.values)
+        values = part.values
+        out = out + jnp.einsum(
+            "bkgts,bskd->bkgtd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32
+        )
     safe_total = jnp.where(total > 0, total, 1.0)
     lse = jnp.where(total > 0, top + jnp.log(safe_total), MASKED)
     return _rows(out / safe_total).astype(q.dtype), _rows(lse[..., 0])
