@@ -130,7 +130,7 @@ def test_a_client_that_leaves_frees_its_slot(server):
 
 @pytest.mark.slow
 def test_the_command(root, places, tmp_path):
-    """from the start of the process to its end: a minute of compiling."""
+    """From the start of the process to its end: a minute of compiling."""
     arguments = f"--checkpoint {places[0]} --bank {places[1]} --port 0 --slots 1 --context 192 --model_name small"
     arguments += f" --compiled {tmp_path}/compiled"
     log = open(tmp_path / "log", "w+")
