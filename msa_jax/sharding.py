@@ -142,6 +142,17 @@ class Shardings:
         return jax.tree_util.tree_map_with_path(one, state)
 
 
+def placed(model: nnx.Module, mesh: jax.sharding.Mesh, shardings: Shardings) -> nnx.Module:
+    """The model with its parameters spread over a mesh.
+
+    Raises:
+      ConfigError: a size that the mesh does not divide.
+    """
+    graphdef, state = nnx.split(model)
+    state = nnx.as_pure(state)
+    return nnx.merge(graphdef, jax.device_put(state, shardings.parameters(state, mesh)))
+
+
 def check_model(config: MSAConfig, mesh: jax.sharding.Mesh) -> None:
     """Raises ConfigError unless the mesh's "model" axis divides what it spreads."""
     ways = mesh.shape[MODEL]
@@ -177,4 +188,4 @@ def _tuple(axes) -> tuple[str, ...]:
     return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
 
 
-__all__ = ["AXES", "ConfigError", "MeshConfig", "Shardings", "check_model", "constrain", "put"]
+__all__ = ["AXES", "ConfigError", "MeshConfig", "Shardings", "check_model", "constrain", "placed", "put"]

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from msa_jax import compilation
+from msa_jax.sharding import MeshConfig
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -19,10 +20,21 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     for name, what in (("key_dtype", "routing keys"), ("content_dtype", "keys and values")):
         group.add_argument(f"--{name}", choices=("int8",), help=f"quantise {what} while loading; default as stored")
+    for axis, what in (("memory", "the documents"), ("model", "heads and hidden units, and the documents")):
+        group.add_argument(
+            f"--mesh_{axis}", type=int, default=1, metavar="N", help=f"devices that share {what} (default %(default)s)"
+        )
     compilation.add_flag(group)
 
 
 def loading_of(options: argparse.Namespace) -> dict[str, Any]:
-    """Options of `msa_jax.bank.load`; from here on compiled programs are kept."""
+    """Options of `msa_jax.bank.load`; from here on compiled programs are kept.
+
+    Raises:
+      ConfigError: a mesh that there are not the devices for.
+    """
     compilation.keep_programs(options.compiled)
-    return dict(content=options.content, key_dtype=options.key_dtype, content_dtype=options.content_dtype)
+    loading = dict(content=options.content, key_dtype=options.key_dtype, content_dtype=options.content_dtype)
+    if (options.mesh_memory, options.mesh_model) != (1, 1):
+        loading["mesh"] = MeshConfig(memory=options.mesh_memory, model=options.mesh_model).make()
+    return loading

@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 from tqdm import tqdm
 
 from msa_jax import distributed
@@ -32,7 +31,7 @@ from msa_jax.model import MSATransformer
 from msa_jax.plots import plot_curve
 from msa_jax.run import make_source
 from msa_jax.run_config import RunConfig
-from msa_jax.sharding import Shardings, check_model
+from msa_jax.sharding import Shardings, check_model, placed
 from msa_jax.trained import load_model
 
 _LOG = logging.getLogger(__name__)
@@ -116,7 +115,7 @@ def evaluate(run: RunConfig, workdir: str | pathlib.Path, memory_tokens: Sequenc
         asked_of = model
         if mesh is not None:
             shardings = Shardings.inference()
-            bank, asked_of = spread(bank, mesh, shardings), _placed(model, mesh, shardings)
+            bank, asked_of = spread(bank, mesh, shardings), placed(model, mesh, shardings)
         jax.block_until_ready(bank)
         encoded = time.monotonic()
         batch, index, count = settings.batch_size, jax.process_index(), jax.process_count()
@@ -178,12 +177,6 @@ def _mesh(run: RunConfig, model: MSATransformer) -> jax.sharding.Mesh | None:
     mesh = dataclasses.replace(run.mesh, data=-1).make(jax.local_devices())
     check_model(model.config, mesh)
     return mesh
-
-
-def _placed(model: MSATransformer, mesh: jax.sharding.Mesh, shardings: Shardings) -> MSATransformer:
-    graphdef, params = nnx.split(model)
-    places = shardings.parameters(nnx.as_pure(params), mesh)
-    return nnx.merge(graphdef, jax.device_put(nnx.as_pure(params), places))
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

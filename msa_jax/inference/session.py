@@ -31,6 +31,7 @@ from msa_jax.inference.settings import AskConfig, EngineConfig
 from msa_jax.inference.stored import StoredLibrary
 from msa_jax.memory import MemoryBank
 from msa_jax.model import MSATransformer
+from msa_jax.sharding import Shardings, check_model, placed
 from msa_jax.trained import open_model
 
 _LOG = logging.getLogger(__name__)
@@ -86,13 +87,14 @@ class Session:
           engine: shapes.
           defaults: how questions are asked that do not say so.
           encoder: of documents that are added; default one with rows of 4,096 tokens.
-          loading: options of `msa_jax.bank.load` for a bank on disk.
+          loading: options of `msa_jax.bank.load` for a bank on disk; over its `mesh` the model is spread too.
 
         Raises:
           BankError: the bank is another model's or cannot be read.
           ValueError: a bank in memory without its documents.
         """
         self._store, self._encoder = None, encoder
+        self._mesh = (loading or {}).get("mesh")
         self._renderer = renderer = Renderer(tokenizer)
         if isinstance(bank, MemoryStore):
             self._encoder = encoder or DocumentEncoder(model, tokenizer, row_len=4096)
@@ -102,15 +104,18 @@ class Session:
         else:
             self._library = FixedLibrary(bank, documents or {})
         self.defaults = defaults
-        self._model = model
-        self._engine = Engine(model, renderer, self._library, engine)
+        with self._on_mesh():
+            if self._mesh is not None:
+                check_model(model.config, self._mesh)
+                model = placed(model, self._mesh, (loading or {}).get("shardings", Shardings.inference()))
+            self._model = model
+            self._engine = Engine(model, renderer, self._library, engine)
         self._totals = (0, 0, 0)
         self._tasks: queue.SimpleQueue[tuple[Callable[[], Any], concurrent.futures.Future]] = queue.SimpleQueue()
         self._following: list[concurrent.futures.Future] = []
         self._writing = threading.Lock()
         self._wake = threading.Event()
         self._closed = threading.Event()
-        self._mesh = (loading or {}).get("mesh")
         self._thread = threading.Thread(target=self._run, name="session", daemon=True)
         self._thread.start()
 
@@ -299,8 +304,11 @@ class Session:
             self._drop_tasks()
         return future
 
+    def _on_mesh(self):
+        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+
     def _run(self) -> None:
-        with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
+        with self._on_mesh():
             while not self._closed.is_set():
                 self._run_tasks()
                 self._follow()
