@@ -7,7 +7,8 @@ from typing import Literal
 
 import numpy as np
 
-# answered: written to its end, or to a stop string. cut: `budget.answer_tokens` or the context ran out before that.
+# answered: written to its end, or to a stop string. cut: `budget.answer_tokens` or the context ran out before that, or
+# a token of retrieval broke it off.
 # not_in_memory: the best router score is below `abstain_below`. timed_out, cancelled: given up, with what there was.
 Outcome = Literal["answered", "cut", "not_in_memory", "timed_out", "cancelled"]
 

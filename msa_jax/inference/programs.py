@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 
-from msa_jax.inference.rows import Rows, Visibility, best_documents, fetched, near_bank, still_there
+from msa_jax.inference.rows import Rows, Visibility, at_rest, best_documents, fetched, near_bank, still_there
 from msa_jax.inference.sampling import SamplingState, choose
 from msa_jax.memory import MemoryBank
 from msa_jax.model import KeyValues, MSATransformer
@@ -147,7 +147,7 @@ def take_turn(
     logits = model.logits(last)
     written = Written(choose(logits, turn.sampling), logits, None, None, None)
     if bank is None or not routes:
-        return kept, written
+        return at_rest(kept), written
 
     put = lambda old, new, at: jax.tree.map(lambda x, y: x.at[:, at].set(y, mode="drop"), old, new)  # noqa: E731
     selection = output.selection
@@ -160,7 +160,7 @@ def take_turn(
         arrays, selection = fetched(bank, selection)
         near = put(near, arrays, turn.rows)
     kept = kept.replace(near=near, selection=put(rows.selection, selection, turn.rows))
-    return kept, Written(written.token, logits, output.same, documents, scores)
+    return at_rest(kept), Written(written.token, logits, output.same, documents, scores)
 
 
 @functools.partial(
@@ -227,4 +227,4 @@ def decode(
     )  # fmt: skip
     _, cache, _, _, written = jax.lax.while_loop(more, one, start)
     back = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, 0, axis=1)  # noqa: E731
-    return rows.replace(cache=jax.tree.map(back, rows.cache, cache)), written
+    return at_rest(rows.replace(cache=jax.tree.map(back, rows.cache, cache))), written

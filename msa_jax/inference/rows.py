@@ -95,6 +95,13 @@ def placed(tree: Any, like: Any) -> Any:
     return jax.device_put(tree, fixed[0] if mesh is None else jax.NamedSharding(mesh, jax.P()))
 
 
+def at_rest(rows: Rows) -> Rows:
+    """Rows that leave a compiled step as they came: on a mesh, whole on every device."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return rows
+    return jax.lax.with_sharding_constraint(rows, jax.P())
+
+
 def fetched(bank: MemoryBank, selection: Selection) -> tuple[dict[str, jax.Array], Selection]:
     """Content of what is selected, [L_r, b, k * longest, ...], and the selection in it, its starts from 0 in each."""
     near, local = tiers.fetch(bank, selection)

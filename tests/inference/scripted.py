@@ -31,7 +31,8 @@ class Scripted(Engine):
 
     def _said(self, row, own):
         talk = self._rows[row]._conversation
-        visible = None if self.library.bank is None else self.library.visible(self._rows[row]._view)
+        view, visible = self._rows[row]._view, self.library.visibility
+        visible = visible and np.asarray(visible.of(view.allowed[None], np.array([view.seen])))[0]
         self.seen.append((list(talk.tokens), list(talk.routing), visible, int(own)))
         script = self.scripts.get(talk.question, [])
         return script[talk.completion_tokens] if talk.completion_tokens < len(script) else int(own)

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from msa_jax.inference import AskConfig, Budget, EngineConfig, QuestionError, Sampling
 from msa_jax.inference import pending as pending_module
+from msa_jax.inference.batching import turn_of
 from msa_jax.inference.engine import Engine
+from msa_jax.inference.library import View
 from tests.inference.scripted import Scripted, names
 from tests.inference.small import ASK, BUDGET, CONTEXT, ENGINE, QUESTIONS, library_of, model_of, renderer
 
@@ -93,6 +95,21 @@ def test_cases_differ_and_reach_what_they_are_meant_to():
     assert {len(a.rounds) for a in answers} == {1, 2, 3}
     assert {c.cut for a in answers for c in a.citations} == {True, False}
     assert {r.computed for a in answers for r in a.rounds} == {"all", "new"}
+
+
+def test_views_of_before_and_after_the_bank_got_more_namespaces():
+    talk = types.SimpleNamespace(
+        tokens=[1, 2], routing=[True, False], computed=0, first_round=True, completion_tokens=0
+    )
+    views = [View(np.ones(2, bool), seen=3), View(np.array([True, False, True]), seen=4)]
+    turn = turn_of(
+        [talk, talk], rows=[1, 0], views=views, sampling=[Sampling()] * 2, size=3, length=4, head=1, nobody=7,
+        fresh=True, pad_id=9,
+    )  # fmt: skip
+    np.testing.assert_array_equal(turn.allowed, [[True, True, False], [True, False, True], [False] * 3])
+    np.testing.assert_array_equal(turn.seen, [3, 4, 0])
+    np.testing.assert_array_equal(turn.rows, [1, 0, 7])
+    np.testing.assert_array_equal(turn.tokens, [[1, 2, 9, 9]] * 2 + [[9] * 4])
 
 
 def test_a_seed_decides():
