@@ -7,8 +7,8 @@ import pytest
 
 from msa_jax.bank import MemoryStore
 from msa_jax.inference import Session
-from tests.inference.sessions import BASE
-from tests.inference.small import ASK, ENGINE, encoder, model_of, renderer
+from tests.inference.sessions import BASE, SINGLE
+from tests.inference.small import ASK, encoder, model_of, renderer
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def opened(tmp_path):
     """Makes sessions of a bank on disk; `room` and so on are options of loading."""
     with contextlib.ExitStack() as stack:
 
-        def make(documents=BASE, writable=True, name="bank", engine=ENGINE, **loading):
+        def make(documents=BASE, writable=True, name="bank", engine=SINGLE, **loading):
             path = tmp_path / name
             if not path.exists():
                 with MemoryStore.create(path, encoder().spec) as store:

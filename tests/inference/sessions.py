@@ -7,8 +7,10 @@ import numpy as np
 
 from msa_jax.bank import BankDocument
 from msa_jax.inference import AskConfig
-from tests.inference.small import BUDGET, TEXTS
+from tests.inference.small import BUDGET, ENGINE, TEXTS
 
+# One question at a time: of few shapes, where nothing is asked of more.
+SINGLE = dataclasses.replace(ENGINE, slots=1)
 LIMIT = 60.0  # seconds until a test is taken for stuck
 READ = AskConfig(mode="router", router_documents=3, budget=BUDGET)
 LATENT = AskConfig(mode="latent", budget=BUDGET)

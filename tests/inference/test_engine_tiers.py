@@ -85,7 +85,7 @@ def test_content_off_the_device(path, content):
 def test_int8():
     """As a pass over the whole context computes it, from the same bank."""
     library = library_of("int8")
-    engine = Scripted(model_of(), renderer(), library, TWO)
+    engine = Scripted(model_of(), renderer(), library, dataclasses.replace(TWO, slots=1))
     engine.scripts = {QUESTIONS[0]: names(4) + names(30)}
     (answer,) = engine.ask(QUESTIONS[:1], config=CONFIGS[0])
     assert [c.number for c in answer.citations] == [4, 30]

@@ -9,7 +9,7 @@ import pytest
 
 from msa_jax.bank import BankError
 from msa_jax.inference import Budget, Session
-from tests.inference.sessions import BASE, LATENT, LIMIT, READ, Held, stored, told
+from tests.inference.sessions import BASE, LATENT, LIMIT, READ, SINGLE, Held, stored, told
 from tests.inference.small import ASK, DOCUMENTS, ENGINE, QUESTIONS, bank_of, model_of, renderer
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -18,7 +18,8 @@ Q = QUESTIONS[0]
 
 def test_nothing_is_compiled_once_it_is_warm(opened):
     # Of a size that no other test has compiled.
-    session = opened([*BASE, stored("x", "of another", "other")], engine=dataclasses.replace(ENGINE, slots=2))
+    size = dataclasses.replace(ENGINE, slots=2, prefill_rows=1)
+    session = opened([*BASE, stored("x", "of another", "other")], engine=size)
     counted = [0]
 
     def count(event, duration, **_):
@@ -96,8 +97,8 @@ def test_a_stream_that_is_left_gives_its_question_up(opened):
 
 
 def test_a_bank_in_memory():
-    parts, one = (model_of(), renderer().tokenizer), dataclasses.replace(ENGINE, slots=1)
-    with Session(*parts, bank_of(), documents=DOCUMENTS, engine=one) as session:
+    parts = model_of(), renderer().tokenizer
+    with Session(*parts, bank_of(), documents=DOCUMENTS, engine=SINGLE) as session:
         answers = session.ask_many(QUESTIONS, config=READ)
         assert {len(a.citations) for a in answers} <= {2, 3}
         assert (session.stats().documents, session.stats().questions) == (5, 5)
@@ -110,7 +111,7 @@ def test_a_bank_in_memory():
 
 
 def test_many_threads_at_once(opened):
-    session = opened()
+    session = opened(engine=ENGINE)
     threads, errors, start = [], [], threading.Barrier(16)
 
     def guarded(work, *args):

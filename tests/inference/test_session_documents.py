@@ -15,7 +15,7 @@ Q = QUESTIONS[0]
 
 
 def test_documents_that_come_while_a_question_runs(opened, monkeypatch):
-    session = opened(BASE[:2])
+    session = opened(BASE[:2], engine=ENGINE)
     before = session.ask(Q, config=LATENT)
     held = Held(session, monkeypatch)
     running = [session.submit(Q, config=LATENT) for _ in range(ENGINE.slots)]
@@ -140,7 +140,7 @@ def test_more_namespaces_than_there_was_room_for_while_a_question_waits(opened, 
 
 
 def test_a_longer_document_than_all_before_with_content_off_the_device(opened, monkeypatch):
-    session = opened(BASE[1:2], content="host", engine=dataclasses.replace(ENGINE, slots=1))
+    session = opened(BASE[1:2], content="host")
     want = session.ask(Q, config=LATENT)
     held = Held(session, monkeypatch)
     running = session.submit(Q, config=LATENT)
