@@ -25,8 +25,9 @@ from msa_jax.serve.limits import Limits
 from msa_jax.serve.running import bind, make_server
 from msa_jax.serve.service import Service
 
-# What a script does: says text, sleeps so many seconds, reads a document, fails; or "silent": it ends without a word.
-Step = str | float | Citation | Exception
+# What a script does: says text, sleeps so many seconds, waits for a go, reads a document, fails; or "silent": it ends
+# without a word.
+Step = str | float | threading.Event | Citation | Exception
 Script = Callable[[str], Iterable[Step]]
 
 
@@ -98,6 +99,9 @@ class FakePending:
             elif isinstance(step, Citation):
                 citations.append(step)
                 self._listener(StreamEvent(citation=step))
+            elif isinstance(step, threading.Event):
+                while not step.is_set() and self._late() is None:
+                    self._sleep(0.005)
             else:
                 self._sleep(step)
         if held:
@@ -121,11 +125,13 @@ class FakePending:
 class FakeSession:
     """Documents in a dictionary. Errors speak of everything there is, as a careless one might."""
 
-    def __init__(self, documents: Iterable[BankDocument] = (), *, slots=4, script: Script = words, add_seconds=0.0):
+    def __init__(
+        self, documents: Iterable[BankDocument] = (), *, slots=4, script: Script = words, add_seconds=0.0, go=None
+    ):
         self.documents = {(d.namespace, d.id): d for d in documents}
         self._free, self.slots, self.script, self.outcome = threading.Semaphore(slots), slots, script, "answered"
         self.submitted: list[FakePending] = []
-        self.add_seconds, self.adding, self.most_adding = add_seconds, 0, 0
+        self.add_seconds, self.adding, self.most_adding, self.go = add_seconds, 0, 0, go
 
     @property
     def namespaces(self):
@@ -158,6 +164,8 @@ class FakeSession:
         documents, self.adding = list(documents), self.adding + 1
         self.most_adding = max(self.adding, self.most_adding)
         time.sleep(self.add_seconds)
+        if self.go is not None:
+            self.go.wait(20)
         self.adding -= 1
         for d in documents:
             if self.documents.get((d.namespace, d.id), d).text != d.text:

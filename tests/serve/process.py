@@ -1,6 +1,6 @@
 """A server of a scripted session as a process of its own: `python -m tests.serve.process GRACE [KEYS]`.
 
-Prints its port. A question "slow" takes 1.2 s, any other is repeated; "endless" never ends.
+Prints its port. A question "slow" takes 1.5 s, any other is repeated; "endless" never ends.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ class Slow(FakeSession):
 def script(question):
     if question == "endless":
         return ["begun ", 1000.0]
-    return ["begun ", 1.2, "done"] if question == "slow" else [question]
+    return ["begun ", 1.5, "done"] if question == "slow" else [question]
 
 
 def main(grace: str, keys: str | None = None) -> None:

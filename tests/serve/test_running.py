@@ -46,18 +46,29 @@ def chat(http, text, **more):
     return http.post("/v1/chat/completions", json=body)
 
 
+def runs(http, count):
+    """Whether so many questions come to run."""
+    return eventually(lambda: f"msa_questions_running {count}.0" in http.get("/metrics").text)
+
+
+def refuses(url):
+    """Whether nobody listens there."""
+    try:
+        httpx.get(f"{url}/healthz")
+    except httpx.ConnectError:
+        return True
+
+
 def test_what_runs_ends_and_nothing_new_begins(root):
     with started(root, 30) as (process, http), concurrent.futures.ThreadPoolExecutor(3) as pool:
         running = [pool.submit(chat, http, "slow", stream=stream) for stream in (False, True)]
-        time.sleep(0.5)
+        assert runs(http, 2)
         begin = time.monotonic()
         process.send_signal(signal.SIGTERM)
-        time.sleep(0.3)
-        with pytest.raises(httpx.ConnectError):
-            httpx.get(f"{http.base_url}/healthz")
+        assert eventually(lambda: refuses(http.base_url))
         assert running[0].result().json()["choices"][0]["message"]["content"] == "begun done"
         assert [e["choices"][0]["finish_reason"] for e in events_of(running[1].result().text)][-1] == "stop"
-        assert process.wait(10) == 0 and 0.5 < time.monotonic() - begin < 6
+        assert process.wait(20) == 0 and time.monotonic() - begin < 20
         assert "ended" in process.stdout.read()
 
 
@@ -67,7 +78,7 @@ def test_what_does_not_end_in_time_is_cancelled(root, signals):
     grace = 0.5 if len(signals) == 1 else 100
     with started(root, grace) as (process, http), concurrent.futures.ThreadPoolExecutor(3) as pool:
         running = [pool.submit(chat, http, "endless", stream=stream) for stream in (False, True)]
-        time.sleep(0.5)
+        assert runs(http, 2)
         begin = time.monotonic()
         for one in signals:
             process.send_signal(one)
@@ -75,7 +86,7 @@ def test_what_does_not_end_in_time_is_cancelled(root, signals):
         whole, stream = (one.result() for one in running)
         assert (whole.status_code, whole.json()["error"]["code"]) == (503, "stopping")
         assert events_of(stream.text)[-1]["error"]["code"] == "stopping"
-        assert process.wait(10) == 0 and time.monotonic() - begin < 6
+        assert process.wait(20) == 0 and time.monotonic() - begin < 20
 
 
 def test_a_change_that_takes_too_long_does_not_keep_it(root):
