@@ -55,8 +55,9 @@ def refuses(url):
     """Whether nobody listens there."""
     try:
         httpx.get(f"{url}/healthz")
-    except httpx.ConnectError:
-        return True
+        return False
+    except httpx.TransportError as e:
+        return isinstance(e, httpx.ConnectError)
 
 
 def test_what_runs_ends_and_nothing_new_begins(root):
