@@ -40,7 +40,7 @@ def engine(kind):
         made.scripts = SCRIPTS
         return made
     return Engine(*parts, ENGINE if kind == "three" else EngineConfig(
-        slots=2, context=CONTEXT, lengths=(40,), prefill_rows=1, decode_steps=5, reported_documents=3
+        slots=1, context=CONTEXT, lengths=(40,), prefill_rows=1, decode_steps=5, reported_documents=3
     ))  # fmt: skip
 
 
@@ -75,7 +75,7 @@ def same(got, want):
         np.testing.assert_allclose(one.scores, other.scores, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["three", "two", "scripted"])
+@pytest.mark.parametrize("kind", ["three", "one", "scripted"])
 @settings(max_examples=12)
 @given(arrivals=st.lists(st.tuples(st.integers(0, len(CASES) - 1), st.integers(0, 3)), min_size=2, max_size=7))
 def test_together_is_as_alone(kind, arrivals):
@@ -242,7 +242,7 @@ def test_a_longest_question_has_room():
     finish(engine("three"))
     assert answers[0].completion_tokens == BUDGET.answer_tokens
     assert CONTEXT - 3 < answers[0].prompt_tokens + BUDGET.answer_tokens <= CONTEXT
-    same(answers[1], next(engine("two").ask([A], config=config)))
+    same(answers[1], next(engine("one").ask([A], config=config)))
 
 
 def test_a_closed_engine():
