@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+import time
 
 import numpy as np
 
@@ -38,16 +39,21 @@ class Held:
         return worked
 
 
-def in_thread(function):
+def meanwhile(held, session, change):
+    """Make a change in another thread and let the session's go on once it is told of it; set when that is over."""
     done = threading.Event()
-    result = []
 
     def run():
-        result.append(function())
+        change()
         done.set()
 
     threading.Thread(target=run, daemon=True).start()
-    return done, result
+    until = time.monotonic() + LIMIT
+    while session._tasks.empty() and time.monotonic() < until:
+        time.sleep(0.001)
+    assert not done.is_set()  # nothing changes in the middle of a step
+    held.go.set()
+    return done
 
 
 def cited(answer):

@@ -100,31 +100,3 @@ def test_on_eight_devices(root):
     run = subprocess.run(command, cwd=root, env=os.environ | devices, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     assert " passed" in run.stdout and "skipped" not in run.stdout
-
-
-def test_what_was_deleted_meanwhile_is_neither_routed_to_nor_read(tmp_path):
-    with MemoryStore.create(tmp_path / "bank", encoder().spec) as store:
-        store.add([BankDocument(f"d{n}", TEXTS[n]) for n in TEXTS], encoder())
-        library = StoredLibrary(store.path)
-        engine = Scripted(model_of(), renderer(), library, TWO)
-        numbers = library.numbers(np.arange(5)).tolist()
-        asked = next(engine.ask(QUESTIONS[:1], config=CONFIGS[0])).rounds[0].documents
-        gone = int(asked[0, 0])
-        one, other = [n for n in numbers if n != gone][-2:]
-        engine.scripts = {QUESTIONS[0]: names(one) + names(gone, other)}
-        pending = engine.submit(QUESTIONS[0], config=CONFIGS[0])
-        while not pending._conversation.citations:
-            engine.step()
-        assert store.delete([f"d{list(TEXTS)[numbers.index(gone)]}"]) == 1
-        assert library.follow(idle=False)
-        while engine.step():
-            pass
-        answer = pending.result(timeout=0)
-        assert [(e.kind, e.number) for e in answer.events[:3]] == [("read", one), ("unknown", gone), ("read", other)]
-        for later in answer.rounds[1:]:
-            assert gone not in later.documents
-        tokens, routing, _, own = engine.seen[-1]
-        visible = np.isin(np.arange(library.bank.num_documents), [numbers.index(n) for n in numbers if n != gone])
-        logits, _ = full_pass(model_of(), tokens, routing, library.bank, visible)
-        assert int(np.argmax(logits)) == own
-        library.close()

@@ -7,7 +7,7 @@ import pytest
 
 from msa_jax.bank import BankError
 from msa_jax.inference import Budget, QuestionError
-from tests.inference.sessions import BASE, LATENT, LIMIT, READ, Held, cited, in_thread, stored, told
+from tests.inference.sessions import BASE, LATENT, LIMIT, READ, Held, cited, meanwhile, stored, told
 from tests.inference.small import ASK, ENGINE, QUESTIONS, TEXTS
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -21,9 +21,7 @@ def test_documents_that_come_while_a_question_runs(opened, monkeypatch):
     running = [session.submit(Q, config=LATENT) for _ in range(ENGINE.slots)]
     waiting = session.submit(Q, config=READ)
     assert held.held.wait(LIMIT)
-    done, _ = in_thread(lambda: session.add([stored("new", "where does the river run now")]))
-    assert not done.wait(0.2)  # nothing changes in the middle of a step
-    held.go.set()
+    done = meanwhile(held, session, lambda: session.add([stored("new", "where does the river run now")]))
     assert done.wait(LIMIT)
     for pending in running:
         assert told(pending.result(LIMIT)) == told(before)
@@ -41,8 +39,7 @@ def test_a_running_question_reads_no_document_that_came_or_went_meanwhile(opened
     assert held.held.wait(LIMIT)
     talk = pending._conversation
     assert talk._find(number) is not None
-    done, _ = in_thread(lambda: (session.add([stored("new", "where")]), session.delete(["d4", "d7"])))
-    held.go.set()
+    done = meanwhile(held, session, lambda: (session.add([stored("new", "where")]), session.delete(["d4", "d7"])))
     pending.result(LIMIT)
     assert done.wait(LIMIT)
     assert talk._find(number) is None
@@ -77,9 +74,8 @@ def test_a_bank_that_is_outgrown_is_loaded_anew_when_nobody_runs(opened, monkeyp
     running = session.submit(Q, config=LATENT)
     assert held.held.wait(LIMIT)
     many = [stored(f"m{i}", f"the cloud {i} is high over the mill and the river {i}") for i in range(places // 3)]
-    done, _ = in_thread(lambda: session.add(many))
     waiting = [session.submit(question, config=READ) for question in QUESTIONS]
-    held.go.set()
+    done = meanwhile(held, session, lambda: session.add(many))
     assert told(running.result(LIMIT)) == told(before)
     assert done.wait(LIMIT)
     assert session._library.bank.num_chunks > places
@@ -96,8 +92,7 @@ def test_a_bank_that_was_compacted_is_loaded_anew(opened, monkeypatch):
     running = session.submit(Q, config=READ)
     assert held.held.wait(LIMIT)
     session._store.compact()
-    done, _ = in_thread(session.refresh)
-    held.go.set()
+    done = meanwhile(held, session, session.refresh)
     assert told(running.result(LIMIT)) == told(want)
     assert done.wait(LIMIT)
     assert cited(session.ask(Q, config=READ)) == cited(want)
@@ -130,8 +125,7 @@ def test_more_namespaces_than_there_was_room_for_while_a_question_waits(opened, 
     held = Held(session, monkeypatch)
     pending = [session.submit(Q, config=dataclasses.replace(READ, budget=Budget(answer_tokens=20)))]
     assert held.held.wait(LIMIT)
-    done, _ = in_thread(lambda: session.add([stored(f"n{i}", "where", f"space {i:02}") for i in range(70)]))
-    held.go.set()
+    done = meanwhile(held, session, lambda: session.add([stored(f"n{i}", "where", f"space {i:02}") for i in range(70)]))
     assert done.wait(LIMIT)
     pending.append(session.submit(Q, config=READ, namespaces=["space 69"]))
     assert [cited(p.result(LIMIT)) for p in pending] == [
@@ -146,8 +140,7 @@ def test_a_longer_document_than_all_before_with_content_off_the_device(opened, m
     running = session.submit(Q, config=LATENT)
     assert held.held.wait(LIMIT)
     longest = session._library.bank.layout.max_length
-    done, _ = in_thread(lambda: session.add([stored("long", "the river " * 16)]))
-    held.go.set()
+    done = meanwhile(held, session, lambda: session.add([stored("long", "the river " * 16)]))
     assert told(running.result(LIMIT)) == told(want)
     assert done.wait(LIMIT)
     assert session._library.bank.layout.max_length > longest
