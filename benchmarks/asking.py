@@ -26,7 +26,7 @@ from msa_jax.run import make_source
 from msa_jax.run_config import RunConfig
 from msa_jax.trained import load_model
 
-LENGTHS = (24, 64, 128, 192, 256)
+LENGTHS = (24, 48, 64, 96, 128, 160, 192, 256)
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 

@@ -35,6 +35,8 @@ from msa_jax.sharding import Shardings, check_model, placed
 from msa_jax.trained import open_model
 
 _LOG = logging.getLogger(__name__)
+# Seconds between two steps that are given to somebody who reads the bank before it changes.
+_PATIENCE = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +116,7 @@ class Session:
         self._tasks: queue.SimpleQueue[tuple[Callable[[], Any], concurrent.futures.Future]] = queue.SimpleQueue()
         self._following: list[concurrent.futures.Future] = []
         self._writing = threading.Lock()
+        self._reading = threading.Lock()  # the bank stays as it is meanwhile; questions go on
         self._wake = threading.Event()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="session", daemon=True)
@@ -229,14 +232,12 @@ class Session:
         Raises:
           QuestionError: it is empty, or there is no such namespace, or no bank.
         """
-
-        def explain():
+        self._need_open()
+        with self._reading, self._on_mesh():
             view = self._library.view(namespaces)
             return explanation_of(
                 self._model, self._renderer, self._library, view, question, documents=documents
             )
-
-        return self._do(explain).result()
 
     # Documents
 
@@ -276,11 +277,15 @@ class Session:
 
     def get(self, identity: str, namespace: str = DEFAULT_NAMESPACE) -> BankDocument:
         """The document of an id. Raises KeyError, and BankError for a bank in memory."""
-        return self._do(lambda: self._stored().get(identity, namespace)).result()
+        self._need_open()
+        with self._reading:
+            return self._stored().get(identity, namespace)
 
     def list(self, namespace: str | None = None, prefix: str = "") -> Iterator[tuple[str, str]]:
         """(namespace, id) of documents, in the order they were added; raises BankError for a bank in memory."""
-        return iter(self._do(lambda: [*self._stored().search(prefix, namespace)]).result())
+        self._need_open()
+        with self._reading:
+            return iter([*self._stored().search(prefix, namespace)])
 
     def _stored(self) -> StoredLibrary:
         if self._store is None:
@@ -346,6 +351,8 @@ class Session:
         if not self._following:
             self._engine.admits = True
             return
+        if not self._reading.acquire(timeout=_PATIENCE):
+            return  # somebody reads the bank as it is; questions go on
         idle = not self._engine.running
         try:
             if self._store is not None and not self._library.follow(idle=idle):
@@ -356,6 +363,8 @@ class Session:
         except Exception as error:
             while self._following:
                 self._following.pop().set_exception(error)
+        finally:
+            self._reading.release()
         while self._following:
             self._following.pop().set_result(None)
         self._engine.admits = True

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import threading
 
 import pytest
 
@@ -145,3 +146,23 @@ def test_a_longer_document_than_all_before_with_content_off_the_device(opened, m
     assert done.wait(LIMIT)
     assert session._library.bank.layout.max_length > longest
     assert cited(session.ask(Q, config=READ)) == {("default", "long"), ("default", "d7")}
+
+
+def test_reading_the_bank_holds_up_changes_and_no_question(opened, monkeypatch):
+    session = opened()
+    explaining, go = threading.Event(), threading.Event()
+
+    def slowly(*_, **__):
+        explaining.set()
+        assert go.wait(LIMIT)
+        return "explained"
+
+    monkeypatch.setattr("msa_jax.inference.session.explanation_of", slowly)
+    explained, _ = in_thread(lambda: session.explain(Q))
+    assert explaining.wait(LIMIT)
+    added, _ = in_thread(lambda: session.add([stored("new", "where does the river run now")]))
+    assert session.submit(Q, config=LATENT).result(LIMIT).outcome
+    assert not added.wait(0.2) and not explained.is_set()
+    go.set()
+    assert explained.wait(LIMIT) and added.wait(LIMIT)
+    assert ("default", "new") in set(session.list())
