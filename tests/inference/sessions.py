@@ -39,15 +39,21 @@ class Held:
         return worked
 
 
-def meanwhile(held, session, change):
-    """Make a change in another thread and let the session's go on once it is told of it; set when that is over."""
+def in_thread(function):
+    """Set when the function has returned."""
     done = threading.Event()
 
     def run():
-        change()
+        function()
         done.set()
 
     threading.Thread(target=run, daemon=True).start()
+    return done
+
+
+def meanwhile(held, session, change):
+    """Make a change in another thread and let the session's go on once it is told of it; set when that is over."""
+    done = in_thread(change)
     until = time.monotonic() + LIMIT
     while session._tasks.empty() and time.monotonic() < until:
         time.sleep(0.001)

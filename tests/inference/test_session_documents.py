@@ -8,7 +8,7 @@ import pytest
 
 from msa_jax.bank import BankError
 from msa_jax.inference import Budget, QuestionError
-from tests.inference.sessions import BASE, LATENT, LIMIT, READ, Held, cited, meanwhile, stored, told
+from tests.inference.sessions import BASE, LATENT, LIMIT, READ, Held, cited, in_thread, meanwhile, stored, told
 from tests.inference.small import ASK, ENGINE, QUESTIONS, TEXTS
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -158,9 +158,9 @@ def test_reading_the_bank_holds_up_changes_and_no_question(opened, monkeypatch):
         return "explained"
 
     monkeypatch.setattr("msa_jax.inference.session.explanation_of", slowly)
-    explained, _ = in_thread(lambda: session.explain(Q))
+    explained = in_thread(lambda: session.explain(Q))
     assert explaining.wait(LIMIT)
-    added, _ = in_thread(lambda: session.add([stored("new", "where does the river run now")]))
+    added = in_thread(lambda: session.add([stored("new", "where does the river run now")]))
     assert session.submit(Q, config=LATENT).result(LIMIT).outcome
     assert not added.wait(0.2) and not explained.is_set()
     go.set()
