@@ -6,8 +6,9 @@ from msa_jax.inference.engine import Engine
 from msa_jax.inference.explanation import Explained, Explanation, LayerMatch
 from msa_jax.inference.library import FixedLibrary, QuestionError
 from msa_jax.inference.pending import Pending
-from msa_jax.inference.session import Session, Stats
+from msa_jax.inference.session import Session
 from msa_jax.inference.settings import AskConfig, Budget, EngineConfig, Sampling
+from msa_jax.inference.stats import Stats
 
 __all__ = [
     "Answer",

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
-import dataclasses
-import logging
 import pathlib
 import queue
 import threading
@@ -28,36 +25,13 @@ from msa_jax.inference.explanation import Explanation, explanation_of
 from msa_jax.inference.library import FixedLibrary
 from msa_jax.inference.pending import Listener, Pending
 from msa_jax.inference.settings import AskConfig, EngineConfig
+from msa_jax.inference.stats import Stats
 from msa_jax.inference.stored import StoredLibrary
+from msa_jax.inference.worker import Worker
 from msa_jax.memory import MemoryBank
 from msa_jax.model import MSATransformer
 from msa_jax.sharding import Shardings, check_model, placed
 from msa_jax.trained import open_model
-
-_LOG = logging.getLogger(__name__)
-# Seconds between two steps that are given to somebody who reads the bank before it changes.
-_PATIENCE = 0.02
-
-
-@dataclasses.dataclass(frozen=True)
-class Stats:
-    """A session in numbers.
-
-    Attributes:
-      waiting, running: questions now. slots: how many can run.
-      questions: that were answered or given up so far.
-      prompt_tokens, completion_tokens: of those.
-      documents: that can be read now; version: of the bank on disk, 0 of one in memory.
-    """
-
-    waiting: int
-    running: int
-    slots: int
-    questions: int
-    prompt_tokens: int
-    completion_tokens: int
-    documents: int
-    version: int
 
 
 class Session:
@@ -113,14 +87,9 @@ class Session:
             self._model = model
             self._engine = Engine(model, renderer, self._library, engine)
         self._totals = (0, 0, 0)
-        self._tasks: queue.SimpleQueue[tuple[Callable[[], Any], concurrent.futures.Future]] = queue.SimpleQueue()
-        self._following: list[concurrent.futures.Future] = []
         self._writing = threading.Lock()
-        self._reading = threading.Lock()  # the bank stays as it is meanwhile; questions go on
-        self._wake = threading.Event()
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="session", daemon=True)
-        self._thread.start()
+        follow = None if self._store is None else lambda idle: self._library.follow(idle=idle)
+        self._worker = Worker(self._engine, follow, self._on_mesh)
 
     @classmethod
     def open(
@@ -176,11 +145,11 @@ class Session:
           QuestionError: it is empty or too long, or there is no such namespace.
           RuntimeError: the session is closed.
         """
-        self._need_open()
+        self._worker.need_open()
         pending = self._engine.submit(
             question, namespaces=namespaces, config=config or self.defaults, listener=self._counting(listener)
         )
-        self._wake.set()
+        self._worker.wake()
         return pending
 
     def ask(
@@ -232,8 +201,8 @@ class Session:
         Raises:
           QuestionError: it is empty, or there is no such namespace, or no bank.
         """
-        self._need_open()
-        with self._reading, self._on_mesh():
+        self._worker.need_open()
+        with self._worker.reading, self._on_mesh():
             view = self._library.view(namespaces)
             return explanation_of(
                 self._model, self._renderer, self._library, view, question, documents=documents
@@ -258,11 +227,11 @@ class Session:
         return self._change(lambda store: store.delete(ids, namespace))
 
     def _change(self, change: Callable[[MemoryStore], Any]) -> Any:
-        self._need_open()
+        self._worker.need_open()
         if self._store is None:
             raise BankError("this session's bank is in memory: documents can be added to one on disk.")
         with self._writing:
-            self._need_open()
+            self._worker.need_open()
             try:
                 return change(self._store)
             finally:
@@ -270,21 +239,18 @@ class Session:
 
     def refresh(self) -> None:
         """Follow the bank on disk, which others may have written to. Raises BankError when it cannot be read."""
-        self._need_open()
-        done: concurrent.futures.Future = concurrent.futures.Future()
-        self._do(lambda: self._following.append(done)).result()
-        done.result()
+        self._worker.follow()
 
     def get(self, identity: str, namespace: str = DEFAULT_NAMESPACE) -> BankDocument:
         """The document of an id. Raises KeyError, and BankError for a bank in memory."""
-        self._need_open()
-        with self._reading:
+        self._worker.need_open()
+        with self._worker.reading:
             return self._stored().get(identity, namespace)
 
     def list(self, namespace: str | None = None, prefix: str = "") -> Iterator[tuple[str, str]]:
         """(namespace, id) of documents, in the order they were added; raises BankError for a bank in memory."""
-        self._need_open()
-        with self._reading:
+        self._worker.need_open()
+        with self._worker.reading:
             return iter([*self._stored().search(prefix, namespace)])
 
     def _stored(self) -> StoredLibrary:
@@ -297,81 +263,10 @@ class Session:
         """Names of the namespaces that a question may name."""
         return self._library.names
 
-    # The thread
-
-    def _do(self, task: Callable[[], Any]) -> concurrent.futures.Future:
-        """Have the thread do something between two steps."""
-        self._need_open()
-        future: concurrent.futures.Future = concurrent.futures.Future()
-        self._tasks.put((task, future))
-        self._wake.set()
-        if self._closed.is_set():
-            self._drop_tasks()
-        return future
+    # The rest
 
     def _on_mesh(self):
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
-
-    def _run(self) -> None:
-        with self._on_mesh():
-            while not self._closed.is_set():
-                self._run_tasks()
-                self._follow()
-                try:
-                    worked = self._engine.step()
-                except Exception:
-                    # Every question it concerns has ended with the error; others may come.
-                    _LOG.exception("a step of the session failed")
-                    continue
-                if not worked and not self._following and self._tasks.empty():
-                    self._wake.wait()
-                    self._wake.clear()
-        self._engine.close()
-        self._drop_tasks()
-
-    def _run_tasks(self) -> None:
-        with contextlib.suppress(queue.Empty):
-            while True:
-                task, future = self._tasks.get_nowait()
-                try:
-                    future.set_result(task())
-                except BaseException as error:
-                    future.set_exception(error)
-
-    def _drop_tasks(self) -> None:
-        closed = RuntimeError("the session is closed.")
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._tasks.get_nowait()[1].set_exception(closed)
-        while self._following:
-            self._following.pop().set_exception(closed)
-
-    def _follow(self) -> None:
-        """Follow the bank on disk, if somebody waits for that."""
-        if not self._following:
-            self._engine.admits = True
-            return
-        if not self._reading.acquire(timeout=_PATIENCE):
-            return  # somebody reads the bank as it is; questions go on
-        idle = not self._engine.running
-        try:
-            if self._store is not None and not self._library.follow(idle=idle):
-                self._engine.admits = False  # until those in progress are through
-                return
-            if idle:
-                self._engine.renew()
-        except Exception as error:
-            while self._following:
-                self._following.pop().set_exception(error)
-        finally:
-            self._reading.release()
-        while self._following:
-            self._following.pop().set_result(None)
-        self._engine.admits = True
-
-    def _need_open(self) -> None:
-        if self._closed.is_set():
-            raise RuntimeError("the session is closed.")
 
     def _counting(self, listener: Listener | None) -> Listener:
         def hear(event: StreamEvent) -> None:
@@ -383,11 +278,9 @@ class Session:
 
         return hear
 
-    # The rest
-
     def warm_up(self, *, progress: bool = False) -> None:
         """Compile every shape there is, so that no question waits for it."""
-        self._do(lambda: self._engine.warm_up(progress=progress)).result()
+        self._worker.do(lambda: self._engine.warm_up(progress=progress))
 
     def stats(self) -> Stats:
         """Numbers of this moment."""
@@ -406,12 +299,7 @@ class Session:
 
     def close(self) -> None:
         """Give up all questions, and end the thread; the bank on disk is closed too."""
-        if self._closed.is_set():
-            return
-        self._closed.set()
-        self._wake.set()
-        self._thread.join()
-        if self._store is not None:
+        if self._worker.close() and self._store is not None:
             with self._writing:  # what is being added is added whole
                 self._library.close()
                 self._store.close()

@@ -55,7 +55,7 @@ def meanwhile(held, session, change):
     """Make a change in another thread and let the session's go on once it is told of it; set when that is over."""
     done = in_thread(change)
     until = time.monotonic() + LIMIT
-    while session._tasks.empty() and time.monotonic() < until:
+    while session._worker._tasks.empty() and time.monotonic() < until:
         time.sleep(0.001)
     assert not done.is_set()  # nothing changes in the middle of a step
     held.go.set()
