@@ -29,6 +29,12 @@ hypothesis.settings.load_profile("repeatable" if os.environ.get("CI") else "loca
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
+@pytest.fixture(autouse=True)
+def programs_are_not_kept(monkeypatch):
+    """A command that is called here would have all that is compiled from then on kept in the user's folder."""
+    monkeypatch.setattr("msa_jax.compilation.keep_programs", lambda folder: None)
+
+
 @pytest.fixture(scope="session")
 def root() -> pathlib.Path:
     """The root of the repository."""

@@ -137,7 +137,8 @@ def test_the_command(root, places, tmp_path):
     with (
         log,
         subprocess.Popen(
-            [sys.executable, "-m", "msa_jax.serve", *arguments.split()], cwd=root, env=dict(os.environ), stderr=log
+            [sys.executable, "-m", "msa_jax.serve", "--compiled=", *arguments.split()],
+            cwd=root, env=dict(os.environ), stderr=log,
         ) as process,
     ):
         try:

@@ -7,6 +7,7 @@ import pytest
 
 from msa_jax import compilation
 from msa_jax.ask.loading import add_flags, loading_of
+from msa_jax.compilation import keep_programs
 from msa_jax.config import ConfigError
 
 
@@ -36,12 +37,12 @@ def test_programs_are_kept_where_the_flag_says_and_apart_by_processor(tmp_path, 
     before = jax.config.jax_compilation_cache_dir
     seen = {}
     monkeypatch.setattr(jax.config, "update", seen.__setitem__)
-    compilation.keep_programs("")
+    keep_programs("")
     assert not seen
-    compilation.keep_programs(str(tmp_path))
+    keep_programs(str(tmp_path))
     kept = seen["jax_compilation_cache_dir"]
     assert kept.startswith(str(tmp_path)) and kept != str(tmp_path)
     monkeypatch.setattr(compilation.platform, "processor", lambda: "another")
-    compilation.keep_programs(str(tmp_path))
+    keep_programs(str(tmp_path))
     assert seen["jax_compilation_cache_dir"] != kept
     assert jax.config.jax_compilation_cache_dir == before
