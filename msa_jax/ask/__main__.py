@@ -77,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
         "--namespace", action="append", metavar="NAME", help="read documents of this one only; several may be given"
     )
     how.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer before it")
+    how.add_argument("--stop_token", action="append", default=[], type=int, metavar="ID", help="or before this token")
     _flags(how, AskConfig, "router_documents", "abstain_below", "timeout")
     _flags(root.add_argument_group("how tokens are chosen"), Sampling, "temperature", "top_p", "top_k", "seed")
     budget = ("rounds", "documents", "document_tokens", "turn_tokens", "answer_tokens")
@@ -93,7 +94,8 @@ def settings(options) -> tuple[AskConfig, EngineConfig]:
         names = [field.name for field in dataclasses.fields(kind) if field.name not in more]
         return kind(**{name: getattr(options, name) for name in names}, **more)
 
-    config = made(AskConfig, sampling=made(Sampling), budget=made(Budget), stop=tuple(options.stop))
+    stops = dict(stop=tuple(options.stop), stop_tokens=tuple(options.stop_token))
+    config = made(AskConfig, sampling=made(Sampling), budget=made(Budget), **stops)
     lengths = (*EngineConfig().lengths, *(1 << n for n in range(10, 24)))
     return config, EngineConfig(slots=options.slots, context=options.context, lengths=tuple(sorted(set(lengths))))
 

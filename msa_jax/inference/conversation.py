@@ -94,7 +94,7 @@ class Conversation:
         self.citations: list[Citation] = []
         self.rounds: list[Round] = []
         self.score: float | None = None
-        self.reply = Reply(tokenizer, config.stop, on_text)
+        self.reply, self._stop_tokens = Reply(tokenizer, config.stop, on_text), config.stop_tokens
         self.prompt_tokens, self.completion_tokens = len(tokens), 0
         self._answering = False
         self._turn: list[int] = []  # what the model has written in this turn
@@ -160,9 +160,10 @@ class Conversation:
         self.completion_tokens += 1
         ended = token in (self._reference_end, self._end_of_retrieve, self._end)
         if self._answering:
-            self.reply.write([] if ended else [token])
-            if ended or self.reply.stopped or not self.left:
-                self._over("answered" if token == self._end or self.reply.stopped else "cut")
+            whole = token == self._end or token in self._stop_tokens
+            self.reply.write([] if ended or whole else [token])
+            if ended or whole or self.reply.stopped or not self.left:
+                self._over("answered" if whole or self.reply.stopped else "cut")
         elif ended or not self.left:
             turn, self._turn, self.left = self._turn, [], 0
             self._written += self._renderer.tokenizer.decode(turn)

@@ -86,6 +86,7 @@ class AskConfig:
       budget: what it may cost.
       router_documents: how many documents "router" reads; `budget.documents` at most.
       stop: the answer ends before any of these strings.
+      stop_tokens: and before any of these tokens, by id.
       abstain_below: if the best document's router score, the mean over router layers, is below it, the outcome is
         "not_in_memory", the text the template's `not_found`, and nothing is generated. None never abstains.
       timeout: seconds from submission until the question is given up; None never.
@@ -96,6 +97,7 @@ class AskConfig:
     budget: Budget = Budget()
     router_documents: int = 1
     stop: tuple[str, ...] = ()
+    stop_tokens: tuple[int, ...] = ()
     abstain_below: float | None = None
     timeout: float | None = None
 
@@ -105,6 +107,10 @@ class AskConfig:
         require(
             isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop),
             f"AskConfig: stop must be a tuple of strings that are not empty, got {self.stop!r}.",
+        )
+        require(
+            isinstance(self.stop_tokens, tuple) and all(type(t) is int and t >= 0 for t in self.stop_tokens),
+            f"AskConfig: stop_tokens must be a tuple of token ids, got {self.stop_tokens!r}.",
         )
         for name in ("abstain_below", "timeout"):
             value = getattr(self, name)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from msa_jax.config import ConfigError
 from msa_jax.inference import AskConfig, Budget, EngineConfig, QuestionError, Sampling
 from msa_jax.inference import pending as pending_module
 from msa_jax.inference.batching import turn_of
@@ -202,6 +203,22 @@ def test_stop_strings_end_an_answer():
             assert stop not in answer.text and "".join(e.text for e in heard) == answer.text
             if stop in whole and "\ufffd" not in whole:
                 assert (answer.text, answer.outcome) == (whole[: whole.index(stop)].rstrip(), "answered")
+
+
+def test_stop_tokens_end_an_answer():
+    one, (question, config, namespaces) = engine("three"), CASES[3]
+    pending = submit(one, CASES[3])
+    finish(one)
+    written = pending._conversation.tokens[-pending.result(0).completion_tokens :]
+    token = next(t for t in written[2:] if t not in written[:2])
+    answer = submit(one, (question, dataclasses.replace(config, stop_tokens=(token,)), namespaces))
+    finish(one)
+    before = written[: written.index(token)]
+    text = renderer().tokenizer.decode(before, skip_special=True).strip()
+    assert (answer.result(0).text, answer.result(0).outcome) == (text, "answered")
+    for bad in ((-1,), ("x",), [3]):
+        with pytest.raises(ConfigError, match="stop_tokens must be"):
+            dataclasses.replace(config, stop_tokens=bad)
 
 
 def test_abstaining():
