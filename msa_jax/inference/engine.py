@@ -24,7 +24,7 @@ from msa_jax.inference.conversation import Conversation
 from msa_jax.inference.library import Library, QuestionError
 from msa_jax.inference.pending import Listener, Pending
 from msa_jax.inference.programs import Turn, Written, decode, take_turn
-from msa_jax.inference.rows import empty_rows, placed
+from msa_jax.inference.rows import empty_rows, settled
 from msa_jax.inference.settings import AskConfig, EngineConfig, Sampling
 from msa_jax.model import MSATransformer
 
@@ -73,7 +73,7 @@ class Engine:
         rows = empty_rows(
             self._model, self._prefix, bank, rows=self.config.slots, length=self._head + self.config.context
         )
-        self._device = placed(rows, (self._params, bank and bank.layout))
+        self._device = settled(rows, (self._params, bank and bank.layout))
 
     @property
     def waiting(self) -> int:

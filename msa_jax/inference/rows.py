@@ -83,7 +83,7 @@ def still_there(selection: Selection, bank: MemoryBank) -> Selection:
     )
 
 
-def placed(tree: Any, like: Any) -> Any:
+def settled(tree: Any, like: Any) -> Any:
     """Arrays put, whole, where a compiled step that is given them and `like` will leave them.
 
     Else the first step would be compiled twice: once for arrays that may lie anywhere, once for its own results.
