@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from msa_jax import routing
 from msa_jax.config import MSAConfig
-from msa_jax.layers.block import DecoderBlock, scan_stack, stack
+from msa_jax.layers.block import DecoderBlock, layers_of, scan_stack, stack
 from msa_jax.layers.norm import RMSNorm
 from msa_jax.memory import ChunkStates, DocumentLayout, LayerMemory, MemoryBank
 from msa_jax.sharding import Shardings, constrain
@@ -111,20 +111,31 @@ class MSATransformer(nnx.Module):
         return jnp.einsum("...e,ve->...v", hidden, table, preferred_element_type=jnp.float32)
 
     def _encode(self, tokens, positions, segment_ids, return_hidden):
-        """Documents or a template through all layers: final hidden, per-layer k and v or chunk states."""
+        """Documents through the layers: chunk states, and every layer's input and the final hidden state if wanted."""
         spread = lambda x: constrain(x, self.shardings.documents)  # noqa: E731
+        where = dict(positions=positions, segment_ids=segment_ids)
         x = spread(self._embed(tokens))
-        hidden, extras = [], []
-        for (is_router, _, _), group in zip(self.config.layer_groups, self.groups, strict=True):
+        hidden, states = [], []
+        last = self.config.router_layers[-1]
+        for (is_router, first, count), group in zip(self.config.layer_groups, self.groups, strict=True):
 
             def body(layer, x, _):
-                y, extra = layer.encode(x, positions=positions, segment_ids=segment_ids)
+                y, extra = layer.encode(x, **where)
                 return spread(y), (extra, x if return_hidden else None)
 
-            x, (extra, inputs) = scan_stack(group, body, x, None, remat=self.config.remat)
-            extras.append(extra[0] if is_router else None)
-            hidden.append(inputs)
-        return x, _concat(extras), _concat([*hidden, self.final_norm(x)[None]]) if return_hidden else None
+            # Only what is pooled matters of the last router layer, and nothing behind it.
+            ends = not return_hidden and first + count > last
+            whole = last - first if ends else count
+            if whole:
+                run = layers_of(group, slice(whole)) if ends else group
+                x, (extra, inputs) = scan_stack(run, body, x, None, remat=self.config.remat)
+                states.append(extra[0] if is_router else None)
+                hidden.append(inputs)
+            if ends:
+                pooled = layers_of(group, whole).chunk_states(x, **where)
+                states.append(jax.tree.map(lambda y: y[None], pooled))
+                break
+        return _concat(states), _concat([*hidden, self.final_norm(x)[None]]) if return_hidden else None
 
     def encode_documents(
         self,
@@ -145,7 +156,7 @@ class MSATransformer(nnx.Module):
         Returns:
           Chunk states of all router layers before normalisation; `bank` turns them into a memory bank.
         """
-        _, states, hidden = self._encode(tokens, positions, segment_ids, return_hidden)
+        states, hidden = self._encode(tokens, positions, segment_ids, return_hidden)
         return EncodedDocuments(states=states, hidden=hidden)
 
     def bank(self, states: ChunkStates, layout: DocumentLayout) -> MemoryBank:

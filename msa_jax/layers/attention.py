@@ -208,11 +208,18 @@ class MemorySparseAttention(SelfAttention):
         Raises:
           ValueError: W is no multiple of P, or shapes do not fit.
         """
-        c = self.config
         out, k, v = self._encode(x, positions, segment_ids)
+        return out, self._chunk_states(x, k, v, segment_ids)
+
+    def chunk_states(self, x: jax.Array, *, positions: jax.Array, segment_ids: jax.Array) -> ChunkStates:
+        """What `encode` pools, without its attention: all that is needed of the last router layer."""
+        _, k, v = self._qkv(x, positions)
+        return self._chunk_states(x, k, v, segment_ids)
+
+    def _chunk_states(self, x, k, v, segment_ids):
         router_k = self.router_k_proj(x).reshape(k.shape)
-        pool = lambda y: pool_chunks(y, segment_ids, c.chunk_size)  # noqa: E731
-        return out, ChunkStates(routing_key=pool(router_k), content_k=pool(k), content_v=pool(v))
+        pool = lambda y: pool_chunks(y, segment_ids, self.config.chunk_size)  # noqa: E731
+        return ChunkStates(routing_key=pool(router_k), content_k=pool(k), content_v=pool(v))
 
     def memory(self, states: ChunkStates, layout: DocumentLayout) -> LayerMemory:
         """Memory that a question can read: routing keys normalised, all in the compute dtype."""

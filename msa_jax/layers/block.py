@@ -11,6 +11,7 @@ from msa_jax.config import MSAConfig
 from msa_jax.layers.attention import AttentionOutput, MemorySparseAttention, SelfAttention
 from msa_jax.layers.mlp import SwiGLU
 from msa_jax.layers.norm import RMSNorm
+from msa_jax.memory import ChunkStates
 
 
 class DecoderBlock(nnx.Module):
@@ -31,6 +32,10 @@ class DecoderBlock(nnx.Module):
         out, *extra = self.attention.encode(self.attention_norm(x), positions=positions, segment_ids=segment_ids)
         return self._mlp(x + out), extra
 
+    def chunk_states(self, x: jax.Array, *, positions: jax.Array, segment_ids: jax.Array) -> ChunkStates:
+        """What a router layer pools of documents [R, W, E], without what layers behind it would need."""
+        return self.attention.chunk_states(self.attention_norm(x), positions=positions, segment_ids=segment_ids)
+
     def __call__(self, x: jax.Array, **kwargs) -> tuple[jax.Array, AttentionOutput]:
         """Active context [B, T, E] through the block; `kwargs` go to the attention."""
         result = self.attention(self.attention_norm(x), **kwargs)
@@ -42,6 +47,12 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) ->
     keys = jax.random.split(rngs.params(), count)
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
     return nnx.merge(graphdef, jax.vmap(lambda key: nnx.state(make(nnx.Rngs(key))))(keys))
+
+
+def layers_of(stacked: nnx.Module, layers: slice | int) -> nnx.Module:
+    """Some layers of a stack, as a stack, or the one at an index."""
+    graphdef, state = nnx.split(stacked)
+    return nnx.merge(graphdef, jax.tree.map(lambda x: x[layers], state))
 
 
 def scan_stack(stacked: nnx.Module, body: Callable, x: jax.Array, xs, *, remat: str):
