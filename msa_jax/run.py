@@ -66,7 +66,9 @@ def make_source(data: DataConfig, tokenizer: Tokenizer | None, split: Literal["t
             return corpus
         renderer = Renderer(tokenizer, data.document_len)
         corpus = cut_documents(corpus, tokenizer, renderer.body_len)
-        return fitting_questions(corpus, renderer, data.question_len) if split == "train" else corpus
+        if split == "eval":
+            return corpus
+        return fitting_questions(corpus, renderer, data.question_len, unanswerable=data.unanswerable > 0)
     texts = _haystack(data)
     return NeedleSource(
         texts, frequent_words(texts, tokenizer, data.num_words), tokenizer,
@@ -167,7 +169,8 @@ def check_workdir(run: RunConfig, workdir: pathlib.Path) -> None:
     path = workdir / "config.json"
     mine = json.loads(json.dumps(run.to_dict()))
     if path.is_file():
-        theirs = json.loads(path.read_text())
+        # Through the settings of today, so that what a run of yesterday could not say is the default.
+        theirs = json.loads(json.dumps(RunConfig.from_dict(json.loads(path.read_text())).to_dict()))
         differing = [
             f"{part}.{name}"
             for part in ("model", "data", "tokenizer", "training")
@@ -212,7 +215,8 @@ def train_run(run: RunConfig, workdir: str | pathlib.Path) -> TrainingResult:
         num_documents=run.data.num_documents, num_questions=run.data.num_questions,
         chunk_size=model.config.chunk_size, row_len=run.row_len(model.config.chunk_size),
         document_len=run.data.document_len, question_len=run.data.question_len,
-        loss_weights=run.data.loss_weights, seed=run.training.seed,
+        loss_weights=run.data.loss_weights, samples=run.data.samples, unanswerable=run.data.unanswerable,
+        seed=run.training.seed,
         parts=mesh.shape[DATA] * mesh.shape[MEMORY] if mesh else 1,
     )  # fmt: skip
     _LOG.info("%s questions to train on", f"{len(source):,}")

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict, config_dict
 
 from msa_jax.config import ConfigError, MSAConfig
 from msa_jax.data import LossWeights, Template
+from msa_jax.data.episodes import SAMPLE_FORMS, SampleForm
 from msa_jax.sharding import MeshConfig
 from msa_jax.training.config import OptimizerConfig, Phase, TrainingConfig
 
@@ -34,6 +35,9 @@ class DataConfig:
       num_words: words that needle keys are made of. hard_fraction, needle_fraction: see `NeedleSource`.
       eval_fraction: share of questions and passages held out.
       loss_weights: of ids, answers and quoted ids; see `LossWeights`.
+      samples: "chain" trains on a question's whole reply with the one routing of the question, "steps" on one step of
+        it at a time, as Memory Interleave asks it. unanswerable: share of samples whose supporting documents are
+        hidden from them, and which learn to say so. See `render_episode`.
     """
 
     source: Literal["needles", "python_docs", "jsonl"] = "needles"
@@ -51,12 +55,18 @@ class DataConfig:
     needle_fraction: float = 1.0
     eval_fraction: float = 0.1
     loss_weights: LossWeights = LossWeights()
+    samples: SampleForm = "chain"
+    unanswerable: float = 0.0
 
     def __post_init__(self):
         if self.source not in ("needles", "python_docs", "jsonl"):
             raise ConfigError(f"data.source must be needles, python_docs or jsonl, got {self.source!r}.")
         if self.source == "jsonl" and not self.folder:
             raise ConfigError('data.source "jsonl" needs data.folder, a folder with a documents.jsonl.')
+        if self.samples not in SAMPLE_FORMS:
+            raise ConfigError(f"data.samples must be one of {SAMPLE_FORMS}, got {self.samples!r}.")
+        if not 0 <= self.unanswerable < 1:
+            raise ConfigError(f"data.unanswerable must be a share in [0, 1), got {self.unanswerable}.")
         for name in ("document_len", "num_documents", "num_questions", "question_len"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"data.{name} must be at least 1, got {getattr(self, name)}.")

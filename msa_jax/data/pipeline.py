@@ -4,6 +4,7 @@ import grain
 import numpy as np
 
 from msa_jax.data.batch import Batch, pack_parts, pack_questions, rows_needed
+from msa_jax.data.episodes import SampleForm, render_episode
 from msa_jax.data.records import DataError
 from msa_jax.data.samples import LossWeights, Renderer
 from msa_jax.data.sources.base import Source
@@ -24,6 +25,8 @@ def make_dataset(
     num_rows: int | None = None,
     parts: int = 1,
     loss_weights: LossWeights | None = None,
+    samples: SampleForm = "chain",
+    unanswerable: float = 0.0,
     process_index: int = 0,
     process_count: int = 1,
     num_threads: int = 2,
@@ -35,6 +38,7 @@ def make_dataset(
     documents. Documents longer than `document_len` tokens (default: a row) have their text cut. `num_rows` R
     defaults to what N documents of `document_len` tokens may need at worst; a smaller one saves padding when
     most are shorter. Documents are packed in `parts` equal parts, which devices may share (`pack_parts`).
+    `samples` and `unanswerable` as in `render_episode`.
     The same arguments give the same batches; processes get different questions, documents and numbers. The
     iterator's `get_state` and `set_state` keep and restore its position.
     Raises DataError on arguments that do not fit each other or the source's first batch.
@@ -63,10 +67,10 @@ def make_dataset(
 
     def assemble(indices: np.ndarray, rng: np.random.Generator) -> Batch:
         episode = source.episode(indices.tolist(), num_documents, rng, id_digits)
-        documents, samples, relevant = renderer.episode(episode)
+        rendered = render_episode(renderer, episode, rng, samples=samples, unanswerable=unanswerable)
         return Batch(
             documents=pack_parts(
-                documents,
+                rendered.documents,
                 parts,
                 chunk_size=chunk_size,
                 row_len=row_len,
@@ -74,10 +78,10 @@ def make_dataset(
                 pad_id=tokenizer.pad_id,
             ),
             questions=pack_questions(
-                samples,
+                rendered.samples,
                 question_len=question_len,
-                visible=np.ones_like(relevant),
-                relevant=relevant,
+                visible=rendered.visible,
+                relevant=rendered.relevant,
                 pad_id=tokenizer.pad_id,
             ),
         )

@@ -40,13 +40,17 @@ class Question:
 class Episode:
     """A set of documents and questions about them: one training batch before tokens.
 
-    `numbers[i]` is the number by which the model names `documents[i]`, such as 4 in `[4]`.
-    Raises DataError when numbers or ids repeat, or a question is supported by a document that is not here.
+    `numbers[i]` is the number by which the model names `documents[i]`, such as 4 in `[4]`. `visible`, bool
+    `[questions, documents]`, says which documents each question may see; None is all. No question may see two
+    documents of one number.
+    Raises DataError when ids repeat, or numbers that a question sees, or a question is supported by a document that
+    is not here or that it may not see.
     """
 
     documents: list[Document]
     numbers: list[int]
     questions: list[Question]
+    visible: np.ndarray | None = field(default=None, compare=False)
 
     def __post_init__(self):
         if len(self.numbers) != len(self.documents):
@@ -54,9 +58,9 @@ class Episode:
                 f"an episode needs one number a document: {len(self.documents)} documents, "
                 f"{len(self.numbers)} numbers"
             )
-        if len(set(self.numbers)) != len(self.numbers):
+        if self.visible is None and len(set(self.numbers)) != len(self.numbers):
             raise DataError("document numbers of an episode must differ; draw them without replacement")
-        ids = {document.id for document in self.documents}
+        ids = self.index_of()
         if len(ids) != len(self.documents):
             raise DataError("document ids of an episode must differ; a document can be given once only")
         for question in self.questions:
@@ -65,6 +69,26 @@ class Episode:
                 raise DataError(
                     f"question {question.id!r} is supported by {missing[0]!r}, which is not among the "
                     f"episode's {len(ids)} documents; add that document"
+                )
+        if self.visible is not None:
+            self._check_visible(ids)
+
+    def _check_visible(self, places: dict[str, int]) -> None:
+        shape = (len(self.questions), len(self.documents))
+        if self.visible.shape != shape:
+            raise DataError(f"visible must be [questions, documents] {shape}, got {self.visible.shape}")
+        numbers = np.asarray(self.numbers)
+        for question, seen in zip(self.questions, self.visible, strict=True):
+            own, counts = np.unique(numbers[seen], return_counts=True)
+            if counts.max(initial=1) > 1:
+                raise DataError(
+                    f"question {question.id!r} sees {counts.max()} documents of the number {own[counts.argmax()]}; "
+                    "numbers must differ among documents that are seen together"
+                )
+            hidden = [i for i in question.supporting_ids if not seen[places[i]]]
+            if hidden:
+                raise DataError(
+                    f"question {question.id!r} is supported by {hidden[0]!r}, which it may not see; let it see that"
                 )
 
     def index_of(self) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""From an episode to token lists, by the template. Training and inference render with the same functions."""
+"""From documents and questions to tokens, by the template. Training and inference render with the same functions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from msa_jax.data.batch import REPLY, ROUTING, TEMPLATE, Sample
-from msa_jax.data.records import DataError, Document, Episode, Question
+from msa_jax.data.records import DataError, Document, Question
 from msa_jax.data.templates import FIELD
 from msa_jax.data.tokenizer import Tokenizer
 
@@ -102,36 +102,48 @@ class Renderer:
 
     def sample(self, question: Question, supporting: Sequence[tuple[Document, int]]) -> Sample:
         """The whole chain of one question: prompt, each supporting document in turn, the answer."""
-        tokens, roles = self.prompt(question.question)
-        loss = [0.0] * len(tokens)
+        context = _Context(*self.prompt(question.question))
         ids = (self.weights.leading_id, self.weights.trailing_id)
         for document, number in supporting:
-            spelt = self.tokenizer.number_ids(number)
-            reference = self._reference.fill(spelt)[0]
-            appended, weights = self._appended.fill(spelt, self.body(document), ids)
-            tokens += reference + appended
-            loss += [self.weights.id] * len(reference) + weights
-        tokens += self._end_of_retrieve
-        loss += [self.weights.id] * len(self._end_of_retrieve)
-        if question.answers:
-            restated, answer = self.restated(question.question), self.answer(question.answers[0])
-            tokens += restated + answer
-            loss += [0.0] * len(restated) + [self.weights.answer] * len(answer)
-        return Sample(tokens, roles + [REPLY] * (len(tokens) - len(roles)), loss)
+            context.add(self.reference(number), REPLY, self.weights.id)
+            context.add(*self._quoted(document, number, ids))
+        self._close(context, question, question.answers)
+        return context.sample()
 
-    def episode(self, episode: Episode) -> tuple[list[list[int]], list[Sample], np.ndarray]:
-        """Rendered documents, one sample a question, and which documents are relevant, bool [B, N]."""
-        documents = [
-            self.render_document(d, n) for d, n in zip(episode.documents, episode.numbers, strict=True)
-        ]
-        place = episode.index_of()
-        relevant = np.zeros((len(episode.questions), len(documents)), bool)
-        samples = []
-        for i, question in enumerate(episode.questions):
-            found = [place[d] for d in question.supporting_ids]
-            relevant[i, found] = True
-            samples.append(self.sample(question, [(episode.documents[j], episode.numbers[j]) for j in found]))
-        return documents, samples, relevant
+    def step(self, question: Question, supporting: Sequence[tuple[Document, int]], read: int) -> Sample:
+        """One retrieval step of a question whose first `read` supporting documents have been read.
+
+        The context, roles included, is what inference feeds at that point: the question routes, and so does the text
+        that was read last. What is written next carries the loss: the next document's number, or if there is none
+        the end of retrieval and the answer. What is quoted carries none, whatever the weights say.
+        """
+        context = _Context(*self.prompt(question.question))
+        for i, (document, number) in enumerate(supporting[:read], 1):
+            context.add(self.reference(number))
+            context.add(self._quoted(document, number)[0], ROUTING if i == read else REPLY)
+        if read < len(supporting):
+            context.add(self.reference(supporting[read][1]), REPLY, self.weights.id)
+        else:
+            self._close(context, question, question.answers)
+        return context.sample()
+
+    def refusal(self, question: Question) -> Sample:
+        """The reply to a question whose documents are not in the memory: retrieval ends at once, then `not_found`."""
+        context = _Context(*self.prompt(question.question))
+        self._close(context, question, [self.tokenizer.template.not_found])
+        return context.sample()
+
+    def _quoted(self, document: Document, number: int, id_weights: tuple[float, ...] = (0.0, 0.0)):
+        """What `appended` gives, its role and its loss weights."""
+        tokens, weights = self._appended.fill(self.tokenizer.number_ids(number), self.body(document), id_weights)
+        return tokens, REPLY, weights
+
+    def _close(self, context: "_Context", question: Question, answers: Sequence[str]) -> None:
+        """End retrieval and, if there is an answer, repeat the question and give the first one."""
+        context.add(self._end_of_retrieve, REPLY, self.weights.id)
+        if answers:
+            context.add(self.restated(question.question))
+            context.add(self.answer(answers[0]), REPLY, self.weights.answer)
 
     def _text(self, frame: str, field: str, value: str) -> list[int]:
         """A frame with one field; text between special tokens is encoded whole, and `value` adds none."""
@@ -142,6 +154,21 @@ class Renderer:
             else:
                 ids += self.tokenizer.encode(piece.replace(field, value))
         return ids
+
+
+class _Context:
+    """A sample as it grows."""
+
+    def __init__(self, tokens: list[int], roles: list[int]):
+        self._tokens, self._roles, self._weights = list(tokens), list(roles), [0.0] * len(tokens)
+
+    def add(self, tokens: Sequence[int], role: int = REPLY, weights: float | Sequence[float] = 0.0) -> None:
+        self._tokens += tokens
+        self._roles += [role] * len(tokens)
+        self._weights += weights if isinstance(weights, Sequence) else [weights] * len(tokens)
+
+    def sample(self) -> Sample:
+        return Sample(self._tokens, self._roles, self._weights)
 
 
 class _Frame:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from msa_jax.data import DataError, Document, Episode, LossWeights, Question, Renderer
+from msa_jax.data import DataError, Document, LossWeights, Question, Renderer
 
 DOCUMENT = Document("a", "Title", "Bacodi fuge. Limo 12!")
 OTHER = Document("b", "", "Nupa rose")
@@ -141,29 +141,3 @@ def test_long_documents_lose_text_but_keep_both_ids(tokenizer):
     assert ids[1 : 1 + len(spelt)] == spelt == ids[-1 - len(spelt) : -1]
     with pytest.raises(DataError, match="document_len 21 leaves no room .* take 21"):
         Renderer(tokenizer, document_len=21)
-
-
-def test_an_episode_marks_its_relevant_documents(tokenizer):
-    questions = [QUESTION, Question("r", "Nupa?", ("x",), ("b",))]
-    third = Document("c", "", "Other")
-    documents, samples, relevant = Renderer(tokenizer).episode(
-        Episode([OTHER, third, DOCUMENT], [5, 6, 7], questions)
-    )
-    assert relevant.tolist() == [[True, False, True], [True, False, False]]
-    assert [tokenizer.parse_numbers(d) for d in documents] == [[5, 5], [6, 6], [7, 7]]
-    assert tokenizer.parse_numbers(samples[0].tokens) == [7, 7, 7, 5, 5, 5]  # named, then quoted with two ids
-    assert tokenizer.parse_numbers(samples[1].tokens) == [5, 5, 5]
-
-
-@pytest.mark.parametrize(
-    ("documents", "numbers", "questions", "message"),
-    [
-        ([DOCUMENT], [1, 2], [], "one number a document"),
-        ([DOCUMENT, OTHER], [1, 1], [], "numbers of an episode must differ"),
-        ([DOCUMENT, DOCUMENT], [1, 2], [], "ids of an episode must differ"),
-        ([DOCUMENT], [1], [QUESTION], "'q' is supported by 'b', which is not among"),
-    ],
-)
-def test_inconsistent_episodes_are_refused(documents, numbers, questions, message):
-    with pytest.raises(DataError, match=message):
-        Episode(documents, numbers, questions)

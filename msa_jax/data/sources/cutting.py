@@ -4,6 +4,7 @@ import dataclasses
 import logging
 
 from msa_jax.data.chunker import split_text
+from msa_jax.data.episodes import longest_sample
 from msa_jax.data.records import DataError, Document, Question
 from msa_jax.data.samples import Renderer
 from msa_jax.data.sources.base import CorpusSource
@@ -48,15 +49,20 @@ def cut_documents(source: CorpusSource, tokenizer: Tokenizer, max_tokens: int) -
     return CorpusSource(documents, questions)
 
 
-def fitting_questions(source: CorpusSource, renderer: Renderer, question_len: int) -> CorpusSource:
-    """The same corpus with those questions whose whole training sample has at most `question_len` tokens.
+def fitting_questions(
+    source: CorpusSource, renderer: Renderer, question_len: int, *, unanswerable: bool = False
+) -> CorpusSource:
+    """The same corpus with those questions whose training samples all have at most `question_len` tokens.
+
+    `unanswerable`: samples that refuse an answer are among them.
 
     Raises DataError when none is left; what is left out is logged.
     """
     documents = {document.id: document for document in source.documents}
 
     def length(question: Question) -> int:
-        return len(renderer.sample(question, [(documents[i], 0) for i in question.supporting_ids]).tokens)
+        supporting = [documents[i] for i in question.supporting_ids]
+        return longest_sample(renderer, question, supporting, unanswerable=unanswerable)
 
     lengths = list(map(length, source.questions))
     kept = [q for q, size in zip(source.questions, lengths, strict=True) if size <= question_len]
