@@ -39,6 +39,13 @@ def f1(prediction: str, answers: Sequence[str]) -> float:
     return max((score(a) for a in answers), default=0.0)
 
 
+def string_match(prediction: str, wanted: Sequence[str]) -> float:
+    """Share of the wanted strings that occur in the prediction, letter case aside (RULER's measure, arXiv
+    2404.06654); 0 without wanted strings."""
+    prediction = prediction.lower()
+    return sum(text.lower() in prediction for text in wanted) / len(wanted) if wanted else 0.0
+
+
 def precision_recall(predicted: Sequence, relevant: Sequence) -> tuple[float, float]:
     """Of two sets of document ids; precision of an empty prediction is 0, recall of nothing relevant is 1."""
     predicted, relevant = set(predicted), set(relevant)

@@ -20,12 +20,14 @@ from msa_jax.data import (
     NeedleSource,
     PythonDocsSource,
     Renderer,
+    RulerSource,
     Source,
     Tokenizer,
     cut_documents,
     fitting_questions,
     frequent_words,
     make_dataset,
+    ruler_texts,
     training_texts,
 )
 from msa_jax.model import MSATransformer
@@ -54,12 +56,14 @@ def _texts(data: DataConfig) -> Iterable[str]:
     """What a tokenizer is trained on."""
     if data.source == "needles":
         return training_texts(_haystack(data), num_words=data.num_words)
+    if data.source == "ruler":
+        return ruler_texts(_haystack(data))
     return make_source(data, None, "train").texts()
 
 
 def make_source(data: DataConfig, tokenizer: Tokenizer | None, split: Literal["train", "eval"]) -> Source:
     """The source of a split, no document longer than `document_len`; uncut without a tokenizer, which needles need."""
-    if data.source != "needles":
+    if data.source not in ("needles", "ruler"):
         jsonl = data.source == "jsonl"
         corpus = JsonlSource(data.folder, split, data.eval_fraction) if jsonl else _python_docs(data, split)
         if tokenizer is None:
@@ -70,6 +74,12 @@ def make_source(data: DataConfig, tokenizer: Tokenizer | None, split: Literal["t
             return corpus
         return fitting_questions(corpus, renderer, data.question_len, unanswerable=data.unanswerable > 0)
     texts = _haystack(data)
+    if data.source == "ruler":
+        return RulerSource(
+            texts, tokenizer,
+            document_tokens=data.document_len, tasks=data.ruler_tasks, split=split, eval_fraction=data.eval_fraction,
+            hard_fraction=data.hard_fraction, needle_fraction=data.needle_fraction,
+        )  # fmt: skip
     return NeedleSource(
         texts, frequent_words(texts, tokenizer, data.num_words), tokenizer,
         document_tokens=data.document_len, split=split, eval_fraction=data.eval_fraction,
@@ -86,7 +96,8 @@ def open_tokenizer(run: RunConfig, workdir: pathlib.Path, *, train: bool) -> Tok
     if run.tokenizer.path:
         tokenizer = Tokenizer.load(run.tokenizer.path, template, add_missing=True)
     else:
-        tokenizer = Tokenizer.train(_texts(run.data), run.tokenizer.vocab_size, template)
+        pairs = run.tokenizer.uuid_pairs
+        tokenizer = Tokenizer.train(_texts(run.data), run.tokenizer.vocab_size, template, uuid_pairs=pairs)
     tokenizer.save(folder)
     return tokenizer
 

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict, config_dict
 from msa_jax.config import ConfigError, MSAConfig
 from msa_jax.data import LossWeights, Template
 from msa_jax.data.episodes import SAMPLE_FORMS, SampleForm
+from msa_jax.data.sources.ruler_tasks import TASKS, check_tasks
 from msa_jax.sharding import MeshConfig
 from msa_jax.training.config import OptimizerConfig, Phase, TrainingConfig
 
@@ -24,23 +25,26 @@ class DataConfig:
     """Where documents and questions come from, and the shape of a batch.
 
     Attributes:
-      source: "needles" in real text, "python_docs" (documentation of this Python installation), or "jsonl".
-      folder: of documents.jsonl, for "jsonl"; for "needles" the haystack, empty for Python's documentation.
+      source: "needles" in real text, "ruler" (RULER's needle tasks), "python_docs" (documentation of this Python
+        installation), or "jsonl".
+      folder: of documents.jsonl, for "jsonl"; for "needles" and "ruler" the haystack, empty for Python's documentation.
       packages: installed distributions whose documentation is read too; None reads all.
       include_sources: read their source code too. max_chars: stop reading after so many characters.
       document_len: tokens of a rendered document at most; longer texts are cut.
       row_len: W of packed rows; default the documents' length, rounded up to whole chunks.
       num_documents, num_questions: N and B of a training batch.
       question_len: T, tokens of a question with its whole reply.
-      num_words: words that needle keys are made of. hard_fraction, needle_fraction: see `NeedleSource`.
+      num_words: words that needle keys are made of. hard_fraction, needle_fraction: see `NeedleSource`, `RulerSource`.
+      ruler_tasks: RULER's tasks that "ruler" asks; a memory that eval.py makes is of one task.
       eval_fraction: share of questions and passages held out.
       loss_weights: of ids, answers and quoted ids; see `LossWeights`.
-      samples: "chain" trains on a question's whole reply with the one routing of the question, "steps" on one step of
-        it at a time, as Memory Interleave asks it. unanswerable: share of samples whose supporting documents are
-        hidden from them, and which learn to say so. See `render_episode`.
+      samples: "chain" trains on a question's whole reply with the one routing of the question, "at_once" on one that
+        names all documents before it reads them, "steps" on one step of the chain at a time, as Memory Interleave
+        asks it. unanswerable: share of samples whose supporting documents are hidden from them, and which learn to
+        say so. See `render_episode`.
     """
 
-    source: Literal["needles", "python_docs", "jsonl"] = "needles"
+    source: Literal["needles", "ruler", "python_docs", "jsonl"] = "needles"
     folder: str = ""
     packages: tuple[str, ...] | None = ()
     include_sources: bool = False
@@ -51,6 +55,7 @@ class DataConfig:
     num_questions: int = 48
     question_len: int = 128
     num_words: int = 256
+    ruler_tasks: tuple[str, ...] = tuple(TASKS)
     hard_fraction: float = 0.75
     needle_fraction: float = 1.0
     eval_fraction: float = 0.1
@@ -59,8 +64,9 @@ class DataConfig:
     unanswerable: float = 0.0
 
     def __post_init__(self):
-        if self.source not in ("needles", "python_docs", "jsonl"):
-            raise ConfigError(f"data.source must be needles, python_docs or jsonl, got {self.source!r}.")
+        if self.source not in ("needles", "ruler", "python_docs", "jsonl"):
+            raise ConfigError(f"data.source must be needles, ruler, python_docs or jsonl, got {self.source!r}.")
+        check_tasks(self.ruler_tasks)
         if self.source == "jsonl" and not self.folder:
             raise ConfigError('data.source "jsonl" needs data.folder, a folder with a documents.jsonl.')
         if self.samples not in SAMPLE_FORMS:
@@ -77,7 +83,8 @@ class TokenizerConfig:
     """A tokenizer trained on the run's texts, or a checkpoint's own.
 
     Attributes:
-      vocab_size: of a trained one, special tokens included.
+      vocab_size: of a trained one, special tokens included. uuid_pairs: it cuts uuids into pairs of digits; see
+        `Tokenizer.train`.
       path: folder of a tokenizer.json to use instead.
       template: "compact", "paper", "chinese", or a JSON file of one's own frames, which is read when the tokenizer is
         made and saved with it. numbers: "place" or "plain", how document numbers are spelt; empty leaves it to the
@@ -85,6 +92,7 @@ class TokenizerConfig:
     """
 
     vocab_size: int = 4096
+    uuid_pairs: bool = False
     path: str = ""
     template: str = "compact"
     numbers: Literal["", "place", "plain"] = ""
@@ -148,8 +156,9 @@ class RunConfig:
             data = dict(values.pop("data", {}))
             if "loss_weights" in data:
                 data["loss_weights"] = LossWeights(**data["loss_weights"])
-            if data.get("packages") is not None:
-                data["packages"] = tuple(data["packages"])
+            for name in ("packages", "ruler_tasks"):
+                if data.get(name) is not None:
+                    data[name] = tuple(data[name])
             run = cls(
                 model=dict(values.pop("model", {})),
                 data=DataConfig(**data),

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from msa_jax.metrics import RunLog, exact_match, f1, normalise_answer, precision_recall
+from msa_jax.metrics import RunLog, exact_match, f1, normalise_answer, precision_recall, string_match
 from msa_jax.plots import plot_curve, token_count
 
 
@@ -26,6 +26,20 @@ def test_answers_are_normalised():
 def test_exact_match_and_f1(prediction, answers, exact, overlap):
     assert exact_match(prediction, answers) == exact
     assert f1(prediction, answers) == pytest.approx(overlap)
+
+
+@pytest.mark.parametrize(
+    "prediction, wanted, share",
+    [
+        ("They are 123, 456, and ABC.", ["456", "abc"], 1.0),
+        ("1234567", ["1234567", "7654321", "123", "9"], 0.5),
+        ("", ["1"], 0.0),
+        ("anything", [], 0.0),
+        ("12 34", ["1234"], 0.0),
+    ],
+)
+def test_string_match_is_the_share_of_what_occurs(prediction, wanted, share):
+    assert string_match(prediction, wanted) == share
 
 
 def test_precision_and_recall_of_sets():

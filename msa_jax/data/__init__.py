@@ -10,10 +10,12 @@ from msa_jax.data.sources import (
     JsonlSource,
     NeedleSource,
     PythonDocsSource,
+    RulerSource,
     Source,
     cut_documents,
     fitting_questions,
     frequent_words,
+    ruler_texts,
     training_texts,
 )
 from msa_jax.data.templates import Template
@@ -33,6 +35,7 @@ __all__ = [
     "Question",
     "QuestionBatch",
     "Renderer",
+    "RulerSource",
     "Source",
     "Template",
     "Tokenizer",
@@ -42,6 +45,7 @@ __all__ = [
     "make_dataset",
     "pack_documents",
     "pack_questions",
+    "ruler_texts",
     "split_text",
     "training_texts",
 ]

@@ -10,8 +10,8 @@ from msa_jax.data.batch import Sample
 from msa_jax.data.records import Document, Episode, Question
 from msa_jax.data.samples import Renderer
 
-SampleForm = Literal["chain", "steps"]
-SAMPLE_FORMS = ("chain", "steps")
+SampleForm = Literal["chain", "at_once", "steps"]
+SAMPLE_FORMS = ("chain", "at_once", "steps")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ def render_episode(
 ) -> RenderedEpisode:
     """Render an episode, one sample a question.
 
-    "chain" is the whole reply, routed once by the question; all its supporting documents are relevant. "steps" is one
+    "chain" is the whole reply, routed once by the question; all its supporting documents are relevant. So is
+    "at_once", which names them all in its first turn, by what the question alone has routed to. "steps" is one
     step of the chain, drawn anew whenever the question comes up, each of the n + 1 as likely (paper section 3.5:
     a multi-hop chain is trained on one retrieval at a time). Relevant is the document wanted next alone. In the last
     step none is: nothing is left to find, and to call any document right there would teach the newest text to find
@@ -63,7 +64,7 @@ def render_episode(
             rendered.append(renderer.step(question, supporting, read))
         else:
             relevant[i, found] = True
-            rendered.append(renderer.sample(question, supporting))
+            rendered.append(renderer.sample(question, supporting, at_once=samples == "at_once"))
     return RenderedEpisode(documents, rendered, visible, relevant)
 
 

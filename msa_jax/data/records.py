@@ -27,13 +27,15 @@ class Document:
 class Question:
     """A question, the answers that count as right (the first is trained on), and the documents to find.
 
-    No answers means retrieval only: the reply then ends where retrieval ends.
+    No answers means retrieval only: the reply then ends where retrieval ends. `wanted` are the values that an answer
+    must all name, where it asks for several; see `msa_jax.metrics.string_match`.
     """
 
     id: str
     question: str
     answers: tuple[str, ...]
     supporting_ids: tuple[str, ...]
+    wanted: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

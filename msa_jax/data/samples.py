@@ -80,6 +80,11 @@ class Renderer:
         """What the model writes to ask for a document."""
         return self._reference.fill(self.tokenizer.number_ids(number))[0]
 
+    def references(self, numbers: Sequence[int]) -> list[int]:
+        """What the model writes to ask for several documents in one turn: only the last reference ends it."""
+        spelt = [self.reference(number) for number in numbers]
+        return [token for reference in spelt[:-1] for token in reference[:-1]] + spelt[-1] if spelt else []
+
     def appended(self, document: Document, number: int) -> list[int]:
         """The original text as the engine appends it after a reference."""
         return self.appended_body(self.body(document), number)
@@ -100,12 +105,20 @@ class Renderer:
         """The framed answer, its end token included."""
         return self._text(self.tokenizer.template.reply_answer, "{answer}", answer)
 
-    def sample(self, question: Question, supporting: Sequence[tuple[Document, int]]) -> Sample:
-        """The whole chain of one question: prompt, each supporting document in turn, the answer."""
+    def sample(
+        self, question: Question, supporting: Sequence[tuple[Document, int]], *, at_once: bool = False
+    ) -> Sample:
+        """The whole chain of one question: prompt, each supporting document in turn, the answer.
+
+        With `at_once` all documents are named in one turn, and then come their texts.
+        """
         context = _Context(*self.prompt(question.question))
         ids = (self.weights.leading_id, self.weights.trailing_id)
+        if at_once:
+            context.add(self.references([number for _, number in supporting]), REPLY, self.weights.id)
         for document, number in supporting:
-            context.add(self.reference(number), REPLY, self.weights.id)
+            if not at_once:
+                context.add(self.reference(number), REPLY, self.weights.id)
             context.add(*self._quoted(document, number, ids))
         self._close(context, question, question.answers)
         return context.sample()

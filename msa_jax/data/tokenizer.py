@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from msa_jax.data.records import DataError
 from msa_jax.data.templates import Template
+from msa_jax.data.uuids import word_pattern
 
 _MODEL_FILE, _TEMPLATE_FILE = "tokenizer.json", "msa_template.json"
 
@@ -53,10 +54,14 @@ class Tokenizer:
         self._number = re.compile(r"\[" + one + r"\]")
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int, template: Template | None = None) -> "Tokenizer":
+    def train(
+        cls, texts: Iterable[str], vocab_size: int, template: Template | None = None, *, uuid_pairs: bool = False
+    ) -> "Tokenizer":
         """Trains byte-level BPE on `texts`, each digit its own token; `vocab_size` includes special tokens.
 
-        The default template is `Template.compact()`. The same texts give the same tokenizer.
+        With `uuid_pairs` a uuid is always cut into its 16 pairs of hexadecimal digits and 4 hyphens; `texts` must show
+        enough of them for each pair to become a token. The default template is `Template.compact()`. The same texts
+        give the same tokenizer.
         Raises DataError when `vocab_size` cannot hold the 256 bytes and the special tokens.
         """
         template = template or Template.compact()
@@ -66,9 +71,11 @@ class Tokenizer:
                 f"vocab_size {vocab_size} is too small: bytes and special tokens alone take {floor}"
             )
         inner = tokenizers.Tokenizer(models.BPE())
-        inner.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
+        words = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        if uuid_pairs:
+            split = pre_tokenizers.Split(Regex(word_pattern()), "isolated")
+            words = [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        inner.pre_tokenizer = pre_tokenizers.Sequence(words)
         inner.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,

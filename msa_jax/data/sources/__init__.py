@@ -6,15 +6,18 @@ from msa_jax.data.sources.jsonl import JsonlSource
 from msa_jax.data.sources.keys import frequent_words
 from msa_jax.data.sources.needles import NeedleSource, training_texts
 from msa_jax.data.sources.pydocs import PythonDocsSource
+from msa_jax.data.sources.ruler import RulerSource, ruler_texts
 
 __all__ = [
     "CorpusSource",
     "JsonlSource",
     "NeedleSource",
     "PythonDocsSource",
+    "RulerSource",
     "Source",
     "cut_documents",
     "fitting_questions",
     "frequent_words",
+    "ruler_texts",
     "training_texts",
 ]

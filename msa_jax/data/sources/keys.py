@@ -1,8 +1,9 @@
 """Needle keys: tuples of words, drawn without repetition, some easily confused, split by stable hash."""
 
+import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from string import Formatter
 
 import numpy as np
@@ -53,27 +54,30 @@ def key_fields(key_format: str) -> list[str]:
 class KeyPool:
     """All keys of `key_format` over `words`. The eval split asks for keys that training never uses.
 
-    Raises DataError when words repeat or there are fewer than two.
+    `words` are those of every field, or by field. Raises DataError when a field's words repeat or are fewer than two.
     """
 
-    def __init__(self, words: Sequence[str], key_format: str, split: Split, eval_fraction: float):
-        self.words = list(words)
+    def __init__(
+        self, words: Sequence[str] | Mapping[str, Sequence[str]], key_format: str, split: Split, eval_fraction: float
+    ):
         self.key_format = key_format
         self.fields = key_fields(key_format)
-        if len(set(self.words)) != len(self.words) or len(self.words) < 2:
-            raise DataError(f"words must be distinct and at least two, got {len(self.words)}")
+        self.words = [list(words[field] if isinstance(words, Mapping) else words) for field in self.fields]
+        for own in self.words:
+            if len(set(own)) != len(own) or len(own) < 2:
+                raise DataError(f"words must be distinct and at least two, got {len(own)}")
         self._split = split
         self._threshold = np.uint64(int(eval_fraction * 2**64))
-        self._hashes = np.array([stable_hash(word) for word in self.words], np.uint64)
+        self._hashes = [np.array([stable_hash(word) for word in own], np.uint64) for own in self.words]
 
     @property
     def size(self) -> int:
         """Number of keys of both splits."""
-        return len(self.words) ** len(self.fields)
+        return math.prod(map(len, self.words))
 
     def format(self, words: np.ndarray) -> list[str]:
         """Keys as text, of word indices [n, fields]."""
-        columns = [[self.words[i] for i in column] for column in words.T.tolist()]
+        columns = [[own[i] for i in column] for own, column in zip(self.words, words.T.tolist(), strict=True)]
         keys = (dict(zip(self.fields, key, strict=True)) for key in zip(*columns, strict=True))
         return [self.key_format.format(**key) for key in keys]
 
@@ -99,18 +103,20 @@ class KeyPool:
         return self._decode(codes)
 
     def _hard(self, rng: np.random.Generator, asked: int, others: int) -> tuple[np.ndarray, np.ndarray]:
-        order = rng.permutation(len(self.words))
-        width = len(self.fields)
-        size = min(len(order), max(2, int(np.ceil((1.5 * (asked + others)) ** (1 / width)))))
+        shared = rng.permutation(max(map(len, self.words)))
+        # Words that all fields share are in one order, so that a key may have one of them in any place.
+        orders = [shared[shared < len(own)] for own in self.words]
+        width, most = len(self.fields), len(shared)
+        size = min(most, max(2, int(np.ceil((1.5 * (asked + others)) ** (1 / width)))))
         while True:
-            grid = np.meshgrid(*[order[:size]] * width, indexing="ij")
+            grid = np.meshgrid(*[order[:size] for order in orders], indexing="ij")
             codes = rng.permutation(self._encode(np.stack(grid, -1).reshape(-1, width)))
             own = self._is_own(codes)
             first = codes[own][:asked]
             rest = codes[self._may_distract(codes) & ~np.isin(codes, first)][:others]
-            if (len(first) == asked and len(rest) == others) or size == len(order):
+            if (len(first) == asked and len(rest) == others) or size == most:
                 return first, rest
-            size = min(len(order), size + max(1, size // 4))
+            size = min(most, size + max(1, size // 4))
 
     def _easy(self, rng: np.random.Generator, count: int, used: np.ndarray, allowed) -> np.ndarray:
         found = np.empty(0, np.int64)
@@ -123,7 +129,7 @@ class KeyPool:
             found = first_unique(np.concatenate([found, drawn[~np.isin(drawn, used)]]))
         if len(found) < count:
             raise DataError(
-                f"{len(self.words)} words make {self.size} keys {self.key_format!r}, too few here ({count} "
+                f"{max(map(len, self.words))} words make {self.size} keys {self.key_format!r}, too few here ({count} "
                 f"more are wanted of the {self._split} split); give more words, or a key_format with more "
                 "of them"
             )
@@ -131,8 +137,8 @@ class KeyPool:
 
     def _is_own(self, codes: np.ndarray) -> np.ndarray:
         mixed = np.zeros(len(codes), np.uint64)
-        for column in self._decode(codes).T:
-            mixed = (mixed ^ self._hashes[column]) * np.uint64(0x9E3779B97F4A7C15)
+        for hashes, column in zip(self._hashes, self._decode(codes).T, strict=True):
+            mixed = (mixed ^ hashes[column]) * np.uint64(0x9E3779B97F4A7C15)
             mixed ^= mixed >> np.uint64(29)
         return (mixed < self._threshold) == (self._split == "eval")
 
@@ -141,13 +147,13 @@ class KeyPool:
 
     def _encode(self, words: np.ndarray) -> np.ndarray:
         codes = np.zeros(len(words), np.int64)
-        for column in words.T:
-            codes = codes * len(self.words) + column
+        for own, column in zip(self.words, words.T, strict=True):
+            codes = codes * len(own) + column
         return codes
 
     def _decode(self, codes: np.ndarray) -> np.ndarray:
         columns = []
-        for _ in self.fields:
-            codes, column = np.divmod(codes, len(self.words))
+        for own in reversed(self.words):
+            codes, column = np.divmod(codes, len(own))
             columns.append(column)
         return np.stack(columns[::-1], -1)

@@ -170,8 +170,10 @@ class NeedleSource:
             for begin in range(0, count, block_size):
                 some = order[begin : begin + block_size]
                 carrying = some[some < carriers]
-                needles = self._needle_texts(words[carrying], values[carrying])
-                bodies = self._bodies(later, passages[some], some < carriers, needles)
+                needles = iter(self._tokenizer.encode_batch(self._needle_texts(words[carrying], values[carrying])))
+                bodies = self._haystack.bodies(
+                    later, passages[some], [next(needles) if i < carriers else [] for i in some.tolist()]
+                )
                 chosen = numbers[some].tolist()
                 texts = self._tokenizer.decode_batch(bodies)
                 documents = [
@@ -187,33 +189,12 @@ class NeedleSource:
         digits = ["".join(map(str, value)) for value in values.tolist()]
         return [" " + self._needle.format(key=k, value=v) for k, v in zip(keys, digits, strict=True)]
 
-    def _bodies(
-        self, rng: np.random.Generator, passages: np.ndarray, carries: np.ndarray, needles: list[str]
-    ) -> list[np.ndarray]:
-        """Documents' text as tokens: passages cut at a word's start, needles put in at a word's start."""
-        encoded = self._tokenizer.encode_batch(needles)
-        sizes = np.zeros(len(passages), np.int64)
-        sizes[carries] = [len(needle) for needle in encoded]
-        pieces = np.fromiter((t for needle in encoded for t in needle), np.int32)
-        hay = self._haystack
-        cut = hay.word_before[passages, np.minimum(self._body_len - sizes, hay.lengths[passages])]
-        depth = hay.word_before[passages, rng.integers(0, cut + 1)]
-        lengths = cut + sizes
-        row = np.repeat(np.arange(len(passages)), lengths)
-        ends = np.cumsum(lengths)
-        at = np.arange(len(row)) - (ends - lengths)[row]
-        inside = at - depth[row]  # place within the needle, if 0 <= inside < its size
-        is_needle = (inside >= 0) & (inside < sizes[row])
-        tokens = hay.passages[passages[row], np.where(inside < 0, at, np.maximum(at - sizes[row], 0))]
-        tokens[is_needle] = pieces[((np.cumsum(sizes) - sizes)[row] + inside)[is_needle]]
-        return np.split(tokens, ends[:-1])
-
     def _other_passages(self, rng: np.random.Generator, taken: np.ndarray, count: int) -> np.ndarray:
         drawn = rng.choice(len(self), min(len(self), count + len(taken)), replace=False)
         return drawn[~np.isin(drawn, taken)][:count]
 
     def _check_needle(self, document_tokens: int) -> None:
-        words = np.arange(len(self.keys.words))[:, None].repeat(len(self.keys.fields), 1)
+        words = np.arange(len(self.keys.words[0]))[:, None].repeat(len(self.keys.fields), 1)
         digits = np.zeros((len(words), self._value_digits), np.int64)
         longest = max(map(len, self._tokenizer.encode_batch(self._needle_texts(words, digits))))
         if longest > self._body_len:

@@ -1,0 +1,102 @@
+"""RULER's eight needle tasks as data (arXiv 2404.06654, appendix B), and the words that its keys are made of."""
+
+import functools
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from msa_jax.data.records import DataError
+from msa_jax.data.uuids import draw_uuids
+
+KEY_FORMAT = "{adjective}-{noun}"
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+VALUE_DIGITS = 7
+# Per cent of the haystack in front of a needle.
+DEPTHS = np.round(np.linspace(0, 100, 40)).astype(int)
+
+
+@dataclass(frozen=True)
+class RulerTask:
+    """One task.
+
+    Attributes:
+      haystack: "noise" (one line of five sentences again and again), "essay" (real text), or "needles" (needles of
+        other keys, a line each).
+      key, value: what needles are made of.
+      keys: needle keys in the haystack. values: needles of each. queries: keys that are asked for, all at once.
+    """
+
+    haystack: Literal["noise", "essay", "needles"] = "essay"
+    key: Literal["words", "uuids"] = "words"
+    value: Literal["numbers", "uuids"] = "numbers"
+    keys: int = 1
+    values: int = 1
+    queries: int = 1
+
+    @property
+    def documents(self) -> int:
+        """Needles that a question has in all, each in a document of its own."""
+        return self.keys * self.values
+
+    @property
+    def wanted(self) -> int:
+        """Values that are asked for."""
+        return self.queries * self.values
+
+    def needle(self, key: str, value: str) -> str:
+        return f"One of the special magic {self.value} for {key} is: {value}."
+
+    def question(self, keys: Sequence[str]) -> str:
+        asked = ", ".join(keys[:-1]) + ", and " + keys[-1] if len(keys) > 1 else keys[0]
+        verb, what = ("are all", self.value) if self.wanted > 1 else ("is", self.value[:-1])
+        return f"What {verb} the special magic {what} for {asked} mentioned in the provided text?"
+
+    def draw_values(self, rng: np.random.Generator, count: int) -> list[str]:
+        """Numbers of `VALUE_DIGITS` digits, the first of them not 0, or uuids."""
+        if self.value == "uuids":
+            return draw_uuids(rng, count)
+        return [str(n) for n in rng.integers(10 ** (VALUE_DIGITS - 1), 10**VALUE_DIGITS, count)]
+
+
+TASKS = {
+    "niah_single_1": RulerTask(haystack="noise"),
+    "niah_single_2": RulerTask(),
+    "niah_single_3": RulerTask(value="uuids"),
+    "niah_multikey_1": RulerTask(keys=4),
+    "niah_multikey_2": RulerTask(haystack="needles"),
+    "niah_multikey_3": RulerTask(haystack="needles", key="uuids", value="uuids"),
+    "niah_multivalue": RulerTask(values=4),
+    "niah_multiquery": RulerTask(keys=4, queries=4),
+}
+
+
+def check_tasks(names: Sequence[str]) -> None:
+    """Raises DataError unless there are tasks and all of them exist."""
+    unknown = [name for name in names if name not in TASKS]
+    if unknown or not names:
+        said = f"there is no RULER task {unknown[0]!r}" if unknown else "no RULER task is given"
+        raise DataError(f"{said}; the tasks are {', '.join(TASKS)}")
+
+
+def ruler_words() -> dict[str, list[str]]:
+    """Adjectives and nouns of the package wonderwords, sorted: those that RULER's keys are made of.
+
+    Raises DataError when the package is not installed.
+    """
+    try:
+        importlib.import_module("wonderwords")
+    except ImportError:
+        raise DataError(
+            "RULER's keys are made of the words of the package wonderwords, which is not installed; "
+            "install msa-jax[ruler]"
+        ) from None
+    return {name: list(own) for name, own in _words().items()}
+
+
+@functools.cache
+def _words() -> dict[str, tuple[str, ...]]:
+    words = importlib.import_module("wonderwords").RandomWord()
+    return {name: tuple(sorted(words.filter(include_categories=[name]))) for name in ("adjective", "noun")}
