@@ -30,6 +30,7 @@ from msa_jax.data import (
     ruler_texts,
     training_texts,
 )
+from msa_jax.data.sources.negatives import with_negatives
 from msa_jax.model import MSATransformer
 from msa_jax.run_config import DataConfig, RunConfig
 from msa_jax.sharding import DATA, MEMORY, MODEL, Shardings, check_model
@@ -41,7 +42,7 @@ _LOG = logging.getLogger(__name__)
 
 def _haystack(data: DataConfig) -> list[str]:
     if data.folder:
-        return [d.text for d in JsonlSource(data.folder).documents]
+        return [d.text for d in JsonlSource(data.folders).documents]
     return list(_python_docs(data, "train").passages())
 
 
@@ -50,6 +51,12 @@ def _python_docs(data: DataConfig, split: str) -> PythonDocsSource:
         split, packages=data.packages, include_sources=data.include_sources, max_chars=data.max_chars,
         eval_fraction=data.eval_fraction,
     )  # fmt: skip
+
+
+def _jsonl(data: DataConfig, split: str) -> JsonlSource:
+    return JsonlSource(
+        data.folders, split, data.eval_fraction, pair_fraction=data.pair_fraction, hidden_fraction=data.hidden_fraction
+    )
 
 
 def _texts(data: DataConfig) -> Iterable[str]:
@@ -64,15 +71,17 @@ def _texts(data: DataConfig) -> Iterable[str]:
 def make_source(data: DataConfig, tokenizer: Tokenizer | None, split: Literal["train", "eval"]) -> Source:
     """The source of a split, no document longer than `document_len`; uncut without a tokenizer, which needles need."""
     if data.source not in ("needles", "ruler"):
-        jsonl = data.source == "jsonl"
-        corpus = JsonlSource(data.folder, split, data.eval_fraction) if jsonl else _python_docs(data, split)
+        corpus = _jsonl(data, split) if data.source == "jsonl" else _python_docs(data, split)
         if tokenizer is None:
             return corpus
         renderer = Renderer(tokenizer, data.document_len)
-        corpus = cut_documents(corpus, tokenizer, renderer.body_len)
+        corpus = cut_documents(corpus, tokenizer, renderer.body_len, titles=data.titles)
         if split == "eval":
             return corpus
-        return fitting_questions(corpus, renderer, data.question_len, unanswerable=data.unanswerable > 0)
+        corpus = fitting_questions(
+            corpus, renderer, data.question_len, samples=data.samples, unanswerable=data.unanswerable > 0
+        )
+        return with_negatives(corpus, data.hard_negatives, data.num_negatives) if data.hard_negatives else corpus
     texts = _haystack(data)
     if data.source == "ruler":
         return RulerSource(

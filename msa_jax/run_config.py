@@ -28,6 +28,11 @@ class DataConfig:
       source: "needles" in real text, "ruler" (RULER's needle tasks), "python_docs" (documentation of this Python
         installation), or "jsonl".
       folder: of documents.jsonl, for "jsonl"; for "needles" and "ruler" the haystack, empty for Python's documentation.
+        Several, parted by commas, are one corpus.
+      titles: every text begins with its title; for "python_docs" and "jsonl".
+      pair_fraction, hidden_fraction: of "jsonl", see `JsonlSource`.
+      hard_negatives: file of documents mistaken for what questions ask for (`msa_jax.training.mine`); a batch holds
+        num_negatives of them for each question that the file knows.
       packages: installed distributions whose documentation is read too; None reads all.
       include_sources: read their source code too. max_chars: stop reading after so many characters.
       document_len: tokens of a rendered document at most; longer texts are cut.
@@ -40,12 +45,17 @@ class DataConfig:
       loss_weights: of ids, answers and quoted ids; see `LossWeights`.
       samples: "chain" trains on a question's whole reply with the one routing of the question, "at_once" on one that
         names all documents before it reads them, "steps" on one step of the chain at a time, as Memory Interleave
-        asks it. unanswerable: share of samples whose supporting documents are hidden from them, and which learn to
-        say so. See `render_episode`.
+        asks it, "question" on its router alone. unanswerable: share of samples whose supporting documents are hidden
+        from them, and which learn to say so. See `render_episode`.
     """
 
     source: Literal["needles", "ruler", "python_docs", "jsonl"] = "needles"
     folder: str = ""
+    titles: bool = False
+    pair_fraction: float = 0.0
+    hidden_fraction: float = 1.0
+    hard_negatives: str = ""
+    num_negatives: int = 1
     packages: tuple[str, ...] | None = ()
     include_sources: bool = False
     max_chars: int | None = None
@@ -67,15 +77,28 @@ class DataConfig:
         if self.source not in ("needles", "ruler", "python_docs", "jsonl"):
             raise ConfigError(f"data.source must be needles, ruler, python_docs or jsonl, got {self.source!r}.")
         check_tasks(self.ruler_tasks)
-        if self.source == "jsonl" and not self.folder:
+        if self.source == "jsonl" and not self.folders:
             raise ConfigError('data.source "jsonl" needs data.folder, a folder with a documents.jsonl.')
         if self.samples not in SAMPLE_FORMS:
             raise ConfigError(f"data.samples must be one of {SAMPLE_FORMS}, got {self.samples!r}.")
         if not 0 <= self.unanswerable < 1:
             raise ConfigError(f"data.unanswerable must be a share in [0, 1), got {self.unanswerable}.")
-        for name in ("document_len", "num_documents", "num_questions", "question_len"):
+        if self.hard_negatives and self.source in ("needles", "ruler"):
+            raise ConfigError("data.hard_negatives is for documents that stay; needles have data.hard_fraction.")
+        if self.samples == "question" and self.unanswerable:
+            raise ConfigError('data.samples "question" has no replies that could refuse: set data.unanswerable to 0.')
+        for name in ("document_len", "num_documents", "num_questions", "question_len", "num_negatives"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"data.{name} must be at least 1, got {getattr(self, name)}.")
+        if not (0 <= self.pair_fraction < 1 and 0 <= self.hidden_fraction <= 1):
+            raise ConfigError(
+                "data.pair_fraction must lie in [0, 1) and data.hidden_fraction in [0, 1], got "
+                f"{self.pair_fraction} and {self.hidden_fraction}."
+            )
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        return tuple(name.strip() for name in self.folder.split(",") if name.strip())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,7 +111,7 @@ class TokenizerConfig:
       path: folder of a tokenizer.json to use instead.
       template: "compact", "paper", "chinese", or a JSON file of one's own frames, which is read when the tokenizer is
         made and saved with it. numbers: "place" or "plain", how document numbers are spelt; empty leaves it to the
-        template.
+        template. id_digits: of document numbers; 0 leaves it to the template.
     """
 
     vocab_size: int = 4096
@@ -96,6 +119,7 @@ class TokenizerConfig:
     path: str = ""
     template: str = "compact"
     numbers: Literal["", "place", "plain"] = ""
+    id_digits: int = 0
 
     def __post_init__(self):
         if self.template not in _TEMPLATES and not self.template.endswith(".json"):
@@ -108,7 +132,9 @@ class TokenizerConfig:
     def make_template(self) -> Template:
         """The template named; raises DataError if it is a file and that is missing or damaged."""
         template = _TEMPLATES[self.template]() if self.template in _TEMPLATES else Template.load(self.template)
-        return dataclasses.replace(template, numbers=self.numbers or template.numbers)
+        return dataclasses.replace(
+            template, numbers=self.numbers or template.numbers, id_digits=self.id_digits or template.id_digits
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -170,6 +196,8 @@ class RunConfig:
             )
         except (TypeError, KeyError) as e:
             raise ConfigError(f"Run settings: {e}.") from e
+        if run.data.samples == "question" and any(phase.lm_weight for phase in run.training.phases):
+            raise ConfigError('data.samples "question" has no replies to learn: set lm_weight of every phase to 0.')
         run.model_config(vocab_size=8)  # whatever is wrong with the model shows here, before any work
         return run
 

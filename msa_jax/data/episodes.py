@@ -10,8 +10,8 @@ from msa_jax.data.batch import Sample
 from msa_jax.data.records import Document, Episode, Question
 from msa_jax.data.samples import Renderer
 
-SampleForm = Literal["chain", "at_once", "steps"]
-SAMPLE_FORMS = ("chain", "at_once", "steps")
+SampleForm = Literal["chain", "at_once", "steps", "question"]
+SAMPLE_FORMS = ("chain", "at_once", "steps", "question")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ def render_episode(
     step of the chain, drawn anew whenever the question comes up, each of the n + 1 as likely (paper section 3.5:
     a multi-hop chain is trained on one retrieval at a time). Relevant is the document wanted next alone. In the last
     step none is: nothing is left to find, and to call any document right there would teach the newest text to find
-    it in the steps before as well. Such a sample has no router loss.
+    it in the steps before as well. Such a sample has no router loss. "question" is the question without a reply: the
+    router alone learns.
 
     Args:
       samples: the form.
@@ -62,6 +63,9 @@ def render_episode(
             read = int(rng.integers(len(found) + 1))
             relevant[i, found[read : read + 1]] = True
             rendered.append(renderer.step(question, supporting, read))
+        elif samples == "question":
+            relevant[i, found] = True
+            rendered.append(renderer.question(question))
         else:
             relevant[i, found] = True
             rendered.append(renderer.sample(question, supporting, at_once=samples == "at_once"))
@@ -69,8 +73,16 @@ def render_episode(
 
 
 def longest_sample(
-    renderer: Renderer, question: Question, supporting: Sequence[Document], *, unanswerable: bool = False
+    renderer: Renderer,
+    question: Question,
+    supporting: Sequence[Document],
+    *,
+    samples: SampleForm = "chain",
+    unanswerable: bool = False,
 ) -> int:
     """Tokens of the longest sample that `render_episode` makes of a question: a step is never longer than its chain."""
-    length = len(renderer.sample(question, [(document, 0) for document in supporting]).tokens)
+    if samples == "question":
+        length = len(renderer.question(question).tokens)
+    else:
+        length = len(renderer.sample(question, [(document, 0) for document in supporting]).tokens)
     return max(length, len(renderer.refusal(question).tokens)) if unanswerable else length

@@ -29,6 +29,7 @@ class Question:
 
     No answers means retrieval only: the reply then ends where retrieval ends. `wanted` are the values that an answer
     must all name, where it asks for several; see `msa_jax.metrics.string_match`.
+    `hidden` is text of its document that gives it away, such as the very sentence that asks: episodes leave it out.
     """
 
     id: str
@@ -36,6 +37,7 @@ class Question:
     answers: tuple[str, ...]
     supporting_ids: tuple[str, ...]
     wanted: tuple[str, ...] = ()
+    hidden: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,6 +123,10 @@ class Renderer:
         self._close(context, question, question.answers)
         return context.sample()
 
+    def question(self, question: Question) -> Sample:
+        """The question alone, with the head of a reply that is not trained."""
+        return _Context(*self.prompt(question.question)).sample()
+
     def step(self, question: Question, supporting: Sequence[tuple[Document, int]], read: int) -> Sample:
         """One retrieval step of a question whose first `read` supporting documents have been read.
 

@@ -154,40 +154,6 @@ def test_empty_and_absent_files(tmp_path, write_rows):
         JsonlSource(tmp_path)
 
 
-FIRST, REST = "Town {} lies on a big river.", "It has {} old bridges now."
-
-
-def test_without_questions_titles_and_first_sentences_ask(tmp_path, write_rows):
-    rows = []
-    for i in range(80):
-        title = f"Town {i // 2 if i < 10 else i}"  # the first ten share theirs with a neighbour
-        rows.append({"id": f"d{i}", "title": title, "text": f"{FIRST.format(i)} {REST.format(i)}"})
-    rows.append({"id": "short", "title": "Town 12", "text": "Too short."})
-    for i in range(2):
-        text = f"They all begin like this. But go on as number {i} here."
-        rows.append({"id": f"same{i}", "title": "", "text": text})
-    rows.append({"id": "echo", "title": "", "text": "Here it says one thing. Here it says one thing."})
-    write_rows(tmp_path / "documents.jsonl", rows)
-    sources = [JsonlSource(tmp_path, split, 0.3) for split in ("train", "eval")]
-    questions = [q for source in sources for q in source.questions]
-    assert sources[0].documents == sources[1].documents and len(sources[0].documents) == 84
-    texts = {d.id: d.text for d in sources[0].documents}
-    by_title = [q for q in questions if q.id.startswith("title:")]
-    assert 15 < len(by_title) < 60 and len(questions) - len(by_title) > 15
-    for question in questions:
-        (document,) = question.supporting_ids
-        assert question.answers == ()
-        assert document not in ("short", "same0", "same1", "echo")
-        town = int(document[1:])
-        if question in by_title:
-            assert town >= 10 and town != 12, "a title of two documents asks for neither"
-            assert texts[document] == f"{FIRST.format(town)} {REST.format(town)}"
-        else:
-            assert question.question == FIRST.format(town)
-            assert texts[document] == REST.format(town)
-    assert len({q.question for q in questions}) == len(questions)
-
-
 def test_real_folders_can_be_read(test_data):
     for name in ("hotpotqa", "2wikimultihopqa", "musique"):
         source = JsonlSource(test_data / "data" / name)

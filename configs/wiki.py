@@ -1,0 +1,66 @@
+"""Retrieval of real questions, learned from nothing: a router over passages of an encyclopedia.
+
+    python train.py --config=configs/wiki.py --config.data.folder=DIR,DIR,... --workdir=runs/wiki
+    python -m benchmarks.quality.questions --workdir runs/wiki
+
+Folders as docs/data.md describes them, those with questions.jsonl among them. Nine tenths of a batch are pairs: a title
+or a sentence asks for its passage; the rest are half of the real questions, the other half being for evaluation.
+Answers are not trained: a model of 5M parameters that has read nothing but this cannot give them. So samples end with
+the question and the loss is the router's alone. One layer below one router layer: what has to be matched first is
+words, and the stream starts as the embedding alone, with W_QR tied to W_KR, so that rare words match from step 0.
+Hence 16K tokens of vocabulary, and many short documents a batch.
+"""
+
+from ml_collections import ConfigDict
+
+from msa_jax.run_config import full_config
+
+
+def get_config() -> ConfigDict:
+    return full_config(
+        {
+            "model": {
+                "hidden_size": 256,
+                "num_layers": 2,
+                "num_heads": 4,
+                "num_kv_heads": 4,
+                "head_dim": 64,
+                "mlp_size": 256,
+                "router_layers": (1,),
+                "chunk_size": 16,
+                "top_k": 1,
+            },
+            "tokenizer": {"vocab_size": 16_384, "template": "compact", "id_digits": 5},
+            "data": {
+                "source": "jsonl",
+                "titles": True,
+                "samples": "question",
+                "pair_fraction": 0.9,
+                "hidden_fraction": 0.5,
+                "eval_fraction": 0.5,
+                "document_len": 128,
+                "num_documents": 128,
+                "num_questions": 96,
+                "question_len": 40,
+            },
+            "training": {
+                "phases": [
+                    {"steps": 100, "lm_weight": 0.0, "aux_weight": 1.0, "mean_over_tokens": True},
+                    {"steps": 200, "lm_weight": 0.0, "aux_weight": 1.0},
+                ],
+                "optimizer": {
+                    "name": "muon",
+                    "learning_rate": 0.02,
+                    "adam_learning_rate": 4e-3,
+                    "warmup_steps": 20,
+                },
+                "temperature": 0.05,
+                "embedding_std": 0.5,
+                "logit_scale": 0.1,
+                "tied_router": True,
+                "max_targets": 1,
+                "checkpoint_every": 50,
+                "seed": 0,
+            },
+        }
+    )
