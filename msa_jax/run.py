@@ -16,6 +16,7 @@ from flax import nnx
 from msa_jax import distributed, hf
 from msa_jax.config import ConfigError
 from msa_jax.data import (
+    BabiSource,
     JsonlSource,
     NeedleSource,
     PythonDocsSource,
@@ -70,6 +71,8 @@ def _texts(data: DataConfig) -> Iterable[str]:
 
 def make_source(data: DataConfig, tokenizer: Tokenizer | None, split: Literal["train", "eval"]) -> Source:
     """The source of a split, no document longer than `document_len`; uncut without a tokenizer, which needles need."""
+    if data.source == "babi":
+        return BabiSource(data.folder, data.babi_tasks, split, data.eval_fraction)
     if data.source not in ("needles", "ruler"):
         corpus = _jsonl(data, split) if data.source == "jsonl" else _python_docs(data, split)
         if tokenizer is None:

@@ -26,9 +26,10 @@ class DataConfig:
 
     Attributes:
       source: "needles" in real text, "ruler" (RULER's needle tasks), "python_docs" (documentation of this Python
-        installation), or "jsonl".
+        installation), "jsonl", or "babi".
       folder: of documents.jsonl, for "jsonl"; for "needles" and "ruler" the haystack, empty for Python's documentation.
-        Several, parted by commas, are one corpus.
+        Several, parted by commas, are one corpus. For "babi" of its files.
+      babi_tasks: numbers of bAbI's tasks.
       titles: every text begins with its title; for "python_docs" and "jsonl".
       pair_fraction, hidden_fraction: of "jsonl", see `JsonlSource`.
       hard_negatives: file of documents mistaken for what questions ask for (`msa_jax.training.mine`); a batch holds
@@ -49,13 +50,14 @@ class DataConfig:
         from them, and which learn to say so. See `render_episode`.
     """
 
-    source: Literal["needles", "ruler", "python_docs", "jsonl"] = "needles"
+    source: Literal["needles", "ruler", "python_docs", "jsonl", "babi"] = "needles"
     folder: str = ""
     titles: bool = False
     pair_fraction: float = 0.0
     hidden_fraction: float = 1.0
     hard_negatives: str = ""
     num_negatives: int = 1
+    babi_tasks: tuple[int, ...] = (1, 2)
     packages: tuple[str, ...] | None = ()
     include_sources: bool = False
     max_chars: int | None = None
@@ -74,8 +76,10 @@ class DataConfig:
     unanswerable: float = 0.0
 
     def __post_init__(self):
-        if self.source not in ("needles", "ruler", "python_docs", "jsonl"):
-            raise ConfigError(f"data.source must be needles, ruler, python_docs or jsonl, got {self.source!r}.")
+        if self.source not in ("needles", "ruler", "python_docs", "jsonl", "babi"):
+            raise ConfigError(f"data.source must be needles, ruler, python_docs, jsonl or babi, got {self.source!r}.")
+        if self.source == "babi" and not (self.folder and self.babi_tasks):
+            raise ConfigError('data.source "babi" needs data.folder, with its qa1_*_train.txt, and data.babi_tasks.')
         check_tasks(self.ruler_tasks)
         if self.source == "jsonl" and not self.folders:
             raise ConfigError('data.source "jsonl" needs data.folder, a folder with a documents.jsonl.')
@@ -182,7 +186,7 @@ class RunConfig:
             data = dict(values.pop("data", {}))
             if "loss_weights" in data:
                 data["loss_weights"] = LossWeights(**data["loss_weights"])
-            for name in ("packages", "ruler_tasks"):
+            for name in ("packages", "ruler_tasks", "babi_tasks"):
                 if data.get(name) is not None:
                     data[name] = tuple(data[name])
             run = cls(

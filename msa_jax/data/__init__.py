@@ -6,6 +6,7 @@ from msa_jax.data.pipeline import make_dataset
 from msa_jax.data.records import DataError, Document, Episode, Question
 from msa_jax.data.samples import LossWeights, Renderer
 from msa_jax.data.sources import (
+    BabiSource,
     CorpusSource,
     JsonlSource,
     NeedleSource,
@@ -22,6 +23,7 @@ from msa_jax.data.templates import Template
 from msa_jax.data.tokenizer import Tokenizer
 
 __all__ = [
+    "BabiSource",
     "Batch",
     "CorpusSource",
     "DataError",

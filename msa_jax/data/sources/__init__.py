@@ -1,5 +1,6 @@
 """Where documents and questions come from."""
 
+from msa_jax.data.sources.babi import BabiSource
 from msa_jax.data.sources.base import CorpusSource, Source
 from msa_jax.data.sources.cutting import cut_documents, fitting_questions
 from msa_jax.data.sources.jsonl import JsonlSource
@@ -9,6 +10,7 @@ from msa_jax.data.sources.pydocs import PythonDocsSource
 from msa_jax.data.sources.ruler import RulerSource, ruler_texts
 
 __all__ = [
+    "BabiSource",
     "CorpusSource",
     "JsonlSource",
     "NeedleSource",

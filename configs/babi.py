@@ -1,0 +1,55 @@
+"""bAbI's tasks 1 and 2 by Memory Interleave, learned from nothing on one CPU core.
+
+    python train.py --config=configs/babi.py --workdir=runs/babi --config.data.folder=FOLDER
+    python -m benchmarks.quality.babi --workdir runs/babi
+"""
+
+from ml_collections import ConfigDict
+
+from msa_jax.run_config import full_config
+
+
+def get_config() -> ConfigDict:
+    return full_config(
+        {
+            "model": {
+                "preset": "tiny",
+                "chunk_size": 20,
+                "top_k": 16,
+                "router_bias": True,
+                "router_bias_init": 20.0,
+            },
+            "tokenizer": {"vocab_size": 512, "template": "compact", "id_digits": 2},
+            "data": {
+                "source": "babi",
+                "babi_tasks": (1, 2),
+                "samples": "steps",
+                "document_len": 20,
+                "num_documents": 160,
+                "num_questions": 96,
+                "question_len": 68,
+                "eval_fraction": 0.05,
+            },
+            "training": {
+                "phases": [
+                    {"steps": 60, "lm_weight": 0.1, "aux_weight": 1.0, "mean_over_tokens": True},
+                    {"steps": 900, "lm_weight": 1.0, "aux_weight": 0.5},
+                ],
+                "optimizer": {
+                    "name": "muon",
+                    "learning_rate": 0.02,
+                    "adam_learning_rate": 2e-3,
+                    "warmup_steps": 30,
+                },
+                "embedding_std": 0.5,
+                "logit_scale": 0.1,
+                "tied_router": True,
+                "copy_scale": 0.5,
+                "max_targets": 8,
+                "log_every": 20,
+                "checkpoint_every": 100,
+                "seed": 0,
+            },
+            "evaluation": {"max_rounds": 3},
+        }
+    )
