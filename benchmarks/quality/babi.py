@@ -1,11 +1,12 @@
 """bAbI's test questions (arXiv 1502.05698), asked freely through the engine: answers, and the documents of each hop.
 
-    python -m benchmarks.quality.babi --workdir runs/babi [--tasks 1,2] [--part test] [--rounds 3,1]
+    python -m benchmarks.quality.babi --workdir runs/babi [--tasks 1,2] [--part test] [--ways interleave,one_routing]
 
-Every question is asked in generate mode and sees the statements of its own story before it. For each number of rounds,
-that is how often the model may retrieve, and each task: answers that are right, ids that are right in each hop, whole
-chains, and, of the routing before each hop, how often the wanted statement is the best of a router layer. Results go
-to benchmarks/results/quality/babi.json (`--out`), under the name of the workdir beside those of other runs.
+A question sees the statements of its own story before it. "interleave": the model names documents, round by round;
+"one_routing": as many as there are hops are read, those that the router ranks first for the question alone, then it
+answers. For each task and way: answers that are right, ids that are right in each hop, whole chains, and, of the
+routing before each hop, how often the wanted statement is the best of a router layer. Results go to
+benchmarks/results/quality/babi.json (`--out`), under the name of the workdir beside those of other runs.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from msa_jax.run_config import RunConfig
 from msa_jax.trained import load_model
 
 ENGINE = EngineConfig(slots=64, context=128, lengths=(24, 48, 72, 96), prefill_rows=32, decode_steps=6)
+WAYS = {"interleave": "generate", "one_routing": "router"}
 
 
 def kind(story: Story, place: int) -> str:
@@ -115,7 +117,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=pathlib.Path, required=True)
     parser.add_argument("--tasks", default="1,2")
     parser.add_argument("--part", choices=("test", "dev"), default="test")
-    parser.add_argument("--rounds", default="3")
+    parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results/quality/babi.json"))
     options = parser.parse_args()
     run = RunConfig.from_dict(json.loads((options.workdir / "config.json").read_text()))
@@ -127,17 +129,19 @@ def main() -> None:
         stories = stories_of(run, task, options.part)
         library = StoryLibrary(model, renderer, stories, row_len=row_len)
         engine = Engine(model, renderer, library, ENGINE)
-        for rounds in map(int, options.rounds.split(",")):
+        for way in options.ways.split(","):
             begin = time.monotonic()
-            config = AskConfig(budget=Budget(rounds=rounds, documents=4, turn_tokens=10, answer_tokens=8))
+            budget = Budget(rounds=run.evaluation.max_rounds, documents=4, turn_tokens=10, answer_tokens=8)
+            hops = max(len(question.supporting_ids) for story in stories for question in story.questions)
+            config = AskConfig(mode=WAYS[way], router_documents=hops, budget=budget)
             rows = [row(*found) for found in asked(engine, stories, config)]
             seconds = time.monotonic() - begin
-            results.append({"task": task, "rounds": rounds, **summary(rows), "seconds": seconds})
+            results.append({"task": task, "way": way, **summary(rows), "seconds": seconds})
             print(json.dumps(results[-1], indent=1))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     record = {
         "command": f"python -m benchmarks.quality.babi --workdir {options.workdir} --tasks {options.tasks} "
-        f"--part {options.part} --rounds {options.rounds}",
+        f"--part {options.part} --ways {options.ways}",
         "part": options.part, "samples": run.data.samples, "steps": run.training.steps, "seed": run.training.seed,
         "commit": commit, "results": results,
     }  # fmt: skip

@@ -25,7 +25,7 @@ def parse(settings, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("name", ["demo", "jsonl", "python_docs", "wiki"])
+@pytest.mark.parametrize("name", ["abstention", "babi", "demo", "jsonl", "python_docs", "wiki"])
 def test_shipped_configs_are_valid(root, name, monkeypatch):
     monkeypatch.syspath_prepend(root)
     path = root / "configs" / f"{name}.py"
@@ -34,7 +34,7 @@ def test_shipped_configs_are_valid(root, name, monkeypatch):
     spec.loader.exec_module(module)
     assert f"--config=configs/{name}.py" in module.__doc__
     config = module.get_config()
-    if name in ("jsonl", "wiki"):
+    if name in ("babi", "jsonl", "wiki"):
         config.data.folder = "somewhere"
     run = RunConfig.from_dict(config.to_dict())
     assert run.training.steps > 100 and run.model_config(vocab_size=99).vocab_size == 99
