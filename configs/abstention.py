@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
             "training": {
                 "phases": [
                     {"steps": 60, "lm_weight": 0.1, "aux_weight": 1.0, "mean_over_tokens": True},
-                    {"steps": 300, "lm_weight": 1.0, "aux_weight": 0.5},
+                    {"steps": 200, "lm_weight": 1.0, "aux_weight": 0.5},
                 ],
                 "optimizer": {
                     "name": "muon",
