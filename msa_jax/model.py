@@ -189,6 +189,7 @@ class MSATransformer(nnx.Module):
         also: routing.Selection | None = None,
         resume: routing.Selection | None = None,
         mean_over_tokens: bool | jax.Array = False,
+        max_routing: int | None = None,
         bank_gradients: bool = False,
         return_hidden: bool = False,
         return_queries: bool = False,
@@ -209,11 +210,11 @@ class MSATransformer(nnx.Module):
           also: [L_r, B, k] fields, what tokens of `past` selected, where they route with those given.
           resume: [L_r, B, k] fields, what tokens of `past` read. Where a layer now selects other documents for every
             question, those tokens are no longer what they were, and the layers behind it are left out.
-          mean_over_tokens: see `MemorySparseAttention`.
+          mean_over_tokens, max_routing: see `MemorySparseAttention`.
           bank_gradients: say that the bank is differentiated. Results are the same: layers then take copies of
             their parts of the bank, which keeps gradients small, and else read it where it lies.
           return_hidden: also return every layer's input.
-          return_queries: also return the routing queries; needs a bank and no `selection`.
+          return_queries: also return the routing queries; needs a bank, no `selection` and no `max_routing`.
 
         Raises:
           ValueError: shapes or dtypes that do not fit together, those of the bank included.
@@ -234,8 +235,10 @@ class MSATransformer(nnx.Module):
                 raise ValueError(
                     f"MSATransformer: bank_gradients needs content on the device, this bank's is on the {bank.tier}."
                 )
-        if return_queries and (bank is None or selection is not None):
-            raise ValueError("MSATransformer: return_queries needs routing: give a bank, and no selection.")
+        if return_queries and (bank is None or selection is not None or max_routing is not None):
+            raise ValueError(
+                "MSATransformer: return_queries needs routing of all tokens: give a bank, no selection, no max_routing."
+            )
         spread = lambda x: constrain(x, self.shardings.questions)  # noqa: E731
         x = spread(self._embed(tokens))
         own, scores, selections, queries, hidden, same = [], [], [], [], [], []
@@ -269,6 +272,7 @@ class MSATransformer(nnx.Module):
                         memory=own or bank.layer_at(xs["index"]),
                         route=route, visible=visible,
                         selection=xs["selection"], also=xs["also"], mean_over_tokens=mean_over_tokens,
+                        max_routing=max_routing,
                     )  # fmt: skip
                 y, result = layer(x, **kwargs)
                 query = result.query.astype(jnp.float32) if return_queries and reads_bank else None

@@ -63,7 +63,7 @@ def _jsonl(data: DataConfig, split: str) -> JsonlSource:
 def _texts(data: DataConfig) -> Iterable[str]:
     """What a tokenizer is trained on."""
     if data.source == "needles":
-        return training_texts(_haystack(data), num_words=data.num_words)
+        return training_texts(_haystack(data), num_words=data.num_words, key_format=data.key_format)
     if data.source == "ruler":
         return ruler_texts(_haystack(data))
     return make_source(data, None, "train").texts()
@@ -93,9 +93,9 @@ def make_source(data: DataConfig, tokenizer: Tokenizer | None, split: Literal["t
             hard_fraction=data.hard_fraction, needle_fraction=data.needle_fraction,
         )  # fmt: skip
     return NeedleSource(
-        texts, frequent_words(texts, tokenizer, data.num_words), tokenizer,
+        texts, frequent_words(texts, tokenizer, data.num_words, data.key_format), tokenizer,
         document_tokens=data.document_len, split=split, eval_fraction=data.eval_fraction,
-        hard_fraction=data.hard_fraction, needle_fraction=data.needle_fraction,
+        hard_fraction=data.hard_fraction, needle_fraction=data.needle_fraction, key_format=data.key_format,
     )  # fmt: skip
 
 

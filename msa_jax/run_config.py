@@ -40,7 +40,8 @@ class DataConfig:
       row_len: W of packed rows; default the documents' length, rounded up to whole chunks.
       num_documents, num_questions: N and B of a training batch.
       question_len: T, tokens of a question with its whole reply.
-      num_words: words that needle keys are made of. hard_fraction, needle_fraction: see `NeedleSource`, `RulerSource`.
+      num_words: words that needle keys are made of. key_format: how, each word's name in braces.
+      hard_fraction, needle_fraction: see `NeedleSource`, `RulerSource`.
       ruler_tasks: RULER's tasks that "ruler" asks; a memory that eval.py makes is of one task.
       eval_fraction: share of questions and passages held out.
       loss_weights: of ids, answers and quoted ids; see `LossWeights`.
@@ -67,6 +68,7 @@ class DataConfig:
     num_questions: int = 48
     question_len: int = 128
     num_words: int = 256
+    key_format: str = "{a}-{n}"
     ruler_tasks: tuple[str, ...] = tuple(TASKS)
     hard_fraction: float = 0.75
     needle_fraction: float = 1.0

@@ -46,6 +46,7 @@ class QuestionBatch:
 class Batch:
     documents: DocumentBatch
     questions: QuestionBatch
+    identities: np.ndarray | None = None  # int32 [N]; equal for the same document in any batch
 
 
 @dataclass(frozen=True, slots=True)

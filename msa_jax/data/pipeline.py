@@ -7,7 +7,7 @@ from msa_jax.data.batch import Batch, pack_parts, pack_questions, rows_needed
 from msa_jax.data.episodes import SampleForm, render_episode
 from msa_jax.data.records import DataError
 from msa_jax.data.samples import LossWeights, Renderer
-from msa_jax.data.sources.base import Source
+from msa_jax.data.sources.base import Source, stable_hash
 from msa_jax.data.tokenizer import Tokenizer
 
 
@@ -84,6 +84,7 @@ def make_dataset(
                 relevant=rendered.relevant,
                 pad_id=tokenizer.pad_id,
             ),
+            identities=np.array([stable_hash(d.id) % 2**31 for d in episode.documents], np.int32),
         )
 
     questions = grain.MapDataset.range(len(source)).seed(_seed(seed)).shuffle().repeat()

@@ -242,6 +242,7 @@ class MemorySparseAttention(SelfAttention):
         selection: routing.Selection | None = None,
         also: routing.Selection | None = None,
         mean_over_tokens: bool | jax.Array = False,
+        max_routing: int | None = None,
         mask: jax.Array | None = None,
         past_k: jax.Array | None = None,
         past_v: jax.Array | None = None,
@@ -260,6 +261,8 @@ class MemorySparseAttention(SelfAttention):
           selection: reuse what an earlier call selected (decoding) instead of routing.
           also: what tokens before these selected; they count as routing tokens too.
           mean_over_tokens: score by the mean over routing tokens, not the max (warm-up of training).
+          max_routing: U, the most tokens of a question that route: only so many are scored. Of more, the first U
+            route. Default T.
           mask, past_k, past_v, slot, layer: as in `SelfAttention`.
           implementation: of both operations, see `pallas_kernels`; default `config.implementation`.
 
@@ -287,9 +290,14 @@ class MemorySparseAttention(SelfAttention):
                     route = jnp.ones((b, t), bool)
                 else:
                     route = mask[:, -t:]
-            query = routing.routing_query(
-                self.router_q_proj(x).reshape(q.shape), num_kv_heads=c.num_kv_heads, score=c.routing_score
-            )
+            asking = x
+            if max_routing is not None and max_routing < t:
+                # Of equals the first come first, so that the routing tokens keep their order.
+                route, where = jax.lax.top_k(route.astype(jnp.int8), max_routing)
+                route, asking = route > 0, jnp.take_along_axis(x, where[:, :, None], axis=1)
+            projected = self.router_q_proj(asking)
+            projected = projected.reshape(*projected.shape[:2], *q.shape[2:])
+            query = routing.routing_query(projected, num_kv_heads=c.num_kv_heads, score=c.routing_score)
             if memory.routing_keys.dtype == jnp.int8:
                 query = query.astype(c.compute_dtype)
             how = dict(top_k=c.top_k, method=c.top_k_method, recall=c.top_k_recall)

@@ -195,6 +195,7 @@ def train(config: MSAConfig, mesh: Mesh, sizes: Sizes, mesh_config: MeshConfig, 
         ),
     )  # fmt: skip
     scalar = array((), jnp.float32)
-    phase = PhaseValues(lm_weight=scalar, aux_weight=scalar, mean_over_tokens=array((), jnp.bool_))
+    phase = PhaseValues(lm_weight=scalar, aux_weight=scalar, mean_over_tokens=array((), jnp.bool_),
+                        recent=array((), jnp.int32))
     prefix = tuple(range(1, 1 + TEMPLATE_LEN))
     return Program("train", mesh, make_step(graphdef, optimizer, training, prefix, state), (state, batch, phase))

@@ -21,6 +21,8 @@ class Phase:
       lm_weight, aux_weight: `loss = lm_weight * L_LM + aux_weight * L_aux`.
       lr_scale: learning rate of the phase, relative to the optimiser's.
       mean_over_tokens: score documents by the mean over routing tokens, not the max.
+      recent: batches before this one whose documents stay in memory, without gradient (`training.recent`): the bank
+        has (1 + recent) * num_documents documents. Phases with ever more of them grow it.
     """
 
     steps: int
@@ -28,8 +30,10 @@ class Phase:
     aux_weight: float = 0.1
     lr_scale: float = 1.0
     mean_over_tokens: bool = False
+    recent: int = 0
 
     def __post_init__(self):
+        require(self.recent >= 0, f"phase.recent must not be negative, got {self.recent}.")
         require(self.steps >= 0, f"phase.steps must not be negative, got {self.steps}.")
         require(
             self.lm_weight >= 0 and self.aux_weight >= 0 and self.lr_scale >= 0,
@@ -93,6 +97,8 @@ class TrainingConfig:
         attended to into the residual stream, at this scale; 0 keeps the random start.
       max_targets: the most tokens of one sample that carry loss, so that only those pass the vocabulary
         projection; None projects every token. A batch with more is an error.
+      max_routing: the most tokens of one sample that route, so that only those are scored; None scores every token.
+        A batch with more is an error.
       seed: of parameters and data.
       log_every, checkpoint_every: steps. keep_checkpoints: how many stay.
     """
@@ -107,6 +113,7 @@ class TrainingConfig:
     tied_router: bool = False
     copy_scale: float = 0.0
     max_targets: int | None = None
+    max_routing: int | None = None
     seed: int = 0
     log_every: int = 10
     checkpoint_every: int = 200
@@ -122,6 +129,11 @@ class TrainingConfig:
     @property
     def steps(self) -> int:
         return sum(p.steps for p in self.phases)
+
+    @property
+    def recent(self) -> int:
+        """Most batches that any phase keeps in memory."""
+        return max(p.recent for p in self.phases)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainingConfig:

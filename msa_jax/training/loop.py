@@ -18,12 +18,13 @@ from tqdm import tqdm
 from msa_jax import distributed
 from msa_jax.checkpoint import Checkpoints
 from msa_jax.config import ConfigError
+from msa_jax.data.batch import ROUTING
 from msa_jax.metrics import RunLog
 from msa_jax.model import MSATransformer
 from msa_jax.training.config import TrainingConfig
 from msa_jax.training.optimizer import make_optimizer
 from msa_jax.training.schedule import phase_at, phase_values
-from msa_jax.training.step import init_state, make_step, spread_batch
+from msa_jax.training.step import empty_recent, init_state, make_step, spread_batch
 
 _LOG = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ def train(
       mesh: devices over which the model's parameters are spread already; None: one device.
 
     Raises:
-      ConfigError: another process trains in `workdir`, or a batch has more targets than `max_targets`.
+      ConfigError: another process trains in `workdir`, or a batch has more than `max_targets` or `max_routing` allows.
       CheckpointError: the checkpoint in `workdir` is another model's.
       TrainingDiverged: the loss became NaN or infinite.
     """
@@ -110,7 +111,8 @@ def _train(model, dataset, settings, workdir, prefix, checkpoints, mesh) -> Trai
     # Model and optimiser.
     graphdef, state = nnx.split(model)
     optimizer = make_optimizer(settings)
-    state = init_state(nnx.as_pure(state), optimizer, settings, mesh, shardings)
+    recent = empty_recent(graphdef, state, next(iter(dataset)), settings.recent) if settings.recent else None
+    state = init_state(nnx.as_pure(state), optimizer, settings, mesh, shardings, recent)
     del model
     _LOG.info("%s parameters", f"{_size(state.params):,}")
 
@@ -137,7 +139,7 @@ def _train(model, dataset, settings, workdir, prefix, checkpoints, mesh) -> Trai
         clock, clock_step = time.monotonic(), first
         while step < settings.steps and not (stopped := stop.received(step)):
             batch = next(batches)
-            _check_targets(batch, settings.max_targets)
+            _check_limits(batch, settings)
             placed = spread_batch(batch, mesh, shardings) if mesh else batch
             state, latest = train_step(state, placed, phase_values(phase_at(settings.phases, step)))
             step += 1
@@ -179,7 +181,13 @@ def _tokens(batch) -> int:
     return int((batch.documents.segment_ids > 0).sum() + batch.questions.mask.sum())
 
 
-def _check_targets(batch, limit: int | None) -> None:
-    most = int((batch.questions.loss_weights > 0).sum(axis=1).max())
-    if limit is not None and most > limit:
-        raise ConfigError(f"A sample has {most} tokens with loss and training.max_targets is {limit}; raise it.")
+def _check_limits(batch, settings: TrainingConfig) -> None:
+    asked = batch.questions
+    routing = (asked.roles == ROUTING) & asked.mask
+    for name, what, tokens in (
+        ("max_targets", "tokens with loss", asked.loss_weights > 0),
+        ("max_routing", "tokens that route", routing),
+    ):
+        limit, most = getattr(settings, name), int(tokens.sum(axis=1).max())
+        if limit is not None and most > limit:
+            raise ConfigError(f"A sample has {most} {what} and training.{name} is {limit}; raise it.")

@@ -18,6 +18,7 @@ class PhaseValues:
     lm_weight: jax.Array
     aux_weight: jax.Array
     mean_over_tokens: jax.Array
+    recent: jax.Array
 
 
 def phase_at(phases: tuple[Phase, ...], step: int) -> Phase:
@@ -34,6 +35,7 @@ def phase_values(phase: Phase) -> PhaseValues:
         lm_weight=np.float32(phase.lm_weight),
         aux_weight=np.float32(phase.aux_weight),
         mean_over_tokens=np.bool_(phase.mean_over_tokens),
+        recent=np.int32(phase.recent),
     )
 
 

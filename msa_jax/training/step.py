@@ -13,12 +13,14 @@ import jax.numpy as jnp
 import optax
 from flax import nnx, struct
 
-from msa_jax.data.batch import ROUTING, Batch, QuestionBatch
-from msa_jax.memory import DocumentLayout
+from msa_jax.config import require
+from msa_jax.data.batch import ROUTING, Batch, DocumentBatch, QuestionBatch
+from msa_jax.memory import DocumentLayout, MemoryBank
 from msa_jax.model import ModelOutput, MSATransformer
 from msa_jax.sharding import Shardings, put
 from msa_jax.training.config import TrainingConfig
 from msa_jax.training.losses import lm_loss, router_loss, router_metrics
+from msa_jax.training.recent import RecentDocuments, no_recent, remember, with_recent
 from msa_jax.training.schedule import PhaseValues
 
 
@@ -30,6 +32,7 @@ class TrainState:
     params: nnx.State
     opt_state: optax.OptState
     ema: nnx.State | None
+    recent: RecentDocuments | None = None
 
 
 def active_positions(mask: jax.Array, offset: int) -> jax.Array:
@@ -60,13 +63,30 @@ def layout_of(documents, max_length: int, axes: tuple[str, ...] | None = None) -
     )
 
 
+def encode(model: MSATransformer, docs: DocumentBatch) -> MemoryBank:
+    """The bank of a batch's documents."""
+    encoded = model.encode_documents(docs.tokens, segment_ids=docs.segment_ids, positions=docs.positions)
+    layout = layout_of(docs, docs.tokens.shape[1] // model.config.chunk_size, model.shardings.bank)
+    return model.bank(encoded.states, layout)
+
+
 def forward(
     model: MSATransformer, batch: Batch, prefix: tuple[int, ...], *, mean_over_tokens: bool | jax.Array = False
 ) -> ModelOutput:
     """Encode the batch's documents and the template prefix, and run its questions over them."""
-    docs, asked = batch.documents, batch.questions
-    encoded = model.encode_documents(docs.tokens, segment_ids=docs.segment_ids, positions=docs.positions)
-    layout = layout_of(docs, docs.tokens.shape[1] // model.config.chunk_size, model.shardings.bank)
+    return ask(model, encode(model, batch.documents), batch.questions, prefix, mean_over_tokens=mean_over_tokens)
+
+
+def ask(
+    model: MSATransformer,
+    bank: MemoryBank,
+    asked: QuestionBatch,
+    prefix: tuple[int, ...],
+    *,
+    mean_over_tokens: bool | jax.Array = False,
+    max_routing: int | None = None,
+) -> ModelOutput:
+    """Run questions behind the template prefix over a bank that is differentiated."""
     past = model.encode_template(jnp.asarray([prefix], jnp.int32)) if prefix else None
     mask = asked.mask
     if prefix:
@@ -76,11 +96,12 @@ def forward(
         positions=active_positions(asked.mask, model.config.position_offset),
         mask=mask,
         past=past,
-        bank=model.bank(encoded.states, layout),
+        bank=bank,
         bank_gradients=True,
         route=(asked.roles == ROUTING) & asked.mask,
         visible=asked.visible,
         mean_over_tokens=mean_over_tokens,
+        max_routing=max_routing,
     )
 
 
@@ -90,10 +111,20 @@ def loss_and_metrics(
     phase: PhaseValues,
     prefix: tuple[int, ...],
     training: TrainingConfig,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """`lm_weight * L_LM + aux_weight * L_aux` (paper eq. 5) and the figures to log."""
-    output = forward(model, batch, prefix, mean_over_tokens=phase.mean_over_tokens)
-    return loss_of(model, batch, output, phase, training)
+    recent: RecentDocuments | None = None,
+) -> tuple[jax.Array, tuple[dict[str, jax.Array], RecentDocuments | None]]:
+    """`lm_weight * L_LM + aux_weight * L_aux` (paper eq. 5), the figures to log, and `recent` after this batch."""
+    bank = own = encode(model, batch.documents)
+    if recent is not None:
+        bank, asked = with_recent(own, batch, recent, phase.recent)
+        recent = remember(recent, own, batch)
+        batch = dataclasses.replace(batch, questions=asked)
+    output = ask(
+        model, bank, batch.questions, prefix,
+        mean_over_tokens=phase.mean_over_tokens, max_routing=training.max_routing,
+    )  # fmt: skip
+    loss, metrics = loss_of(model, batch, output, phase, training)
+    return loss, (metrics, recent)
 
 
 def loss_of(
@@ -131,8 +162,18 @@ def init_state(
     training: TrainingConfig,
     mesh: jax.sharding.Mesh | None = None,
     shardings: Shardings = Shardings(),  # noqa: B008
+    recent: RecentDocuments | None = None,
 ) -> TrainState:
-    """The state before the first step; on a mesh each array is made where it stays, and `params` are given away."""
+    """The state before the first step; on a mesh each array is made where it stays, and `params` are given away.
+
+    Raises:
+      ConfigError: `recent` documents on a mesh.
+    """
+    require(
+        mesh is None or recent is None,
+        "training.phases: recent documents stay in memory on one device only; on a mesh raise data.num_documents, "
+        "which all devices share.",
+    )
 
     def make(params):
         return TrainState(
@@ -140,6 +181,7 @@ def init_state(
             params=params,
             opt_state=optimizer.init(params),
             ema=jax.tree.map(jnp.copy, params) if training.optimizer.ema_decay else None,
+            recent=recent,
         )
 
     if mesh is None:
@@ -147,6 +189,11 @@ def init_state(
     # What an optimiser keeps of a parameter lies at the parameter's path and has its shape.
     places = shardings.parameters(jax.eval_shape(make, params), mesh)
     return jax.jit(make, out_shardings=places, donate_argnums=0)(params)
+
+
+def empty_recent(graphdef: nnx.GraphDef, params: nnx.State, batch: Batch, batches: int) -> RecentDocuments:
+    """A ring of so many batches like the one given, before the first."""
+    return no_recent(jax.eval_shape(lambda p: encode(nnx.merge(graphdef, p), batch.documents), params), batches)
 
 
 def make_step(
@@ -160,16 +207,16 @@ def make_step(
 
     def step(state: TrainState, batch: Batch, phase: PhaseValues):
         def loss_fn(params):
-            return loss_and_metrics(nnx.merge(graphdef, params), batch, phase, prefix, training)
+            return loss_and_metrics(nnx.merge(graphdef, params), batch, phase, prefix, training, state.recent)
 
-        (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        (_, (metrics, recent)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         decay = training.optimizer.ema_decay
         ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params) if decay else None
         metrics["grad_norm"] = optax.tree.norm(grads)
         return dataclasses.replace(
-            state, step=state.step + 1, params=params, opt_state=opt_state, ema=ema
+            state, step=state.step + 1, params=params, opt_state=opt_state, ema=ema, recent=recent
         ), metrics
 
     if state is None:

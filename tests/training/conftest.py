@@ -37,7 +37,7 @@ SETTINGS = {
     "training": {
         "phases": [
             {"steps": 50, "lm_weight": 0.1, "aux_weight": 1.0, "mean_over_tokens": True},
-            {"steps": 70, "lm_weight": 1.0, "aux_weight": 0.5},
+            {"steps": 70, "lm_weight": 1.0, "aux_weight": 0.5, "recent": 2},
         ],
         "optimizer": {
             "name": "muon",

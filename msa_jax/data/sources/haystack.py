@@ -33,6 +33,15 @@ class Passages:
     def __len__(self) -> int:
         return len(self.passages)
 
+    @classmethod
+    def joined(cls, parts: Sequence["Passages"]) -> "Passages":
+        """All passages of several, which have one size."""
+        joined = cls.__new__(cls)
+        joined.size = parts[0].size
+        for name in ("lengths", "passages", "word_before"):
+            setattr(joined, name, np.concatenate([getattr(part, name) for part in parts]))
+        return joined
+
     def bodies(
         self, rng: np.random.Generator, chosen: np.ndarray, needles: Sequence[Sequence[int]]
     ) -> list[np.ndarray]:
@@ -100,18 +109,20 @@ def _cut(tokens: np.ndarray, starts_word: np.ndarray, size: int) -> list[np.ndar
 
 
 class Windows:
-    """Text of one split as one stream, cut into passages again and again, each time at other places.
+    """Text of one split, or all, as one stream, cut into passages again and again, each time at other places.
 
-    Texts belong to splits by stable hash. `turn(r)` gives the passages of the r-th time through the text. They begin
-    at words at which no earlier turn's began; when every word has had its turn, all begin anew and are one word
-    shorter. So no two are the same stretch of text.
+    Texts belong to splits by stable hash; without a split they all take part. `turn(r)` gives the passages of the r-th
+    time through the text. They begin at words at which no earlier turn's began; when every word has had its turn, all
+    begin anew and are one word shorter. So no two are the same stretch of text.
 
     Raises:
       DataError: when the split's texts have no passage of `size` tokens.
     """
 
-    def __init__(self, texts: Sequence[str], tokenizer: Tokenizer, size: int, split: Split, eval_fraction: float):
-        own = [text for text in texts if in_split(text, split, eval_fraction)]
+    def __init__(
+        self, texts: Sequence[str], tokenizer: Tokenizer, size: int, split: Split | None, eval_fraction: float
+    ):
+        own = [text for text in texts if split is None or in_split(text, split, eval_fraction)]
         encoded = tokenizer.encode_batch([" " + text for text in own])
         self._tokens = np.concatenate([*(np.asarray(ids, np.int32) for ids in encoded), np.zeros(0, np.int32)])
         self._starts_word, self._size = word_starts(tokenizer), size
@@ -120,8 +131,8 @@ class Windows:
         self._words = max(1, round(size * len(self._bounds) / max(1, len(self._tokens))))
         if not len(self.turn(0)):
             raise DataError(
-                f"{len(own)} of the haystack's {len(texts)} texts are in the {split} split and they make no passage "
-                f"of {size} tokens; give more text"
+                f"{len(own)} of the haystack's {len(texts)} texts are in the {split or 'only'} split and make no "
+                f"passage of {size} tokens; give more text"
             )
 
     def turn(self, index: int) -> Passages:

@@ -32,7 +32,8 @@ def frequent_words(
     """
     words = common_words(texts, 50 * count)
     fields = key_fields(key_format)
-    literal = len(tokenizer.encode(key_format.format(**dict.fromkeys(fields, "")).strip()))
+    # Each by itself: two that would meet without the words between them might be one token.
+    literal = sum(len(tokenizer.encode(text.strip())) for text, *_ in Formatter().parse(key_format))
     keys = tokenizer.encode_batch([" " + key_format.format(**dict.fromkeys(fields, word)) for word in words])
     found = [word for word, key in zip(words, keys, strict=True) if len(key) <= literal + len(fields)]
     if len(found) < count:

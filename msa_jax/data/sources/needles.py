@@ -7,7 +7,7 @@ import numpy as np
 from msa_jax.data.records import DataError, Document, Episode, Question
 from msa_jax.data.samples import Renderer
 from msa_jax.data.sources.base import Split, check_split, draw_numbers
-from msa_jax.data.sources.haystack import Haystack
+from msa_jax.data.sources.haystack import Haystack, Passages, Windows
 from msa_jax.data.sources.keys import KeyPool, common_words, key_fields
 from msa_jax.data.tokenizer import Tokenizer
 
@@ -109,11 +109,12 @@ class NeedleSource:
         if num_documents > len(self):
             raise DataError(
                 f"num_documents is {num_documents} and the {self._split} split has {len(self)} passages; "
-                f"give more haystack text, or use NeedleSource.memory, which uses passages again"
+                f"give more haystack text, or use NeedleSource.memory, which cuts it at other places too"
             )
         others = self._other_passages(rng, np.asarray(indices), num_documents - len(indices))
+        passages = np.concatenate([indices, others])
         questions, blocks = self._make(
-            rng, np.concatenate([indices, others]), len(indices), id_digits, num_documents
+            rng, passages, len(indices), id_digits, num_documents, self._haystack, num_documents
         )
         documents, numbers = next(blocks)
         return Episode(documents, numbers, questions)
@@ -126,29 +127,58 @@ class NeedleSource:
         *,
         id_digits: int = 7,
         block_size: int = 4096,
+        needle_documents: int | None = None,
     ) -> tuple[list[Question], Iterator[tuple[list[Document], list[int]]]]:
-        """See `Source.memory`. Keys are distinct too; passages are used again when they run out.
+        """See `Source.memory`. Keys are distinct too.
 
-        Text is made as blocks of `block_size` documents are asked for, so any size fits in little memory.
+        When the split's passages run out, windows of all the haystack's text follow, no two of which are the same
+        stretch of it: text that training has seen, with needles that it has not. Text is made as blocks of
+        `block_size` documents are asked for.
+
+        Args:
+          needle_documents: the documents asked for lie among the first so many; default all. Memories of several
+            sizes can so be the beginnings of one.
         """
-        if num_questions > num_documents:
+        first = num_documents if needle_documents is None else needle_documents
+        if not num_questions <= first <= num_documents:
             raise DataError(
-                f"{num_questions} questions need as many documents and num_documents is {num_documents}"
+                f"{num_questions} questions need as many documents, there are {first} of {num_documents} for them"
             )
-        rounds = -(-num_documents // len(self))
-        passages = np.concatenate([rng.permutation(len(self)) for _ in range(rounds)])[:num_documents]
-        return self._make(rng, passages, num_questions, id_digits, block_size)
+        haystack = self._haystack if num_documents <= len(self) else self._enough(num_documents)
+        passages = rng.permutation(len(haystack))[:num_documents]
+        return self._make(rng, passages, num_questions, id_digits, block_size, haystack, first)
+
+    def _enough(self, count: int) -> Passages:
+        """At least so many passages: the split's, then windows."""
+        windows = Windows(self._haystack_texts, self._tokenizer, self._body_len, None, 0.0)
+        found, turn = [self._haystack], 0
+        while sum(map(len, found)) < count:
+            found.append(windows.turn(turn))
+            turn += 1
+        return Passages.joined(found)
 
     def _make(
-        self, rng: np.random.Generator, passages: np.ndarray, asked: int, id_digits: int, block_size: int
+        self,
+        rng: np.random.Generator,
+        passages: np.ndarray,
+        asked: int,
+        id_digits: int,
+        block_size: int,
+        haystack: Passages,
+        first: int,
     ):
-        """The first `asked` of `passages` carry the needles asked for; documents come in random order."""
+        """The first `asked` of `passages` carry the needles asked for; documents come in random order.
+
+        Those asked for are among the first `first`.
+        """
         count = len(passages)
         carriers = asked + round(self._needle_fraction * (count - asked))
         words = self.keys.draw(rng, asked, carriers - asked, self._hard_fraction)
         values = rng.integers(0, 10, (carriers, self._value_digits))
         numbers = draw_numbers(rng, count, id_digits)
-        order = rng.permutation(count)
+        others = asked + rng.permutation(count - asked)
+        near = np.concatenate([np.arange(asked), others[: first - asked]])
+        order = np.concatenate([rng.permutation(near), others[first - asked :]])
         later = np.random.default_rng(rng.integers(0, 2**63, 2))  # blocks are made when the caller likes
         questions = [
             Question(
@@ -171,7 +201,7 @@ class NeedleSource:
                 some = order[begin : begin + block_size]
                 carrying = some[some < carriers]
                 needles = iter(self._tokenizer.encode_batch(self._needle_texts(words[carrying], values[carrying])))
-                bodies = self._haystack.bodies(
+                bodies = haystack.bodies(
                     later, passages[some], [next(needles) if i < carriers else [] for i in some.tolist()]
                 )
                 chosen = numbers[some].tolist()

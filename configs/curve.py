@@ -1,0 +1,23 @@
+"""Needles under keys of three words in real text, for memories up to 100M tokens.
+
+    python train.py --config=configs/curve.py --workdir=runs/curve
+    python -m benchmarks.quality.curve --workdir runs/curve
+"""
+
+from ml_collections import ConfigDict
+
+from configs.demo import get_config as demo
+
+
+def get_config() -> ConfigDict:
+    config = demo()
+    config.data.key_format = "{a}-{b}-{n}"
+    config.model.router_bias_init = 60.0
+    config.training.max_routing = 24
+    config.training.phases = [
+        {"steps": 60, "lm_weight": 0.1, "aux_weight": 1.0, "lr_scale": 1.0, "mean_over_tokens": True, "recent": 0},
+        {"steps": 160, "lm_weight": 1.0, "aux_weight": 0.5, "lr_scale": 1.0, "mean_over_tokens": False, "recent": 0},
+        {"steps": 80, "lm_weight": 1.0, "aux_weight": 0.5, "lr_scale": 1.0, "mean_over_tokens": False, "recent": 1},
+        {"steps": 160, "lm_weight": 1.0, "aux_weight": 0.5, "lr_scale": 1.0, "mean_over_tokens": False, "recent": 7},
+    ]
+    return config
