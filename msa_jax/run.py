@@ -41,7 +41,8 @@ from msa_jax.training.loop import TrainingResult, train
 _LOG = logging.getLogger(__name__)
 
 
-def _haystack(data: DataConfig) -> list[str]:
+def haystack(data: DataConfig) -> list[str]:
+    """Text that needles are put in."""
     if data.folder:
         return [d.text for d in JsonlSource(data.folders).documents]
     return list(_python_docs(data, "train").passages())
@@ -63,9 +64,9 @@ def _jsonl(data: DataConfig, split: str) -> JsonlSource:
 def _texts(data: DataConfig) -> Iterable[str]:
     """What a tokenizer is trained on."""
     if data.source == "needles":
-        return training_texts(_haystack(data), num_words=data.num_words, key_format=data.key_format)
+        return training_texts(haystack(data), num_words=data.num_words, key_format=data.key_format)
     if data.source == "ruler":
-        return ruler_texts(_haystack(data))
+        return ruler_texts(haystack(data))
     return make_source(data, None, "train").texts()
 
 
@@ -85,7 +86,7 @@ def make_source(data: DataConfig, tokenizer: Tokenizer | None, split: Literal["t
             corpus, renderer, data.question_len, samples=data.samples, unanswerable=data.unanswerable > 0
         )
         return with_negatives(corpus, data.hard_negatives, data.num_negatives) if data.hard_negatives else corpus
-    texts = _haystack(data)
+    texts = haystack(data)
     if data.source == "ruler":
         return RulerSource(
             texts, tokenizer,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 
+import jax
 from flax import nnx
 
 from msa_jax import hf
@@ -31,6 +32,22 @@ def load_model(run: RunConfig, workdir: pathlib.Path) -> tuple[MSATransformer, R
     params = checkpoints.restore_params(nnx.as_pure(state), ema=run.training.optimizer.ema_decay > 0)
     checkpoints.close()
     return nnx.merge(graphdef, params), Renderer(tokenizer, run.data.document_len, run.data.loss_weights)
+
+
+def reconfigured(model: MSATransformer, **changes) -> MSATransformer:
+    """The same parameters under another configuration, such as another `top_k` or `dtype`.
+
+    Raises:
+      ConfigError: a bad value, or one that changes the parameters.
+    """
+    config = model.config.replace(**changes)
+    skeleton = nnx.eval_shape(lambda: MSATransformer(config, rngs=nnx.Rngs(0), shardings=model.shardings))
+    graphdef, abstract = nnx.split(skeleton)
+    params = nnx.as_pure(nnx.state(model))
+    shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), nnx.as_pure(tree))  # noqa: E731
+    if shapes(abstract) != shapes(params):
+        raise ConfigError(f"{changes} would change the parameters of a trained model; train one with them.")
+    return nnx.merge(graphdef, params)
 
 
 def open_model(

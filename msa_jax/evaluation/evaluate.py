@@ -9,8 +9,8 @@ import logging
 import os
 import pathlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ from tqdm import tqdm
 from msa_jax import distributed
 from msa_jax.bank import encode_bank
 from msa_jax.bank.spread import spread
-from msa_jax.data import Renderer
+from msa_jax.data import Question, Renderer
 from msa_jax.evaluation.memories import Memory, build_memory
 from msa_jax.inference.answer import Answer
 from msa_jax.inference.engine import Engine
@@ -56,7 +56,15 @@ def _recall(best: np.ndarray, wanted: set[int], n: int) -> float:
     return len(wanted & set(best[:n].tolist())) / len(wanted)
 
 
-def score(memory: Memory, asked: Sequence[int], answers: Iterable[Answer]) -> list[tuple[int, dict[str, Any]]]:
+class Known(Protocol):
+    """What is known of a memory that is asked: its questions, and its documents' numbers and places by id."""
+
+    questions: Sequence[Question]
+    numbers: Sequence[int]
+    place: Mapping[str, int]
+
+
+def score(memory: Known, asked: Sequence[int], answers: Iterable[Answer]) -> list[tuple[int, dict[str, Any]]]:
     """Scores of questions by their number."""
     scores = []
     for number, answer in zip(asked, answers, strict=True):

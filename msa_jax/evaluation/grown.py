@@ -27,7 +27,26 @@ from msa_jax.data import DataError, Document, Question, Renderer, pack_documents
 from msa_jax.memory import DocumentLayout, MemoryBank
 from msa_jax.model import MSATransformer
 
+# Documents and chunks of a part are padded to multiples of these.
+_DOCUMENTS, _CHUNKS = 64, 512
+
 Blocks = Iterable[tuple[Sequence[Document], Sequence[int]]]
+
+
+def _write(path: pathlib.Path, value: object) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value))
+    os.replace(part, path)
+
+
+def _question(fields: dict) -> Question:
+    return Question(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+
+
+def _padded(x: np.ndarray, room: int, axis: int, value: int = 0) -> jnp.ndarray:
+    shape = list(x.shape)
+    shape[axis] = room
+    return jnp.asarray(np.concatenate([x, np.full(shape, value, x.dtype)], axis=axis)) if room else jnp.asarray(x)
 
 
 class Bodies(Mapping):
@@ -70,7 +89,7 @@ class Part:
 
 
 class GrownMemory:
-    """Encoded documents in a folder, in the order in which they came.
+    """Encoded documents in a folder, in the order in which they came; another process may ask while one encodes.
 
     Attributes:
       numbers: [N] int64. place: index of each document by its id. questions: all of them.
@@ -78,22 +97,29 @@ class GrownMemory:
       seconds: that encoding took, over all interruptions.
     """
 
-    def __init__(self, folder: str | pathlib.Path, model: MSATransformer, renderer: Renderer, *, documents: int):
-        """Open the files for `documents` documents, or make them.
+    def __init__(
+        self, folder: str | pathlib.Path, model: MSATransformer, renderer: Renderer, *, documents: int | None = None
+    ):
+        """Open the files, or make them for so many documents.
 
         Raises:
-          DataError: the folder holds a memory of another form.
+          DataError: the folder holds a memory of another form, or none and `documents` is not given.
         """
         self.folder, self.renderer, c = pathlib.Path(folder), renderer, model.config
         self._model, self._chunk = model, c.chunk_size
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._state = self.folder / "state.json"
+        there = json.loads(self._state.read_text()) if self._state.exists() else None
+        if documents is None:
+            if there is None:
+                raise DataError(f"{self.folder} holds no memory; encode one first")
+            documents = there["form"]["documents"]
         per = -(-(renderer.body_len + renderer.document_overhead) // c.chunk_size)
         form = {
             "documents": documents, "layers": len(c.router_layers), "chunks": documents * per,
             "kv_heads": c.num_kv_heads, "head_dim": c.head_dim, "chunk_size": c.chunk_size,
         }  # fmt: skip
-        self._state = self.folder / "state.json"
-        state = json.loads(self._state.read_text()) if self._state.exists() else {"form": form, "done": 0, "seconds": 0}
+        state = there or {"form": form, "done": 0, "seconds": 0}
         if state["form"] != form:
             raise DataError(f"{self.folder} holds a memory of {state['form']}, wanted is {form}; use another folder")
         self.done, self.seconds = state["done"], state["seconds"]
@@ -110,6 +136,11 @@ class GrownMemory:
         self.bodies = self._array("bodies", (documents * renderer.body_len,), np.int32)
         self.questions: list[Question] = []
         self.place: dict[str, int] = {}
+        self._known = self.folder / "questions.json"
+        if self._known.exists():
+            known = json.loads(self._known.read_text())
+            self.questions = [_question(q) for q in known["questions"]]
+            self.place = known["place"]
 
     def _array(self, name, shape, dtype):
         path = self.folder / name
@@ -117,7 +148,7 @@ class GrownMemory:
 
     def fill(self, questions: Sequence[Question], blocks: Blocks, *, rows_per_step: int, progress: bool = True) -> None:
         """Encode what is missing. Blocks must be the same every time; those that are there already are passed over."""
-        self.questions = list(questions)
+        self.questions, self.place = list(questions), {}
         wanted = {i for q in questions for i in q.supporting_ids}
         encoder = RowEncoder(self._model)
         row_len = -(-(self.renderer.body_len + self.renderer.document_overhead) // self._chunk) * self._chunk
@@ -131,6 +162,9 @@ class GrownMemory:
                     self._encode(encoder, documents, numbers, first, row_len, rows_per_step)
                     self.done, self.seconds = last, self.seconds + time.monotonic() - begin
                     self._save()
+                if len(self.place) == len(wanted) and not self._known.exists():
+                    asked = [dataclasses.asdict(q) for q in self.questions]
+                    _write(self._known, {"questions": asked, "place": self.place})
                 bar.update(last - first)
                 first = last
         missing = wanted - self.place.keys()
@@ -138,9 +172,7 @@ class GrownMemory:
             raise DataError(f"the memory lacks {len(missing)} documents that its questions need")
 
     def _save(self):
-        part = self._state.with_suffix(".part")
-        part.write_text(json.dumps({"form": self._form, "done": self.done, "seconds": self.seconds}))
-        os.replace(part, self._state)
+        _write(self._state, {"form": self._form, "done": self.done, "seconds": self.seconds})
 
     def _encode(self, encoder, documents, numbers, first, row_len, rows_per_step):
         bodies = [np.asarray(self.renderer.body(d), np.int32) for d in documents]
@@ -186,19 +218,22 @@ class GrownMemory:
         chunk_starts = np.concatenate([[0], self.chunk_ends[: last]])[first : last + 1]
         where = slice(int(chunk_starts[0]), int(chunk_starts[-1]))
         lengths = np.diff(chunk_starts).astype(np.int32)
+        # Padded, so that parts of one size have one shape and what asks them is compiled once.
+        room = -len(lengths) % _DOCUMENTS, -(where.stop - where.start) % _CHUNKS
+        owners = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
         layout = DocumentLayout(
-            chunk_documents=jnp.asarray(np.repeat(np.arange(last - first, dtype=np.int32), lengths)),
-            starts=jnp.asarray(chunk_starts[:-1] - chunk_starts[0], jnp.int32),
-            lengths=jnp.asarray(lengths),
+            chunk_documents=_padded(owners, room[1], 0, len(lengths) + room[0]),
+            starts=_padded((chunk_starts[:-1] - chunk_starts[0]).astype(np.int32), room[0], 0),
+            lengths=_padded(lengths, room[0], 0),
             max_length=int(lengths.max(initial=1)),
         )
         bank = MemoryBank(
-            routing_keys=jnp.asarray(self.keys[:, where]),
-            content_k=jnp.asarray(self.content[0][:, where]),
-            content_v=jnp.asarray(self.content[1][:, where]),
+            routing_keys=_padded(self.keys[:, where], room[1], 1),
+            content_k=_padded(self.content[0][:, where], room[1], 1),
+            content_v=_padded(self.content[1][:, where], room[1], 1),
             layout=layout,
-            content_k_scale=jnp.asarray(self.scales[0][:, :, where]),
-            content_v_scale=jnp.asarray(self.scales[1][:, :, where]),
+            content_k_scale=_padded(self.scales[0][:, :, where], room[1], 2, 1),
+            content_v_scale=_padded(self.scales[1][:, :, where], room[1], 2, 1),
         )
         ends = np.concatenate([[0], self.body_ends[:last]])[first : last + 1]
         originals = Bodies(self.renderer, np.array(self.numbers[first:last]), ends, self.bodies)

@@ -63,7 +63,7 @@ def test_a_run_learns_and_survives_every_interruption(root, settings, config_fil
     assert [r["step"] for r in rows] == list(range(1, 121))
     early = np.mean([r["recall@1"] for r in rows[:10]])
     late = np.mean([r["recall@1"] for r in rows[-10:]])
-    assert early < 0.35 and late > 0.6, (early, late)  # one of 16 documents
+    assert early < 0.35 and late > 0.45, (early, late)  # one of 16 documents, later of 48
     assert rows[-1]["lm_loss"] < 0.75 * rows[0]["lm_loss"]
     assert rows[-1]["aux_loss"] < 0.5 * rows[0]["aux_loss"]
 

@@ -1,0 +1,158 @@
+"""Scores of one model on memories from 16K to 100M tokens, all beginnings of one that is encoded once.
+
+    python -m benchmarks.quality.curve --workdir runs/curve --memory /tmp/curve.memory
+
+Every document of the memory carries a needle, and three quarters of the keys share their words with many others. The
+haystack is the documentation of all installed packages, and what --folders adds. Each size is asked with every --top_k.
+Interrupted, the same command goes on: with encoding where it stopped, and with the first size that has no scores yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import resource
+import subprocess
+import time
+
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks.measure import environment, write_json
+from msa_jax.data import JsonlSource, NeedleSource, PythonDocsSource, Renderer, frequent_words
+from msa_jax.evaluation.evaluate import means, score
+from msa_jax.evaluation.grown import GrownMemory, Part
+from msa_jax.inference.engine import Engine
+from msa_jax.inference.library import FixedLibrary
+from msa_jax.inference.settings import AskConfig, Budget, EngineConfig
+from msa_jax.run import haystack
+from msa_jax.run_config import RunConfig
+from msa_jax.trained import load_model, reconfigured
+
+SIZES = (16_384, 65_536, 262_144, 1_048_576, 4_194_304, 16_777_216, 64_000_000, 100_000_000)
+_RESULTS = "benchmarks/results/quality/curve.json"
+_SAMPLE = 2048
+# Sizes above the first have few questions, since each is compared with every chunk.
+_FEWER = ((4_194_304, 256), (16_777_216, 128))
+
+
+def source(run: RunConfig, renderer: Renderer, folders: list[str]) -> NeedleSource:
+    """Needles under keys that training never asked for, of training's words, in as much text as there is."""
+    data, tokenizer = run.data, renderer.tokenizer
+    trained_on = list(haystack(data))
+    words = frequent_words(trained_on, tokenizer, data.num_words, data.key_format)
+    texts = list(PythonDocsSource("train", packages=None).passages())
+    texts += [d.text for folder in folders for d in JsonlSource(folder).documents]
+    return NeedleSource(
+        texts, words, tokenizer,
+        document_tokens=data.document_len, split="eval", eval_fraction=data.eval_fraction, key_format=data.key_format,
+        hard_fraction=data.hard_fraction, needle_fraction=data.needle_fraction,
+    )  # fmt: skip
+
+
+def margins(part: Part, asked: list[int], questions, answers) -> list[list[float]]:
+    """By how much each router layer scores the right document above the best other one, [questions][L_r]."""
+    found = []
+    for number, answer in zip(asked, answers, strict=True):
+        right = int(questions[number].supporting_ids[0])
+        first = answer.rounds[0]
+        hit = first.documents == right
+        best = np.max(np.where(hit, -np.inf, first.scores), axis=1)
+        # A right document that is not even among those reported is worse than the last of them.
+        own = np.where(hit.any(axis=1), np.max(np.where(hit, first.scores, -np.inf), axis=1), first.scores[:, -1])
+        found.append((own - best).tolist())
+    return found
+
+
+def ask(model, renderer, memory: GrownMemory, size: int, most: int) -> dict:
+    """Scores of a size, over all parts that its questions need."""
+    settings = EngineConfig(slots=16, prefill_rows=16, context=448, lengths=(64, 192), decode_steps=16)
+    rows, gaps, seconds, held = [], [], 0.0, 0
+    for part in memory.parts(size):
+        asked = [i for i in part.asked if i < most]
+        if not asked:
+            continue
+        engine = Engine(model, renderer, FixedLibrary(part.bank, part.originals), settings)
+        budget = Budget(rounds=2, turn_tokens=24, answer_tokens=24)
+        begin = time.monotonic()
+        texts = [memory.questions[i].question for i in asked]
+        answers = engine.ask(texts, config=AskConfig(budget=budget))
+        answers = list(tqdm(answers, total=len(asked), desc=f"ask {size:,}", mininterval=5.0))
+        seconds, held = seconds + time.monotonic() - begin, part.bank.nbytes
+        rows += [row for _, row in score(memory, asked, answers)]
+        gaps += margins(part, asked, memory.questions, answers)
+    gaps = np.array(gaps)
+    return {
+        "memory_tokens": size, "tokens": part.tokens, "documents": len(part.originals), "questions": len(rows),
+        **means(rows),
+        "margin_mean": gaps.mean(axis=0).round(4).tolist(),
+        "margin_5th_percentile": np.percentile(gaps, 5, axis=0).round(4).tolist(),
+        "seconds_per_question": seconds / len(rows), "bank_mib": held / 2**20,
+    }  # fmt: skip
+
+
+def encode(run: RunConfig, model, renderer: Renderer, options: argparse.Namespace, tokens: int) -> None:
+    """Encode the memory, or what is missing of it."""
+    needles = source(run, renderer, [f for f in options.folders.split(",") if f])
+    digits = renderer.tokenizer.template.id_digits
+    _, some = needles.memory(_SAMPLE, 0, np.random.default_rng(options.seed), id_digits=digits)
+    length = np.mean([len(renderer.render_document(d, n)) for block in some for d, n in zip(*block, strict=True)])
+    count = int(1.005 * tokens / length)
+    questions, blocks = needles.memory(
+        count, options.questions, np.random.default_rng(options.seed), id_digits=digits,
+        needle_documents=min(count, int(0.98 * options.first / length)),
+    )  # fmt: skip
+    # In bfloat16, in which processors may be faster; questions are asked in the model's own dtype.
+    memory = GrownMemory(options.memory, reconfigured(model, dtype="bfloat16"), renderer, documents=count)
+    memory.fill(questions, blocks, rows_per_step=128)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", required=True, help="of the trained run")
+    parser.add_argument("--memory", required=True, help="folder in which the encoded memory is kept, 70 bytes a token")
+    parser.add_argument("--folders", default="", help="folders with a documents.jsonl, more haystack; commas between")
+    parser.add_argument("--sizes", default=",".join(map(str, SIZES)), help="tokens of memory")
+    parser.add_argument("--top_k", default="1,16")
+    parser.add_argument("--questions", type=int, default=512)
+    parser.add_argument("--first", type=int, default=65_536, help="tokens in which all questions' documents lie")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--steps", default="encode,ask", help="one alone: to ask sizes while others are being encoded")
+    parser.add_argument("--out", default=_RESULTS)
+    options = parser.parse_args()
+    sizes = sorted(int(s) for s in options.sizes.split(","))
+    workdir = pathlib.Path(options.workdir)
+    run = RunConfig.from_dict(json.loads((workdir / "config.json").read_text()))
+    model, renderer = load_model(run, workdir)
+    folder = pathlib.Path(options.memory)
+    steps = options.steps.split(",")
+    if "encode" in steps:
+        encode(run, model, renderer, options, sizes[-1])
+    if "ask" not in steps:
+        return
+    memory = GrownMemory(folder, model, renderer)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    record = {
+        "command": "python -m benchmarks.quality.curve --workdir runs/curve --memory FOLDER", "commit": commit,
+        "seed": options.seed, "trained": run.to_dict(), "rows": [],
+    } | environment()  # fmt: skip
+    out = pathlib.Path(options.out)
+    if out.exists():
+        record["rows"] = json.loads(out.read_text())["rows"]
+    done = {(row["memory_tokens"], row["top_k"]) for row in record["rows"]}
+    for size in sizes:
+        for top_k in map(int, options.top_k.split(",")):
+            if (size, top_k) in done:
+                continue
+            most = min([options.questions, *(n for limit, n in _FEWER if size >= limit)])
+            row = {"top_k": top_k} | ask(reconfigured(model, top_k=top_k), renderer, memory, size, most)
+            record |= {"encode_seconds": round(memory.seconds), "encoded_documents": memory.done}
+            row["peak_resident_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+            record["rows"].append(row)
+            write_json(out, record)
+            print({name: row[name] for name in ("memory_tokens", "top_k", "exact_match", "id_exact_match")}, flush=True)
+
+
+if __name__ == "__main__":
+    main()
