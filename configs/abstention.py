@@ -1,54 +1,46 @@
-"""Needles in short documents, with questions that the memory cannot answer among those trained on.
+"""The demo's model, taught in few further steps to say that the memory does not hold the answer.
 
+    python train.py --config=configs/demo.py --workdir=runs/demo
+    python -c "from msa_jax import hf; from msa_jax.trained import open_model
+    model, tokenizer, _ = open_model(workdir='runs/demo')
+    hf.save_model(model, 'runs/demo_saved'); tokenizer.save('runs/demo_saved')"
     python train.py --config=configs/abstention.py --workdir=runs/abstention
-    python train.py --config=configs/abstention.py --workdir=runs/always --config.data.unanswerable=0.0
-    python -m benchmarks.quality.refusals --workdirs runs/always,runs/abstention
+    python -m benchmarks.quality.refusals --workdirs runs/demo,runs/abstention
 """
 
 from ml_collections import ConfigDict
 
 from msa_jax.run_config import full_config
 
+SAVED = "runs/demo_saved"
+
 
 def get_config() -> ConfigDict:
     return full_config(
         {
-            "model": {
-                "preset": "tiny",
-                "chunk_size": 16,
-                "top_k": 16,
-                "router_bias": True,
-                "router_bias_init": 40.0,
-            },
-            "tokenizer": {"vocab_size": 2048, "template": "compact"},
+            "init_from": SAVED,
+            "tokenizer": {"path": SAVED, "template": "compact"},
             "data": {
                 "source": "needles",
-                "max_chars": 1_000_000,
-                "document_len": 64,
+                "max_chars": 3_000_000,
+                "document_len": 128,
                 "num_documents": 48,
                 "num_questions": 32,
-                "question_len": 128,
+                "question_len": 192,
                 "num_words": 256,
-                "unanswerable": 0.25,
+                "unanswerable": 0.3,
             },
             "training": {
-                "phases": [
-                    {"steps": 60, "lm_weight": 0.1, "aux_weight": 1.0, "mean_over_tokens": True},
-                    {"steps": 200, "lm_weight": 1.0, "aux_weight": 0.5},
-                ],
+                "phases": [{"steps": 60, "lm_weight": 1.0, "aux_weight": 0.5}],
                 "optimizer": {
                     "name": "muon",
-                    "learning_rate": 0.02,
-                    "adam_learning_rate": 2e-3,
-                    "warmup_steps": 30,
+                    "learning_rate": 0.005,
+                    "adam_learning_rate": 1e-3,
+                    "warmup_steps": 5,
                 },
-                "embedding_std": 0.5,
-                "logit_scale": 0.1,
-                "tied_router": True,
-                "copy_scale": 0.5,
                 "max_targets": 40,
-                "checkpoint_every": 100,
-                "seed": 0,
+                "checkpoint_every": 20,
+                "seed": 1,
             },
             "evaluation": {"num_questions": 128, "batch_size": 64, "max_rounds": 2},
         }

@@ -1,6 +1,6 @@
 """Whether a model that was trained on unanswerable questions says so by itself, and what that costs on the others.
 
-    python -m benchmarks.quality.refusals --workdirs runs/always,runs/abstention [--memory_tokens 16384,65536,262144]
+    python -m benchmarks.quality.refusals --workdirs runs/demo,runs/abstention [--memory_tokens 16384,262144]
 
 For every run and size: so many held-out questions whose document is in the memory and as many whose document was left
 out, asked freely and without a threshold. A question is refused if the answer is the template's `not_found` and no
@@ -79,7 +79,7 @@ def measure(workdir: pathlib.Path, sizes: Sequence[int], questions: int) -> dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdirs", required=True)
-    parser.add_argument("--memory_tokens", default="16384,65536,262144")
+    parser.add_argument("--memory_tokens", default="16384,262144")
     parser.add_argument("--questions", type=int, default=128, help="of each kind")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results/quality/refusals.json"))
     options = parser.parse_args()
@@ -88,7 +88,7 @@ def main() -> None:
     runs = {workdir.name: measure(workdir, sizes, options.questions) for workdir in workdirs}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     command = (
-        f"python -m benchmarks.quality.refusals --workdirs {','.join(path.name for path in workdirs)} "
+        f"python -m benchmarks.quality.refusals --workdirs {','.join(f'runs/{path.name}' for path in workdirs)} "
         f"--memory_tokens {options.memory_tokens} --questions {options.questions}"
     )
     write_json(options.out, {"runs": runs, "command": command, "commit": commit} | environment())
