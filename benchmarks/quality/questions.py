@@ -11,11 +11,13 @@ stop words, no stemming), over whole passages with their titles, indexed for eac
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import pathlib
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import bm25s
 import matplotlib
@@ -23,16 +25,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.measure import environment, write_json
-from msa_jax.data import JsonlSource, cut_documents
-from msa_jax.evaluation.retrieval import (
-    best_passages,
-    encode_documents,
-    fuse,
-    halves,
-    part_of,
-    recall,
-    router_scores,
-)
+from msa_jax.checkpoint import Checkpoints
+from msa_jax.data import CorpusSource, JsonlSource, cut_documents
+from msa_jax.evaluation.retrieval import best_passages, encode_documents, fuse, halves, part_of, recall, router_scores
+from msa_jax.memory import MemoryBank
 from msa_jax.run_config import RunConfig
 from msa_jax.trained import load_model
 
@@ -73,26 +69,68 @@ def scores_of(wanted: list[set[int]], list_at: Callable[[int], list[list[int]]])
     return row | {"curve": [[k, round(float(np.mean(shares(k))), 4)] for k in _CURVE]}
 
 
-def compare(model, renderer, bank, passages, texts, questions, wanted, *, with_mean: bool) -> dict[str, dict]:
-    """Scores by method of one set's questions on one bank; `passages` [N] numbers `texts`."""
-    methods: dict[str, dict] = {}
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One set's questions and one bank: `passages` [N] says which of `texts` each document of the bank is a block of,
+    `wanted` which of them support each question; `bm25` ranks them."""
+
+    row: dict
+    bank: MemoryBank
+    passages: np.ndarray
+    questions: list[str]
+    wanted: list[set[int]]
+    bm25: list[list[int]]
+
+
+def make_case(name: str, kind: str, bank, passages, texts, questions, wanted) -> Case:
     bm25 = rank_bm25(texts, questions, _LISTED)
-    methods["bm25"] = scores_of(wanted, lambda k: bm25)
-    for name, mean in (("router", False), ("router, mean over tokens", True)):
-        if mean and not with_mean:
+    methods = {"bm25": scores_of(wanted, lambda k: bm25)}
+    row = {"set": name, "bank": kind, "questions": len(questions), "passages": len(texts), "methods": methods}
+    return Case(row, bank, passages, questions, wanted, bm25)
+
+
+def add_router(case: Case, model, renderer, *, mean_over_tokens: bool) -> None:
+    """Add the router's scores, of each layer and of their mean, and those of joined rankings, to the case's row."""
+    name = "router, mean over tokens" if mean_over_tokens else "router"
+    ranked = rank_router(model, renderer, case.bank, case.passages, case.questions, mean_over_tokens=mean_over_tokens)
+    methods, layers = case.row["methods"], len(ranked[0]) - 1
+    for layer in range(layers if layers > 1 else 0):
+        own = [r[layer] for r in ranked]
+        methods[f"{name}, layer {model.config.router_layers[layer]}"] = scores_of(case.wanted, lambda k: own)  # noqa: B023
+    last = [r[-1] for r in ranked]
+    both = list(zip(case.bm25, last, strict=True))
+    fused = [fuse(pair) for pair in both]
+    methods[name] = scores_of(case.wanted, lambda k: last)
+    methods[f"bm25 + {name}, fused"] = scores_of(case.wanted, lambda k: fused)
+    methods[f"bm25 + {name}, halves"] = scores_of(case.wanted, lambda k: [halves(*pair, k) for pair in both])
+
+
+def make_cases(folders: list[pathlib.Path], eval_fraction: float, bank, passages, place, texts) -> Iterator[Case]:
+    """Each set's held-out questions on the bank of its own passages and on that of all."""
+    for folder in folders:
+        if not (folder / "questions.jsonl").is_file():
             continue
-        ranked = rank_router(model, renderer, bank, passages, questions, mean_over_tokens=mean)
-        layers = len(ranked[0]) - 1
-        for layer in range(layers if layers > 1 else 0):
-            own = [r[layer] for r in ranked]
-            methods[f"{name}, layer {model.config.router_layers[layer]}"] = scores_of(wanted, lambda k, own=own: own)
-        last = [r[-1] for r in ranked]
-        both = list(zip(bm25, last, strict=True))
-        fused = [fuse(pair) for pair in both]
-        methods[name] = scores_of(wanted, lambda k, last=last: last)
-        methods[f"bm25 + {name}, fused"] = scores_of(wanted, lambda k, fused=fused: fused)
-        methods[f"bm25 + {name}, halves"] = scores_of(wanted, lambda k, both=both: [halves(*pair, k) for pair in both])
-    return methods
+        own = JsonlSource(folder, "eval", eval_fraction)
+        asked = [q.question for q in own.questions]
+        wanted = [{place[i] for i in q.supporting_ids} for q in own.questions]
+        mine = np.array([place[d.id] for d in own.documents])
+        local = np.full(len(texts), -1)
+        local[mine] = np.arange(len(mine))
+        blocks = np.flatnonzero(local[passages] >= 0)
+        there = [{int(local[i]) for i in found} for found in wanted]
+        yield make_case(
+            folder.name, "own", part_of(bank, blocks), local[passages[blocks]], [texts[i] for i in mine], asked, there
+        )
+        yield make_case(folder.name, "all", bank, passages, texts, asked, wanted)
+
+
+def read_passages(folders: list[pathlib.Path], eval_fraction: float, distractors: int | None) -> CorpusSource:
+    """Passages of all folders; of those without questions only the first `distractors`."""
+    source = JsonlSource(folders, "eval", eval_fraction)
+    asked = [folder for folder in folders if (folder / "questions.jsonl").is_file()]
+    own = {d.id for folder in asked for d in JsonlSource(folder, "eval", eval_fraction).documents}
+    others = [d for d in source.documents if d.id not in own][:distractors]
+    return source.with_([d for d in source.documents if d.id in own] + others, source.questions)
 
 
 def table(rows: list[dict]) -> str:
@@ -129,6 +167,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", required=True, type=pathlib.Path, help="of a run of configs/wiki.py")
     parser.add_argument("--folders", default="", help="parted by commas; default: those of the run")
+    parser.add_argument("--distractors", type=int, help="passages taken of folders without questions; default: all")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results/quality/questions.json"))
     parser.add_argument("--figure", type=pathlib.Path, help="picture to draw")
     parser.add_argument("--mean", action="store_true", help="score by the mean over routing tokens too")
@@ -138,7 +177,7 @@ def main() -> None:
     run = RunConfig.from_dict(json.loads((args.workdir / "config.json").read_text()))
     folders = [pathlib.Path(f) for f in args.folders.split(",") if f] or [pathlib.Path(f) for f in run.data.folders]
     model, renderer = load_model(run, args.workdir)
-    source = JsonlSource(folders, "eval", run.data.eval_fraction)
+    source = read_passages(folders, run.data.eval_fraction, args.distractors)
     cut = cut_documents(source, renderer.tokenizer, renderer.body_len, titles=run.data.titles)
     place = {document.id: i for i, document in enumerate(source.documents)}
     passages = np.array([place[d.id] if d.id in place else place[d.id.rpartition("/")[0]] for d in cut.documents])
@@ -148,38 +187,32 @@ def main() -> None:
         model, renderer, cut.documents, row_len=run.row_len(model.config.chunk_size), seed=args.seed
     )
     seconds = time.monotonic() - begin
-    tokens = sum(map(len, renderer.tokenizer.encode_batch(texts)))
-
-    rows = []
-    for folder in folders:
-        if not (folder / "questions.jsonl").is_file():
-            continue
-        own = JsonlSource(folder, "eval", run.data.eval_fraction)
-        asked = [q.question for q in own.questions]
-        wanted = [{place[i] for i in q.supporting_ids} for q in own.questions]
-        mine = np.array([place[d.id] for d in own.documents])
-        local = np.full(len(texts), -1)
-        local[mine] = np.arange(len(mine))
-        blocks = np.flatnonzero(local[passages] >= 0)
-        cases = {
-            "own": (part_of(bank, blocks), local[passages[blocks]], [texts[i] for i in mine],
-                    [{int(local[i]) for i in w} for w in wanted]),
-            "all": (bank, passages, texts, wanted),
-        }  # fmt: skip
-        for name, (part, owners, some, targets) in cases.items():
-            methods = compare(model, renderer, part, owners, some, asked, targets, with_mean=args.mean)
-            rows.append({"set": folder.name, "bank": name, "questions": len(asked), "passages": len(some)})
-            rows[-1]["methods"] = methods
-            print(table(rows[-1:]), flush=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    command = f"python -m benchmarks.quality.questions --workdir {args.workdir.name}"
+    command += "" if args.distractors is None else f" --distractors {args.distractors}"
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    with contextlib.closing(Checkpoints(args.workdir / "checkpoints")) as checkpoints:
+        steps = checkpoints.latest_step
     record = {
-        "command": f"python -m benchmarks.quality.questions --workdir {args.workdir.name}" + " --mean" * args.mean,
-        "seed": args.seed, "commit": commit, **environment(),
-        "bm25s": bm25s.__version__, "passages": len(texts), "blocks": len(cut.documents), "tokens": tokens,
-        "chunks": int(bank.layout.num_chunks), "encode_seconds": seconds, "rows": rows,
+        "command": command + " --mean" * args.mean,
+        "seed": args.seed,
+        "commit": git.stdout.strip(),
+        **environment(),
+        "bm25s": bm25s.__version__,
+        "steps": steps,
+        "passages": len(texts),
+        "blocks": len(cut.documents),
+        "tokens": sum(map(len, renderer.tokenizer.encode_batch(texts))),
+        "chunks": int(bank.layout.num_chunks),
+        "encode_seconds": seconds,
         "config": run.to_dict() | {"data": run.to_dict()["data"] | {"folder": ",".join(f.name for f in folders)}},
-    }  # fmt: skip
-    write_json(args.out, record)
+    }
+    cases = list(make_cases(folders, run.data.eval_fraction, bank, passages, place, texts))
+    rows = [case.row for case in cases]
+    for mean in (False, True)[: 1 + args.mean]:
+        for case in cases:
+            add_router(case, model, renderer, mean_over_tokens=mean)
+            write_json(args.out, record | {"rows": rows})  # whole rows stay, should time run out
+    print(table(rows))
     if args.figure:
         draw(rows, args.figure)
 

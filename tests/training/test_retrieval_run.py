@@ -1,0 +1,164 @@
+"""Retrieval alone, from folders to a table: batches, mined negatives, a run that goes on, recall against BM25."""
+
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from benchmarks.quality import questions
+from msa_jax.config import ConfigError
+from msa_jax.data import Renderer, make_dataset
+from msa_jax.data.batch import REPLY
+from msa_jax.run import check_workdir, make_model, make_source, open_tokenizer
+from msa_jax.run_config import RunConfig
+from msa_jax.training import mine
+from msa_jax.training.schedule import phase_at, phase_values
+from msa_jax.training.step import loss_and_metrics
+
+WORDS = [a + b + c for a in ("ba", "co", "di", "fu") for b in ("ge", "li", "mo") for c in ("nu", "pa", "ro", "se")]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Passages with names of two words in two folders, that share some; questions name two passages."""
+    root = tmp_path_factory.mktemp("passages")
+    rng = np.random.default_rng(0)
+    names = [f"{WORDS[i % 48].title()} {WORDS[(i * 7 + 5) % 48].title()}" for i in range(60)]
+    documents = []
+    for i, name in enumerate(names):
+        sentences = [" ".join(rng.choice(WORDS, 8)).capitalize() + "." for _ in range(2 + 6 * (i % 5 == 0))]
+        documents.append({"id": f"p{i}", "title": name, "text": f"{name} is here now. " + " ".join(sentences)})
+    asked = [
+        {
+            "id": f"q{i}",
+            "question": f"Is {names[i]} older than {names[i + 20]}?",
+            "answers": ["yes"],
+            "supporting_ids": [f"p{i}", f"p{i + 20}"],
+        }
+        for i in range(20)
+    ]
+    for name, rows in (("asked", documents[:42]), ("more", documents[38:])):
+        (root / name).mkdir()
+        (root / name / "documents.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (root / "asked" / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    return f"{root / 'asked'}, {root / 'more'}"
+
+
+def settings(folders, steps, **data):
+    return {
+        "model": {
+            "hidden_size": 64, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 64, "mlp_size": 48,
+            "chunk_size": 16, "top_k": 1, "router_layers": (1,),
+        },
+        "tokenizer": {"vocab_size": 600, "id_digits": 3},
+        "data": {
+            "source": "jsonl", "folder": folders, "titles": True, "samples": "question", "pair_fraction": 0.7,
+            "hidden_fraction": 0.5, "eval_fraction": 0.5, "document_len": 64, "num_documents": 40, "num_questions": 12,
+            "question_len": 48, **data,
+        },
+        "training": {
+            "phases": [{"steps": steps, "lm_weight": 0.0, "aux_weight": 1.0}],
+            "optimizer": {"name": "muon", "learning_rate": 0.02, "warmup_steps": 2},
+            "embedding_std": 0.5, "logit_scale": 0.1, "tied_router": True, "max_targets": 1, "log_every": 1,
+        },
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(folders, tmp_path_factory):
+    """A run that has its tokenizer and the parameters of its start, which match words already."""
+    run = RunConfig.from_dict(settings(folders, 8))
+    workdir = tmp_path_factory.mktemp("run")
+    check_workdir(run, workdir)
+    tokenizer = open_tokenizer(run, workdir, train=True)
+    model = make_model(run, tokenizer)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (mine, questions):
+            patch.setattr(module, "load_model", lambda *_: (model, Renderer(tokenizer, run.data.document_len)))
+        yield run, workdir, tokenizer, model
+
+
+def arguments(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["prog", *map(str, words)])
+
+
+def test_batches_have_questions_alone_and_the_loss_is_the_router_s(run):
+    run, _, tokenizer, model = run
+    source = make_source(run.data, tokenizer, "train")
+    data = run.data
+    batch = next(iter(make_dataset(
+        source, tokenizer, num_documents=data.num_documents, num_questions=data.num_questions, chunk_size=16,
+        row_len=64, question_len=data.question_len, samples=data.samples, seed=0,
+    )))  # fmt: skip
+    asked = batch.questions
+    assert not asked.loss_weights.any() and not (asked.roles == REPLY).any() and asked.relevant.any(1).all()
+    phase = phase_values(phase_at(run.training.phases, 0))
+    graphdef, state = nnx.split(model)
+    compute = jax.jit(lambda s, batch: loss_and_metrics(nnx.merge(graphdef, s), batch, phase, (1,), run.training))
+    loss, metrics = compute(state, batch)
+    assert metrics["lm_loss"] == 0 and loss == metrics["aux_loss"] > 0.01
+
+
+def test_negatives_are_mined_and_a_run_goes_on_with_them(run, folders, tmp_path, monkeypatch, capsys):
+    _, workdir, _, model = run
+    out, export = tmp_path / "negatives.jsonl", tmp_path / "export"
+    arguments(monkeypatch, "--workdir", workdir, "--out", out, "--export", export, "--most", 30)
+    assert mine.main() == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(rows) == 30 and all(len(row["negatives"]) == 8 for row in rows)
+    assert mine.main() == 1 and "exists; remove it" in capsys.readouterr().err
+    arguments(monkeypatch, "--workdir", tmp_path, "--out", out)
+    assert mine.main() == 1 and "no trained run there" in capsys.readouterr().err
+
+    further = settings(folders, 1, hard_negatives=str(out), num_negatives=2)
+    further |= {"init_from": str(export), "tokenizer": {"path": str(export), "id_digits": 3}}
+    run = RunConfig.from_dict(further)
+    tokenizer = open_tokenizer(run, tmp_path / "further", train=True)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(make_model(run, tokenizer)), nnx.state(model))
+    source = make_source(run.data, tokenizer, "train")
+    mined = {row["question"]: set(row["negatives"]) for row in rows}
+    slot = next(i for i, question in enumerate(source.questions) if question.id in mined)
+    held = {document.id for document in source.episode([slot], 4, np.random.default_rng(0)).documents}
+    assert len(held & mined[source.questions[slot].id]) >= 2
+
+
+def test_questions_become_a_table_and_a_figure(run, tmp_path, monkeypatch):
+    _, workdir, _, _ = run
+    table, figure = tmp_path / "questions.json", tmp_path / "curve.png"
+    arguments(monkeypatch, "--workdir", workdir, "--out", table, "--figure", figure)
+    questions.main()
+    record = json.loads(table.read_text())
+    assert record["passages"] == 60 < record["blocks"] and figure.stat().st_size > 5000
+    own, everything = record["rows"]
+    assert (own["passages"], everything["passages"], own["questions"]) == (42, 60, everything["questions"])
+    for row in record["rows"]:
+        for scores in row["methods"].values():
+            values = [scores[f"recall@{k}"] for k in (1, 5, 10, 16)]
+            assert values == sorted(values) and values[0] <= 0.5 and scores["all@16"] <= values[-1] <= 1
+            assert scores["curve"][0] == [1, round(values[0], 4)]
+        # Titles are in the questions, so whoever matches words finds them.
+        assert row["methods"]["bm25"]["recall@16"] > 0.8 and row["methods"]["router"]["recall@16"] > 0.6
+    assert "/" not in record["config"]["data"]["folder"]
+
+    arguments(monkeypatch, "--workdir", workdir, "--out", table, "--distractors", 7, "--mean")
+    questions.main()
+    fewer = json.loads(table.read_text())
+    assert [row["passages"] for row in fewer["rows"]] == [42, 49]
+    assert fewer["command"].endswith("--distractors 7 --mean")
+    assert fewer["rows"][0]["methods"]["bm25"] == own["methods"]["bm25"]
+    assert fewer["rows"][0]["methods"]["router"] == own["methods"]["router"]
+    assert "bm25 + router, mean over tokens, fused" in fewer["rows"][1]["methods"]
+
+
+def test_a_router_alone_has_no_replies_to_learn(folders):
+    wrong = settings(folders, 3)
+    wrong["training"]["phases"][0]["lm_weight"] = 0.1
+    with pytest.raises(ConfigError, match="set lm_weight of every phase to 0"):
+        RunConfig.from_dict(wrong)
+    with pytest.raises(ConfigError, match="no replies that could refuse"):
+        RunConfig.from_dict(settings(folders, 3, unanswerable=0.1))
+    with pytest.raises(ConfigError, match="data.hidden_fraction in"):
+        RunConfig.from_dict(settings(folders, 3, hidden_fraction=1.5))
