@@ -78,16 +78,17 @@ class Checkpoints:
         data.set_state(restored.data)
         return restored.state
 
-    def restore_params(self, params: nnx.State, *, ema: bool) -> nnx.State:
-        """Latest parameters alone (or their moving average), whole on the first device of this process.
+    def restore_params(self, params: nnx.State, *, ema: bool, step: int | None = None) -> nnx.State:
+        """Parameters alone (or their moving average), whole on the first device of this process.
 
         Args:
           params: of the same shapes, which is all that is read of them.
+          step: of which; None for the latest.
 
         Raises:
           CheckpointError: there is none, or its arrays do not fit.
         """
-        step = self._need_step()
+        step = self._need_step(step)
         name = "ema" if ema else "params"
         # All processes restore together, so the arrays are on a device of each, whole.
         firsts = {device.process_index: device for device in reversed(jax.devices())}
@@ -113,10 +114,14 @@ class Checkpoints:
         flat = [x.addressable_data(0) for x in jax.tree.leaves(restored.state[name])]
         return jax.tree.unflatten(jax.tree.structure(params), flat)
 
-    def _need_step(self) -> int:
-        if self.latest_step is None:
+    def _need_step(self, step: int | None = None) -> int:
+        kept = sorted(self._manager.all_steps())
+        if not kept:
             raise CheckpointError(f"{self._folder}: no checkpoint here; train first, or name another workdir.")
-        return self.latest_step
+        if step is not None and step not in kept:
+            there = ", ".join(map(str, kept))
+            raise CheckpointError(f"{self._folder}: no checkpoint of step {step}; there are those of {there}.")
+        return kept[-1] if step is None else step
 
     def wait(self) -> None:
         """Return when nothing is being saved any more."""

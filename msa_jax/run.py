@@ -240,6 +240,7 @@ def train_run(run: RunConfig, workdir: str | pathlib.Path) -> TrainingResult:
         chunk_size=model.config.chunk_size, row_len=run.row_len(model.config.chunk_size),
         document_len=run.data.document_len, question_len=run.data.question_len,
         loss_weights=run.data.loss_weights, samples=run.data.samples, unanswerable=run.data.unanswerable,
+        label_fraction=run.data.label_fraction,
         seed=run.training.seed,
         parts=mesh.shape[DATA] * mesh.shape[MEMORY] if mesh else 1,
     )  # fmt: skip

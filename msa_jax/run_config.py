@@ -47,8 +47,10 @@ class DataConfig:
       loss_weights: of ids, answers and quoted ids; see `LossWeights`.
       samples: "chain" trains on a question's whole reply with the one routing of the question, "at_once" on one that
         names all documents before it reads them, "steps" on one step of the chain at a time, as Memory Interleave
-        asks it, "question" on its router alone. unanswerable: share of samples whose supporting documents are hidden
-        from them, and which learn to say so. See `render_episode`.
+        asks it, "question" on its router alone, "latent" on one that reads no text and answers from pooled memory.
+        unanswerable: share of samples whose supporting documents are hidden from them, and which learn to say so.
+        label_fraction: share of samples whose relevant documents the auxiliary loss, and logged recall, know of. See
+        `render_episode`.
     """
 
     source: Literal["needles", "ruler", "python_docs", "jsonl", "babi"] = "needles"
@@ -76,6 +78,7 @@ class DataConfig:
     loss_weights: LossWeights = LossWeights()
     samples: SampleForm = "chain"
     unanswerable: float = 0.0
+    label_fraction: float = 1.0
 
     def __post_init__(self):
         if self.source not in ("needles", "ruler", "python_docs", "jsonl", "babi"):
@@ -93,6 +96,8 @@ class DataConfig:
             raise ConfigError("data.hard_negatives is for documents that stay; needles have data.hard_fraction.")
         if self.samples == "question" and self.unanswerable:
             raise ConfigError('data.samples "question" has no replies that could refuse: set data.unanswerable to 0.')
+        if not 0 <= self.label_fraction <= 1:
+            raise ConfigError(f"data.label_fraction must be in 0..1, got {self.label_fraction}.")
         for name in ("document_len", "num_documents", "num_questions", "question_len", "num_negatives"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"data.{name} must be at least 1, got {getattr(self, name)}.")

@@ -20,8 +20,10 @@ from msa_jax.run_config import RunConfig
 _ROW_LEN = 4096
 
 
-def load_model(run: RunConfig, workdir: pathlib.Path) -> tuple[MSATransformer, Renderer]:
+def load_model(run: RunConfig, workdir: pathlib.Path, step: int | None = None) -> tuple[MSATransformer, Renderer]:
     """The trained model of a run (its moving average, if there is one) and the renderer of its documents.
+
+    `step`: of the checkpoint, one of those that were kept; None for the latest.
 
     Raises:
       CheckpointError, DataError: what is there is missing or does not fit.
@@ -29,7 +31,7 @@ def load_model(run: RunConfig, workdir: pathlib.Path) -> tuple[MSATransformer, R
     tokenizer = open_tokenizer(run, workdir, train=False)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=run.training.keep_checkpoints)
     graphdef, state = nnx.split(model_skeleton(run, tokenizer))
-    params = checkpoints.restore_params(nnx.as_pure(state), ema=run.training.optimizer.ema_decay > 0)
+    params = checkpoints.restore_params(nnx.as_pure(state), ema=run.training.optimizer.ema_decay > 0, step=step)
     checkpoints.close()
     return nnx.merge(graphdef, params), Renderer(tokenizer, run.data.document_len, run.data.loss_weights)
 

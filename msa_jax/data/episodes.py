@@ -10,8 +10,8 @@ from msa_jax.data.batch import Sample
 from msa_jax.data.records import Document, Episode, Question
 from msa_jax.data.samples import Renderer
 
-SampleForm = Literal["chain", "at_once", "steps", "question"]
-SAMPLE_FORMS = ("chain", "at_once", "steps", "question")
+SampleForm = Literal["chain", "at_once", "steps", "question", "latent"]
+SAMPLE_FORMS = ("chain", "at_once", "steps", "question", "latent")
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ def render_episode(
     *,
     samples: SampleForm = "chain",
     unanswerable: float = 0.0,
+    label_fraction: float = 1.0,
 ) -> RenderedEpisode:
     """Render an episode, one sample a question.
 
@@ -40,12 +41,15 @@ def render_episode(
     a multi-hop chain is trained on one retrieval at a time). Relevant is the document wanted next alone. In the last
     step none is: nothing is left to find, and to call any document right there would teach the newest text to find
     it in the steps before as well. Such a sample has no router loss. "question" is the question without a reply: the
-    router alone learns.
+    router alone learns. "latent" reads no document's text: retrieval ends at once and the answer comes from pooled
+    memory alone, as in the engine's mode of that name.
 
     Args:
       samples: the form.
       unanswerable: share of samples, drawn at random, that do not see their supporting documents. Their reply is
         `Renderer.refusal`, and they have no router loss.
+      label_fraction: share of samples, drawn at random, whose relevant documents are told. The others have no router
+        loss, and learn to route from their reply alone.
     """
     documents = [renderer.render_document(d, n) for d, n in zip(episode.documents, episode.numbers, strict=True)]
     place = episode.index_of()
@@ -68,7 +72,10 @@ def render_episode(
             rendered.append(renderer.question(question))
         else:
             relevant[i, found] = True
+            supporting = [] if samples == "latent" else supporting
             rendered.append(renderer.sample(question, supporting, at_once=samples == "at_once"))
+    if label_fraction < 1:
+        relevant &= rng.random(len(relevant))[:, None] < label_fraction
     return RenderedEpisode(documents, rendered, visible, relevant)
 
 

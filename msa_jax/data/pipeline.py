@@ -27,6 +27,7 @@ def make_dataset(
     loss_weights: LossWeights | None = None,
     samples: SampleForm = "chain",
     unanswerable: float = 0.0,
+    label_fraction: float = 1.0,
     process_index: int = 0,
     process_count: int = 1,
     num_threads: int = 2,
@@ -38,7 +39,7 @@ def make_dataset(
     documents. Documents longer than `document_len` tokens (default: a row) have their text cut. `num_rows` R
     defaults to what N documents of `document_len` tokens may need at worst; a smaller one saves padding when
     most are shorter. Documents are packed in `parts` equal parts, which devices may share (`pack_parts`).
-    `samples` and `unanswerable` as in `render_episode`.
+    `samples`, `unanswerable` and `label_fraction` as in `render_episode`.
     The same arguments give the same batches; processes get different questions, documents and numbers. The
     iterator's `get_state` and `set_state` keep and restore its position.
     Raises DataError on arguments that do not fit each other or the source's first batch.
@@ -67,7 +68,9 @@ def make_dataset(
 
     def assemble(indices: np.ndarray, rng: np.random.Generator) -> Batch:
         episode = source.episode(indices.tolist(), num_documents, rng, id_digits)
-        rendered = render_episode(renderer, episode, rng, samples=samples, unanswerable=unanswerable)
+        rendered = render_episode(
+            renderer, episode, rng, samples=samples, unanswerable=unanswerable, label_fraction=label_fraction
+        )
         return Batch(
             documents=pack_parts(
                 rendered.documents,

@@ -80,7 +80,8 @@ class Conversation:
             raise QuestionError("the question is empty.")
         self.question, self._renderer, self._find = question, renderer, find
         self._mode, self._budget, self._abstain_below = config.mode, config.budget, config.abstain_below
-        self._router_documents = min(config.router_documents, config.budget.documents)
+        self._given = config.given_documents
+        self._most = min(len(self._given) or config.router_documents, config.budget.documents)
         self._on_read = on_read
         tokenizer = renderer.tokenizer
         self._reference_end, self._end_of_retrieve, self._end = (
@@ -139,9 +140,9 @@ class Conversation:
             self._over("not_in_memory")
         elif self._mode == "router":
             # One that was deleted since it was routed to is no document any more.
-            originals = ((number, self._find(number)) for number in routed.ranking)
+            originals = ((number, self._find(number)) for number in self._given or routed.ranking)
             chosen = ((number, original) for number, original in originals if original is not None)
-            for number, original in itertools.islice(chosen, self._router_documents):
+            for number, original in itertools.islice(chosen, self._most):
                 if not self._read(number, original, reference=True):
                     break
             self._close()

@@ -85,6 +85,8 @@ class AskConfig:
       sampling: of every token, ids included.
       budget: what it may cost.
       router_documents: how many documents "router" reads; `budget.documents` at most.
+      given_documents: numbers of documents that "router" reads, in this order, instead of those: another retriever's
+        choice, say. Numbers that the question may not see are passed over.
       stop: the answer ends before any of these strings.
       stop_tokens: and before any of these tokens, by id.
       abstain_below: if the best document's router score, the mean over router layers, is below it, the outcome is
@@ -96,6 +98,7 @@ class AskConfig:
     sampling: Sampling = Sampling()
     budget: Budget = Budget()
     router_documents: int = 1
+    given_documents: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
     stop_tokens: tuple[int, ...] = ()
     abstain_below: float | None = None
@@ -104,6 +107,12 @@ class AskConfig:
     def __post_init__(self):
         require(self.mode in MODES, f"AskConfig: mode must be one of {', '.join(MODES)}, got {self.mode!r}.")
         _need_at_least(self, 1, "router_documents")
+        given = self.given_documents
+        require(
+            isinstance(given, tuple) and all(type(n) is int for n in given) and (not given or self.mode == "router"),
+            'AskConfig: given_documents must be a tuple of document numbers, and need mode "router", got '
+            f"{given!r} in mode {self.mode!r}.",
+        )
         require(
             isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop),
             f"AskConfig: stop must be a tuple of strings that are not empty, got {self.stop!r}.",
