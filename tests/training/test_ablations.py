@@ -19,7 +19,7 @@ from benchmarks.quality import ablation_report, ablations, asked, ways
 from benchmarks.quality.asked import Results, memory_of
 from benchmarks.quality.variants import CONFIG, VARIANTS, command, load_config, make_run, slug
 from msa_jax.bank import encode_bank
-from msa_jax.checkpoint import Checkpoints
+from msa_jax.checkpoint import CheckpointError, Checkpoints
 from msa_jax.config import ConfigError
 from msa_jax.data import make_dataset
 from msa_jax.inference import AskConfig
@@ -184,6 +184,11 @@ def test_ways_to_ask(trained, quick_compiles):
     assert random != [(n,) for n in wanted] and all(row[0] in memory.originals for row in random)
     assert given("generate") == given("no context") == [()] * 6
     assert ways.with_config(model, top_k=2).config.top_k == 2
+
+
+def test_a_checkpoint_that_is_not_there_is_named(config, trained):
+    with pytest.raises(CheckpointError, match="no checkpoint of step 7; there are those of 1"):
+        load_model(trained[0], config.parent / "runs" / "base_5", 7)
 
 
 def test_given_documents_need_the_mode_that_reads_them():
