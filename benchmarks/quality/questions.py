@@ -1,11 +1,13 @@
 """Real questions: how many of their supporting passages a trained router finds, BM25, and both together.
 
     python -m benchmarks.quality.questions --workdir runs/wiki
+    python -m benchmarks.quality.questions --folders DIR,DIR,...
 
-Passages and questions are those of the run's folders; asked is what its `eval_fraction` holds out, and training never
-saw. Two banks for each set of questions: the set's own passages, and those of all folders. Of a passage that was cut
-into blocks the best block counts. BM25 is bm25s as it comes (its defaults: Lucene's formula, k1 1.5, b 0.75, English
-stop words, no stemming), over whole passages with their titles, indexed for each bank.
+The second form is BM25 alone. Passages and questions are those of the run's folders; asked is what its
+`eval_fraction` holds out, and training never saw. Two banks for each set of questions: the set's own passages, and
+those of all folders. Of a passage that was cut into blocks the best block counts. BM25 is bm25s as it comes (its
+defaults: Lucene's formula, k1 1.5, b 0.75, English stop words, no stemming), over whole passages with their titles,
+indexed for each bank.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.measure import environment, write_json
 from msa_jax.checkpoint import Checkpoints
-from msa_jax.data import CorpusSource, JsonlSource, cut_documents
+from msa_jax.data import CorpusSource, Document, JsonlSource, cut_documents
 from msa_jax.evaluation.retrieval import best_passages, encode_documents, fuse, halves, part_of, recall, router_scores
 from msa_jax.memory import MemoryBank
 from msa_jax.run_config import RunConfig
@@ -75,7 +77,7 @@ class Case:
     `wanted` which of them support each question; `bm25` ranks them."""
 
     row: dict
-    bank: MemoryBank
+    bank: MemoryBank | None
     passages: np.ndarray
     questions: list[str]
     wanted: list[set[int]]
@@ -105,8 +107,16 @@ def add_router(case: Case, model, renderer, *, mean_over_tokens: bool) -> None:
     methods[f"bm25 + {name}, halves"] = scores_of(case.wanted, lambda k: [halves(*pair, k) for pair in both])
 
 
-def make_cases(folders: list[pathlib.Path], eval_fraction: float, bank, passages, place, texts) -> Iterator[Case]:
-    """Each set's held-out questions on the bank of its own passages and on that of all."""
+def make_cases(
+    folders: list[pathlib.Path],
+    eval_fraction: float,
+    bank: MemoryBank | None,
+    passages: np.ndarray,
+    source: CorpusSource,
+) -> Iterator[Case]:
+    """Each set's held-out questions on the bank of its own passages and on that of all; without a bank, for BM25."""
+    place = {document.id: i for i, document in enumerate(source.documents)}
+    texts = [_text(document) for document in source.documents]
     for folder in folders:
         if not (folder / "questions.jsonl").is_file():
             continue
@@ -117,11 +127,16 @@ def make_cases(folders: list[pathlib.Path], eval_fraction: float, bank, passages
         local = np.full(len(texts), -1)
         local[mine] = np.arange(len(mine))
         blocks = np.flatnonzero(local[passages] >= 0)
+        part = part_of(bank, blocks) if bank else None
         there = [{int(local[i]) for i in found} for found in wanted]
         yield make_case(
-            folder.name, "own", part_of(bank, blocks), local[passages[blocks]], [texts[i] for i in mine], asked, there
+            folder.name, "own", part, local[passages[blocks]], [texts[i] for i in mine], asked, there
         )
         yield make_case(folder.name, "all", bank, passages, texts, asked, wanted)
+
+
+def _text(document: Document) -> str:
+    return f"{document.title}: {document.text}"
 
 
 def read_passages(folders: list[pathlib.Path], eval_fraction: float, distractors: int | None) -> CorpusSource:
@@ -165,14 +180,33 @@ def draw(rows: list[dict], path: pathlib.Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="of a run of configs/wiki.py")
+    parser.add_argument("--workdir", type=pathlib.Path, help="of a run of configs/wiki.py; default: BM25 alone")
     parser.add_argument("--folders", default="", help="parted by commas; default: those of the run")
+    parser.add_argument("--eval_fraction", type=float, default=0.5, help="share of questions asked, without a run")
     parser.add_argument("--distractors", type=int, help="passages taken of folders without questions; default: all")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results/quality/questions.json"))
     parser.add_argument("--figure", type=pathlib.Path, help="picture to draw")
     parser.add_argument("--mean", action="store_true", help="score by the mean over routing tokens too")
     parser.add_argument("--seed", type=int, default=1, help="of document numbers")
     args = parser.parse_args()
+
+    if not args.workdir and not args.folders:
+        parser.error("give --workdir, or --folders for BM25 alone")
+    command = "python -m benchmarks.quality.questions"
+    command += f" --workdir {args.workdir.name}" if args.workdir else f" --eval_fraction {args.eval_fraction}"
+    command += "" if args.distractors is None else f" --distractors {args.distractors}"
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    record = {"command": command + " --mean" * args.mean, "commit": git.stdout.strip(), **environment()}
+    record |= {"seed": args.seed, "bm25s": bm25s.__version__}
+
+    if not args.workdir:
+        folders = [pathlib.Path(f) for f in args.folders.split(",")]
+        source = read_passages(folders, args.eval_fraction, args.distractors)
+        whole = np.arange(len(source.documents))
+        rows = [case.row for case in make_cases(folders, args.eval_fraction, None, whole, source)]
+        write_json(args.out, record | {"folders": [f.name for f in folders], "rows": rows})
+        print(table(rows))
+        return
 
     run = RunConfig.from_dict(json.loads((args.workdir / "config.json").read_text()))
     folders = [pathlib.Path(f) for f in args.folders.split(",") if f] or [pathlib.Path(f) for f in run.data.folders]
@@ -181,32 +215,23 @@ def main() -> None:
     cut = cut_documents(source, renderer.tokenizer, renderer.body_len, titles=run.data.titles)
     place = {document.id: i for i, document in enumerate(source.documents)}
     passages = np.array([place[d.id] if d.id in place else place[d.id.rpartition("/")[0]] for d in cut.documents])
-    texts = [f"{d.title}: {d.text}" for d in source.documents]
     begin = time.monotonic()
     bank = encode_documents(
         model, renderer, cut.documents, row_len=run.row_len(model.config.chunk_size), seed=args.seed
     )
     seconds = time.monotonic() - begin
-    command = f"python -m benchmarks.quality.questions --workdir {args.workdir.name}"
-    command += "" if args.distractors is None else f" --distractors {args.distractors}"
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     with contextlib.closing(Checkpoints(args.workdir / "checkpoints")) as checkpoints:
         steps = checkpoints.latest_step
-    record = {
-        "command": command + " --mean" * args.mean,
-        "seed": args.seed,
-        "commit": git.stdout.strip(),
-        **environment(),
-        "bm25s": bm25s.__version__,
+    record |= {
         "steps": steps,
-        "passages": len(texts),
+        "passages": len(source.documents),
         "blocks": len(cut.documents),
-        "tokens": sum(map(len, renderer.tokenizer.encode_batch(texts))),
+        "tokens": int(sum(map(len, renderer.tokenizer.encode_batch([_text(d) for d in source.documents])))),
         "chunks": int(bank.layout.num_chunks),
         "encode_seconds": seconds,
         "config": run.to_dict() | {"data": run.to_dict()["data"] | {"folder": ",".join(f.name for f in folders)}},
     }
-    cases = list(make_cases(folders, run.data.eval_fraction, bank, passages, place, texts))
+    cases = list(make_cases(folders, run.data.eval_fraction, bank, passages, source))
     rows = [case.row for case in cases]
     for mean in (False, True)[: 1 + args.mean]:
         for case in cases:
