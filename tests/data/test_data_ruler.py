@@ -143,6 +143,16 @@ def test_the_beginning_of_a_memory_is_a_memory(ruler):
             assert len({d.text for d in documents}) == 901
 
 
+def test_no_needle_of_the_haystack_has_a_key_that_is_asked_for(make, monkeypatch):
+    few = {"adjective": ["red", "old", "odd"], "noun": ["cat", "dog", "owl"]}
+    monkeypatch.setattr("msa_jax.data.sources.ruler.ruler_words", lambda: few)
+    source = make(eval_fraction=0.5)
+    questions, documents, _ = remember(source, 300, 2, rng(1), task="niah_multikey_2")
+    keys = collections.Counter(row[2] for row in needles_of(documents))
+    assert [keys[q.id.split(":")[1]] for q in questions] == [1, 1]
+    assert len(keys) == 9 and sum(keys.values()) == 300
+
+
 def test_text_that_runs_out_is_cut_at_other_places(ruler):
     """Nine times the text's passages: every stretch is another, and all of them are real text."""
     count = 9 * len(ruler)

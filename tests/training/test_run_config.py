@@ -25,7 +25,9 @@ def parse(settings, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("name", ["abstention", "babi", "demo", "jsonl", "python_docs", "wiki"])
+@pytest.mark.parametrize(
+    "name", ["abstention", "babi", "demo", "jsonl", "python_docs", "ruler", "ruler_single", "wiki"]
+)
 def test_shipped_configs_are_valid(root, name, monkeypatch):
     monkeypatch.syspath_prepend(root)
     path = root / "configs" / f"{name}.py"

@@ -1,0 +1,29 @@
+"""Write the model of a trained run, and its tokenizer, as a checkpoint that another run can start from (`init_from`).
+
+    python -m benchmarks.quality.export --workdir runs/ruler_single --out runs/ruler_single/export
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+
+from msa_jax import hf
+from msa_jax.run_config import RunConfig
+from msa_jax.trained import load_model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--workdir", type=pathlib.Path, required=True)
+    parser.add_argument("--out", type=pathlib.Path, required=True)
+    options = parser.parse_args()
+    run = RunConfig.from_dict(json.loads((options.workdir / "config.json").read_text()))
+    model, renderer = load_model(run, options.workdir)
+    hf.save_model(model, options.out)
+    renderer.tokenizer.save(options.out)
+
+
+if __name__ == "__main__":
+    main()
