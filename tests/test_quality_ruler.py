@@ -75,9 +75,10 @@ def test_memories_of_like_sizes_have_one_shape(made):
     for some in (documents, documents[:4]):
         grown = GrowingBank(model, renderer, 32)
         grown.add(some, numbers[: len(some)])
-        bank = grown.bank(600)
+        bank = grown.bank(30_000)
         shapes.add((bank.num_documents, bank.num_chunks, bank.layout.max_length))
     assert len(shapes) == 1
+    assert bank.num_chunks * 8 >= 30_000, "room for all that a memory of this size can have"
 
 
 def answer(text, named, best, outcome="answered"):
