@@ -141,3 +141,14 @@ def test_files_of_negatives_that_do_not_fit(folders, tmp_path):
     write_negatives(path, {source.questions[0].id: ["d1", "d1/2"]})
     with pytest.raises(DataError, match="'d1/2', which is not there"):
         with_negatives(source, path, 1)
+
+
+def test_real_folders_share_passages_and_become_one_corpus(test_data):
+    folders = [test_data / "data" / name for name in ("hotpotqa", "2wikimultihopqa", "musique")]
+    source = JsonlSource(folders, "train", 0.5, pair_fraction=0.9, hidden_fraction=0.5)
+    alone = sum(len(JsonlSource(folder, "train", 0.5).documents) for folder in folders)
+    assert 9_000 < len(source.documents) < alone, "some are in two folders"
+    pairs = sum(not q.answers for q in source.questions)
+    assert abs(pairs / len(source) - 0.9) < 0.03
+    asked = {q.question for q in JsonlSource(folders, "eval", 0.5).questions}
+    assert 400 < len(asked) < 600 and asked.isdisjoint(q.question for q in source.questions)
