@@ -15,10 +15,9 @@ def make_pairs(documents: Sequence[Document]) -> list[Question]:
     take out of the document. A title of two documents asks for neither, nor does a sentence that asks for two,
     that the rest of its document repeats, or that has, or leaves, fewer than five words.
     """
-    titles = Counter(document.title for document in documents)
     questions = []
     for document in documents:
-        if document.title.strip() and titles[document.title] == 1:
+        if document.title.strip():
             questions.append(Question(f"title:{document.id}", document.title, (), (document.id,)))
         found = _sentence(document)
         if found:
