@@ -172,7 +172,7 @@ def draw(rows: list[dict], path: pathlib.Path) -> None:
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("recall of supporting passages")
-    figure.axes[0].legend(frameon=False, loc="upper left", fontsize=8)
+    figure.axes[0].legend(frameon=False, loc="lower right", fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"savefig.dpi": 144}):
         figure.savefig(path)
