@@ -6,6 +6,8 @@
     hf.save_model(model, 'runs/demo_saved'); tokenizer.save('runs/demo_saved')"
     python train.py --config=configs/abstention.py --workdir=runs/abstention
     python -m benchmarks.quality.refusals --workdirs runs/demo,runs/abstention
+
+Three minutes on one core. It refuses none of 64 unanswerable questions and answers 0.98 of the others: docs/results.md.
 """
 
 from ml_collections import ConfigDict
