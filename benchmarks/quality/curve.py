@@ -67,7 +67,7 @@ def margins(part: Part, asked: list[int], questions, answers) -> list[list[float
 
 def ask(model, renderer, memory: GrownMemory, size: int, most: int) -> dict:
     """Scores of a size, over all parts that its questions need."""
-    settings = EngineConfig(slots=16, prefill_rows=16, context=448, lengths=(64, 192), decode_steps=16)
+    settings = EngineConfig(slots=16, prefill_rows=16, context=256, lengths=(48,), decode_steps=16)
     rows, gaps, seconds, held = [], [], 0.0, 0
     for part in memory.parts(size):
         asked = [i for i in part.asked if i < most]
