@@ -1,0 +1,130 @@
+"""A memory encoded once into files: every beginning of it is the memory that its documents alone would make."""
+
+import numpy as np
+import pytest
+
+from msa_jax.bank import encode_bank
+from msa_jax.bank.quantization import LARGEST
+from msa_jax.config import ConfigError
+from msa_jax.data import DataError, Document, Question, Renderer, pack_documents
+from msa_jax.evaluation.grown import GrownMemory
+from msa_jax.inference import AskConfig, Budget, Engine, EngineConfig
+from msa_jax.inference.library import FixedLibrary
+from msa_jax.trained import reconfigured
+from tests.inference.small import TEXTS, model_of
+from tests.inference.small import renderer as whole_texts
+
+LEN = 22
+NUMBERS = [7, 40, 12, 3, 55, 21, 90]
+WORDS = " ".join(TEXTS.values()).split()
+
+
+@pytest.fixture(scope="module")
+def renderer():
+    return Renderer(whole_texts().tokenizer, LEN)
+
+
+def documents():
+    rng = np.random.default_rng(3)
+    return [Document(f"d{n}", "", " ".join(rng.choice(WORDS, 3 + n % 5))) for n in NUMBERS]
+
+
+QUESTIONS = [
+    Question("q0", "where", ("north",), ("d40",)),
+    Question("q1", "which", ("grey",), ("d3",)),
+    Question("q2", "what", ("high",), ("d21",)),
+]
+
+
+def blocks(stop=None):
+    made = documents()
+    for first in range(0, len(made), 3):
+        if first == stop:
+            raise KeyboardInterrupt
+        yield made[first : first + 3], NUMBERS[first : first + 3]
+
+
+@pytest.fixture(scope="module")
+def memory(tmp_path_factory, renderer):
+    """Encoded in two goes, the second in the middle of the first's work."""
+    folder = tmp_path_factory.mktemp("grown")
+    first = GrownMemory(folder, model_of(), renderer, documents=len(NUMBERS))
+    with pytest.raises(KeyboardInterrupt):
+        first.fill(QUESTIONS, blocks(stop=6), rows_per_step=2, progress=False)
+    assert first.done == 6
+    again = GrownMemory(folder, model_of(), renderer, documents=len(NUMBERS))
+    assert again.done == 6
+    again.fill(QUESTIONS, blocks(), rows_per_step=2, progress=False)
+    return GrownMemory(folder, model_of(), renderer)
+
+
+def test_every_part_is_the_bank_of_its_documents(memory, renderer):
+    texts = [renderer.render_document(d, n) for d, n in zip(documents(), NUMBERS, strict=True)]
+    sizes = np.cumsum([len(t) for t in texts])
+    assert memory.done == len(NUMBERS) and memory.place == {"d40": 1, "d3": 3, "d21": 5}
+    for count in (6, 7):
+        (part,) = memory.parts(int(sizes[count - 1]))
+        assert part.asked == [0, 1, 2] and part.tokens == sizes[count - 1] and list(part.originals) == NUMBERS[:count]
+        want = encode_bank(model_of(), pack_documents(texts[:count], chunk_size=4, row_len=24))
+        there = int(want.num_chunks)
+        layout = part.bank.layout
+        np.testing.assert_array_equal(layout.lengths[:count], want.layout.lengths)
+        np.testing.assert_array_equal(layout.starts[:count], want.layout.starts)
+        np.testing.assert_array_equal(layout.chunk_documents[:there], want.layout.chunk_documents)
+        assert not np.asarray(layout.lengths[count:]).any()
+        assert (np.asarray(layout.chunk_documents[there:]) == layout.num_documents).all()
+        # Half a unit in the last place of bfloat16; half a step of int8.
+        np.testing.assert_allclose(np.float32(part.bank.routing_keys[:, :there]), want.routing_keys, rtol=2**-8)
+        for name in ("k", "v"):
+            exact = np.asarray(getattr(want, f"content_{name}"))
+            scale = np.moveaxis(np.asarray(getattr(part.bank, f"content_{name}_scale"))[:, :, :there], 1, 2)[..., None]
+            got = np.float32(getattr(part.bank, f"content_{name}")[:, :there]) * scale
+            assert (np.abs(got - exact) <= 0.5001 * scale).all() and np.abs(got).max() > LARGEST * scale.min() / 2
+
+
+def test_small_sizes_take_several_parts_of_one_shape_and_ask_every_question_once(memory, renderer):
+    parts = list(memory.parts(45))
+    assert len(parts) > 1 and sorted(i for p in parts for i in p.asked) == [0, 1, 2]
+    assert all(p.tokens <= 45 for p in parts)
+    assert len({(p.bank.num_chunks, p.bank.num_documents) for p in parts}) == 1
+    for part in parts:
+        for i in part.asked:
+            number = int(QUESTIONS[i].supporting_ids[0][1:])
+            assert number in part.originals
+    with pytest.raises(DataError, match="apart from each other by over 3 tokens"):
+        list(memory.parts(3))
+
+
+def test_originals_are_read_by_number(memory, renderer):
+    (part,) = memory.parts(10_000)
+    for document, number in zip(documents(), NUMBERS, strict=True):
+        found = part.originals[number]
+        body = renderer.body(document)
+        np.testing.assert_array_equal(found.tokens, body)
+        assert renderer.tokenizer.encode(" " + found.text) == list(body)
+    assert part.originals.get(8) is None and part.originals.get(10**9) is None
+    engine = Engine(
+        model_of(), renderer, FixedLibrary(part.bank, part.originals),
+        EngineConfig(slots=2, context=96, lengths=(), prefill_rows=2, decode_steps=4),
+    )  # fmt: skip
+    answers = list(engine.ask([q.question for q in QUESTIONS], config=AskConfig(budget=Budget(answer_tokens=4))))
+    named = {n for a in answers for n in a.rounds[0].documents.ravel().tolist()}
+    assert named <= {*NUMBERS, -1} and named & set(NUMBERS)
+
+
+def test_a_folder_of_another_memory_is_refused(memory, renderer, tmp_path):
+    with pytest.raises(DataError, match="holds a memory of .*'documents': 7.* wanted is .*'documents': 9"):
+        GrownMemory(memory.folder, model_of(), renderer, documents=9)
+    with pytest.raises(DataError, match="holds no memory"):
+        GrownMemory(tmp_path, model_of(), renderer)
+    lacking = [Question("q", "who", (), ("d8",))]
+    grown = GrownMemory(tmp_path, model_of(), renderer, documents=len(NUMBERS))
+    with pytest.raises(DataError, match="lacks 1 documents that its questions need"):
+        grown.fill(lacking, blocks(), rows_per_step=2, progress=False)
+
+
+def test_a_model_takes_another_configuration_if_its_parameters_allow():
+    other = reconfigured(model_of(), top_k=1)
+    assert other.config.top_k == 1 and model_of().config.top_k == 2
+    with pytest.raises(ConfigError, match="would change the parameters"):
+        reconfigured(model_of(), mlp_size=24)
