@@ -17,6 +17,8 @@ import subprocess
 import time
 
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 from tqdm import tqdm
 
 from benchmarks.measure import environment, write_json
@@ -26,12 +28,17 @@ from msa_jax.evaluation.grown import GrownMemory, Part
 from msa_jax.inference.engine import Engine
 from msa_jax.inference.library import FixedLibrary
 from msa_jax.inference.settings import AskConfig, Budget, EngineConfig
+from msa_jax.plots import token_count
 from msa_jax.run import haystack
 from msa_jax.run_config import RunConfig
 from msa_jax.trained import load_model, reconfigured
 
 SIZES = (16_384, 65_536, 262_144, 1_048_576, 4_194_304, 16_777_216, 64_000_000, 100_000_000)
 _RESULTS = "benchmarks/results/quality/curve.json"
+_FIGURE = "docs/images/curve.png"
+# What the paper (arXiv 2603.23516) publishes of its 4B model: under 9 % lost from 16K to 100M tokens on MS MARCO, and
+# the mean of RULER's eight needle tasks at 1M tokens.
+_PAPER_KEPT, _PAPER_RULER = ((16_384, 1.0), (100_000_000, 0.91)), (1_048_576, 0.9484)
 _SAMPLE = 2048
 # Sizes above the first have few questions, since each is compared with every chunk.
 _FEWER = ((4_194_304, 256), (16_777_216, 128))
@@ -92,6 +99,27 @@ def ask(model, renderer, memory: GrownMemory, size: int, most: int) -> dict:
     }  # fmt: skip
 
 
+def draw(rows: list[dict], path: str) -> None:
+    """Exact match by size for every k, with what the paper says of its own model."""
+    figure = Figure(figsize=(8, 4.4), layout="constrained")
+    axes = figure.subplots()
+    for top_k, style in zip(sorted({row["top_k"] for row in rows}), ("o-", "s--", "^:", "v-."), strict=False):
+        own = sorted((row for row in rows if row["top_k"] == top_k), key=lambda row: row["memory_tokens"])
+        scores = [row["exact_match"] for row in own]
+        axes.plot([row["memory_tokens"] for row in own], scores, style, label=f"this model, k {top_k}: exact match")
+    kept = "paper, MS MARCO: at least this share of 16K is kept"
+    axes.plot(*zip(*_PAPER_KEPT, strict=True), ":", color="grey", label=kept)
+    axes.plot(*_PAPER_RULER, "*", color="grey", markersize=11, label="paper, RULER needles: mean at 1M")
+    sizes = sorted({row["memory_tokens"] for row in rows})
+    axes.set_xscale("log")
+    axes.set_xticks(sizes, [token_count(size) for size in sizes])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set(xlabel="tokens of memory", ylim=(0.5, 1.02))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower left", frameon=False)
+    figure.savefig(path, dpi=144)
+
+
 def encode(run: RunConfig, model, renderer: Renderer, options: argparse.Namespace, tokens: int) -> None:
     """Encode the memory, or what is missing of it."""
     needles = source(run, renderer, [f for f in options.folders.split(",") if f])
@@ -120,6 +148,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--steps", default="encode,ask", help="one alone: to ask sizes while others are being encoded")
     parser.add_argument("--out", default=_RESULTS)
+    parser.add_argument("--figure", default=_FIGURE)
     options = parser.parse_args()
     sizes = sorted(int(s) for s in options.sizes.split(","))
     workdir = pathlib.Path(options.workdir)
@@ -151,6 +180,7 @@ def main() -> None:
             row["peak_resident_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
             record["rows"].append(row)
             write_json(out, record)
+            draw(record["rows"], options.figure)
             print({name: row[name] for name in ("memory_tokens", "top_k", "exact_match", "id_exact_match")}, flush=True)
 
 
