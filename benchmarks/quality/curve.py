@@ -40,8 +40,8 @@ _FIGURE = "docs/images/curve.png"
 # the mean of RULER's eight needle tasks at 1M tokens.
 _PAPER_KEPT, _PAPER_RULER = ((16_384, 1.0), (100_000_000, 0.91)), (1_048_576, 0.9484)
 _SAMPLE = 2048
-# Sizes above the first have few questions, since each is compared with every chunk.
-_FEWER = ((4_194_304, 256), (16_777_216, 128))
+# Questions that large sizes are asked, the first of all: each is compared with every chunk, twice.
+_MOST = {4_194_304: 256, 16_777_216: 128, 64_000_000: 64, 100_000_000: 128}
 
 
 def source(run: RunConfig, renderer: Renderer, folders: list[str]) -> NeedleSource:
@@ -74,7 +74,7 @@ def margins(part: Part, asked: list[int], questions, answers) -> list[list[float
 
 def ask(model, renderer, memory: GrownMemory, size: int, most: int) -> dict:
     """Scores of a size, over all parts that its questions need."""
-    settings = EngineConfig(slots=16, prefill_rows=16, context=256, lengths=(48,), decode_steps=16)
+    settings = EngineConfig(slots=16, prefill_rows=16, context=256, lengths=(48, 176), decode_steps=16)
     rows, gaps, seconds, held = [], [], 0.0, 0
     for part in memory.parts(size):
         asked = [i for i in part.asked if i < most]
@@ -174,7 +174,7 @@ def main() -> None:
         for top_k in map(int, options.top_k.split(",")):
             if (size, top_k) in done:
                 continue
-            most = min([options.questions, *(n for limit, n in _FEWER if size >= limit)])
+            most = min(options.questions, _MOST.get(size, options.questions))
             row = {"top_k": top_k} | ask(reconfigured(model, top_k=top_k), renderer, memory, size, most)
             record |= {"encode_seconds": round(memory.seconds), "encoded_documents": memory.done}
             row["peak_resident_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
