@@ -120,6 +120,24 @@ def draw(rows: list[dict], path: str) -> None:
     figure.savefig(path, dpi=144)
 
 
+def table(rows: list[dict]) -> str:
+    """Markdown, one line a size and k."""
+    head = (
+        "memory", "k", "questions", "exact match", "ids", "recall@1", "recall@16", "margin, mean", "lowest 5 %",
+        "s/question",
+    )  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "|" + "---:|" * len(head)]
+    layers = lambda values: " / ".join(f"{v:.3f}" for v in values)  # noqa: E731
+    for row in sorted(rows, key=lambda row: (row["memory_tokens"], row["top_k"])):
+        cells = (
+            token_count(row["memory_tokens"]), row["top_k"], row["questions"], f"{row['exact_match']:.3f}",
+            f"{row['id_exact_match']:.3f}", layers(row["router_recall@1"]), layers(row["router_recall@16"]),
+            layers(row["margin_mean"]), layers(row["margin_5th_percentile"]), f"{row['seconds_per_question']:.2f}",
+        )  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
 def encode(run: RunConfig, model, renderer: Renderer, options: argparse.Namespace, tokens: int) -> None:
     """Encode the memory, or what is missing of it."""
     needles = source(run, renderer, [f for f in options.folders.split(",") if f])
@@ -182,6 +200,7 @@ def main() -> None:
             write_json(out, record)
             draw(record["rows"], options.figure)
             print({name: row[name] for name in ("memory_tokens", "top_k", "exact_match", "id_exact_match")}, flush=True)
+    print(table(record["rows"]))
 
 
 if __name__ == "__main__":
