@@ -4,8 +4,8 @@
     python -m benchmarks.quality.curve --workdir runs/curve --memory FOLDER
 
 The demo's recipe, 460 steps of it, with a bank that grows to 64K tokens: in the last 160 steps every question is asked
-of its own 64 documents and of the 448 of the seven batches before. 22 minutes on one CPU core that other work shared, 1.9 s
-of CPU time a step; docs/results.md has the scores.
+of its own 64 documents and of the 448 of the seven batches before. 22 minutes on one CPU core that other work shared,
+1.9 s of CPU time a step; docs/results.md has the scores.
 """
 
 from ml_collections import ConfigDict
