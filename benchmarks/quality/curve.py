@@ -10,6 +10,7 @@ Interrupted, the same command goes on: with encoding where it stopped, and with 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import pathlib
 import resource
@@ -89,9 +90,12 @@ def ask(model, renderer, memory: GrownMemory, size: int, most: int) -> dict:
         seconds, held = seconds + time.monotonic() - begin, part.bank.nbytes
         rows += [row for _, row in score(memory, asked, answers)]
         gaps += margins(part, asked, memory.questions, answers)
+        tokens, documents = part.tokens, len(part.originals)
+        del engine, part, answers
+        gc.collect()  # an engine is a ring of references, and there is no room for two banks of the largest size
     gaps = np.array(gaps)
     return {
-        "memory_tokens": size, "tokens": part.tokens, "documents": len(part.originals), "questions": len(rows),
+        "memory_tokens": size, "tokens": tokens, "documents": documents, "questions": len(rows),
         **means(rows),
         "margin_mean": gaps.mean(axis=0).round(4).tolist(),
         "margin_5th_percentile": np.percentile(gaps, 5, axis=0).round(4).tolist(),
