@@ -19,7 +19,9 @@ _CURVES = (
 
 
 def token_count(tokens: float) -> str:
-    """16384 -> 16K, 1048576 -> 1M, 100000000 -> 100M: binary where it divides, else decimal."""
+    """16384 -> 16K, 1048576 -> 1M, 100000000 -> 100M: whole decimal millions, then binary where it divides."""
+    if tokens and tokens % 1e6 == 0:
+        return f"{int(tokens / 1e6)}M"
     for unit, name in ((2**20, "M"), (2**10, "K")):
         if tokens >= unit and tokens % unit == 0:
             return f"{int(tokens // unit)}{name}"

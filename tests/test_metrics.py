@@ -64,7 +64,8 @@ def test_a_resumed_log_drops_what_came_after_the_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "tokens, text", [(16384, "16K"), (1 << 20, "1M"), (100_000_000, "100M"), (1500, "1.5K"), (12, "12")]
+    "tokens, text",
+    [(16384, "16K"), (1 << 20, "1M"), (100_000_000, "100M"), (64_000_000, "64M"), (1500, "1.5K"), (12, "12")],
 )
 def test_token_counts_are_short(tokens, text):
     assert token_count(tokens) == text

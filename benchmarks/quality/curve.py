@@ -112,7 +112,7 @@ def draw(rows: list[dict], path: str) -> None:
         scores = [row["exact_match"] for row in own]
         axes.plot([row["memory_tokens"] for row in own], scores, style, label=f"this model, k {top_k}: exact match")
     kept = "paper, MS MARCO: at least this share of 16K is kept"
-    axes.plot(*zip(*_PAPER_KEPT, strict=True), ":", color="grey", label=kept)
+    axes.plot(*zip(*_PAPER_KEPT, strict=True), ".:", color="grey", label=kept)
     axes.plot(*_PAPER_RULER, "*", color="grey", markersize=11, label="paper, RULER needles: mean at 1M")
     sizes = sorted({row["memory_tokens"] for row in rows})
     axes.set_xscale("log")
