@@ -95,7 +95,8 @@ def settings(options) -> tuple[AskConfig, EngineConfig]:
         return kind(**{name: getattr(options, name) for name in names}, **more)
 
     stops = dict(stop=tuple(options.stop), stop_tokens=tuple(options.stop_token))
-    config = made(AskConfig, sampling=made(Sampling), budget=made(Budget), **stops)
+    # Another retriever's documents can be given from Python only.
+    config = made(AskConfig, sampling=made(Sampling), budget=made(Budget), given_documents=(), **stops)
     lengths = (*EngineConfig().lengths, *(1 << n for n in range(10, 24)))
     return config, EngineConfig(slots=options.slots, context=options.context, lengths=tuple(sorted(set(lengths))))
 
