@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
@@ -29,6 +28,7 @@ from msa_jax.model import MSATransformer
 
 # Documents and chunks of a part are padded to multiples of these.
 _DOCUMENTS, _CHUNKS = 64, 512
+_KEYS = jnp.dtype(jnp.bfloat16)
 
 Blocks = Iterable[tuple[Sequence[Document], Sequence[int]]]
 
@@ -125,7 +125,7 @@ class GrownMemory:
         self.done, self.seconds = state["done"], state["seconds"]
         self._form = form
         layers, chunks, heads, width = form["layers"], form["chunks"], form["kv_heads"], form["head_dim"]
-        self.keys = self._array("keys", (layers, chunks, heads * width), np.uint16).view(ml_dtypes.bfloat16)
+        self.keys = self._array("keys", (layers, chunks, heads * width), np.uint16).view(_KEYS)
         content, scales = (layers, chunks, heads, width), (layers, heads, chunks)
         self.content = [self._array(name, content, np.int8) for name in ("k", "v")]
         self.scales = [self._array(f"{name}_scale", scales, np.float32) for name in ("k", "v")]
@@ -186,7 +186,7 @@ class GrownMemory:
         ends = (self.chunk_ends, self.token_ends, self.body_ends)
         chunk, token, body = (int(x[first - 1]) if first else 0 for x in ends)
         where = slice(chunk, chunk + count)
-        self.keys[:, where] = states[0].astype(ml_dtypes.bfloat16)
+        self.keys[:, where] = states[0].astype(_KEYS)
         for values, target, scales in zip(states[1:], self.content, self.scales, strict=True):
             target[:, where], scales[:, :, where] = quantize_content(values)
         sizes = np.array([len(b) for b in bodies])

@@ -37,7 +37,7 @@ SETTINGS = {
     "training": {
         "phases": [
             {"steps": 50, "lm_weight": 0.1, "aux_weight": 1.0, "mean_over_tokens": True},
-            {"steps": 70, "lm_weight": 1.0, "aux_weight": 0.5, "recent": 2},
+            {"steps": 70, "lm_weight": 1.0, "aux_weight": 0.5},
         ],
         "optimizer": {
             "name": "muon",
@@ -77,11 +77,16 @@ def settings(haystack):
     return values
 
 
+def write_config(path, settings):
+    """A file for `--config` that returns these settings."""
+    path.write_text(
+        f"from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict({settings!r})\n"
+    )
+
+
 @pytest.fixture
 def config_file(settings, tmp_path):
     """The settings as a file for `--config`."""
     path = tmp_path / "config.py"
-    path.write_text(
-        f"from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict({settings!r})\n"
-    )
+    write_config(path, settings)
     return path

@@ -21,6 +21,7 @@ from msa_jax.run_config import RunConfig
 from msa_jax.sharding import MeshConfig
 from msa_jax.trained import load_model
 from msa_jax.training.loop import TrainingDiverged
+from tests.training.conftest import write_config
 
 
 def logged(workdir):
@@ -54,7 +55,12 @@ def wait_for_step(process, workdir, step, seconds=240):
 
 
 def test_a_run_learns_and_survives_every_interruption(root, settings, config_file, tmp_path):
-    """Loss falls and recall rises beyond stated bounds; SIGTERM, SIGKILL and resuming change no bit."""
+    """Loss falls and recall rises beyond stated bounds; SIGTERM, SIGKILL and resuming change no bit.
+
+    With documents of recent batches in memory, which a checkpoint must hold too.
+    """
+    settings["training"]["phases"][1]["recent"] = 2
+    write_config(config_file, settings)
     run = RunConfig.from_dict(settings)
     whole = tmp_path / "whole"
     output, _ = command(root, config_file, whole).communicate(timeout=240)

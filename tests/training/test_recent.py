@@ -105,7 +105,7 @@ def test_without_recent_batches_the_loss_and_its_gradient_are_those_of_the_batch
 
     (plain, metrics), (kept, their_metrics) = stepped(0), stepped(2)
     for a, b in zip(jax.tree.leaves(plain.params), jax.tree.leaves(kept.params), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+        np.testing.assert_allclose(a, b, atol=2e-4)  # a step of 0.1, so a gradient that differs shows
     assert metrics["loss"] == pytest.approx(float(their_metrics["loss"]), abs=1e-5)
     assert plain.recent is None and int(kept.recent.written) == 1
     np.testing.assert_array_equal(kept.recent.identities[0], now.identities)

@@ -98,7 +98,7 @@ def test_batches_have_questions_alone_and_the_loss_is_the_router_s(run):
     phase = phase_values(phase_at(run.training.phases, 0))
     graphdef, state = nnx.split(model)
     compute = jax.jit(lambda s, batch: loss_and_metrics(nnx.merge(graphdef, s), batch, phase, (1,), run.training))
-    loss, metrics = compute(state, batch)
+    loss, (metrics, _) = compute(state, batch)
     assert metrics["lm_loss"] == 0 and loss == metrics["aux_loss"] > 0.01
 
 
