@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import pathlib
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 
@@ -69,6 +70,16 @@ def environment() -> dict:
         "device": f"{device.platform} {device.device_kind}",
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")},
     }
+
+
+def commit() -> str:
+    """The commit that is checked out, marked if files differ from it; empty where there is no git."""
+    try:
+        asked = ["git", "describe", "--always", "--dirty"]
+        told = subprocess.run(asked, cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return told.stdout.strip()
 
 
 def write_json(path: str | pathlib.Path, record: dict) -> None:

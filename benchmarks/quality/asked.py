@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import json
 import pathlib
-import subprocess
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 
-from benchmarks.measure import environment, write_json
+from benchmarks.measure import commit, environment, write_json
 from benchmarks.quality.ways import answers, find_way, scores
 from msa_jax.bank import encode_bank
 from msa_jax.data import DataError
@@ -46,16 +45,6 @@ class Results:
 
     def write(self) -> None:
         write_json(self.path, self.record)
-
-
-def commit() -> str:
-    """The commit that is checked out, marked if files differ from it; empty where there is no git."""
-    try:
-        asked = ["git", "describe", "--always", "--dirty"]
-        told = subprocess.run(asked, cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return told.stdout.strip()
 
 
 def memory_of(run: RunConfig, renderer, *, memory_tokens: int, num_questions: int) -> Memory:

@@ -14,13 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
-import subprocess
 import time
 from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks.measure import environment, write_json
+from benchmarks.measure import commit, environment, write_json
 from msa_jax.data import DataError
 from msa_jax.data.sources.babi import BabiSource, Story, read_stories
 from msa_jax.evaluation.stories import StoryLibrary
@@ -124,12 +123,11 @@ def main() -> None:
     if run.data.source != "babi":
         raise DataError(f"{options.workdir} was trained on {run.data.source}; give the workdir of a run on babi")
     model, renderer = load_model(run, options.workdir)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     record = {
         "command": f"python -m benchmarks.quality.babi --workdir runs/{options.workdir.name} --tasks {options.tasks} "
         f"--part {options.part} --ways {options.ways}",
         "part": options.part, "samples": run.data.samples, "steps": run.training.steps, "seed": run.training.seed,
-        "commit": commit, "results": [],
+        "commit": commit(), "results": [],
     }  # fmt: skip
     tasks = {task: stories_of(run, task, options.part) for task in map(int, options.tasks.split(","))}
     # All in one bank, so that everything is compiled once.

@@ -14,7 +14,6 @@ import gc
 import json
 import pathlib
 import resource
-import subprocess
 import time
 
 import numpy as np
@@ -22,8 +21,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from tqdm import tqdm
 
-from benchmarks.measure import environment, write_json
-from msa_jax.data import JsonlSource, NeedleSource, PythonDocsSource, Renderer, frequent_words
+from benchmarks.measure import commit, environment, write_json
+from msa_jax.data import DataError, JsonlSource, NeedleSource, PythonDocsSource, Renderer, frequent_words
 from msa_jax.evaluation.evaluate import means, score
 from msa_jax.evaluation.grown import GrownMemory, Part
 from msa_jax.inference.engine import Engine
@@ -35,8 +34,6 @@ from msa_jax.run_config import RunConfig
 from msa_jax.trained import load_model, reconfigured
 
 SIZES = (16_384, 65_536, 262_144, 1_048_576, 4_194_304, 16_777_216, 64_000_000, 100_000_000)
-_RESULTS = "benchmarks/results/quality/curve.json"
-_FIGURE = "docs/images/curve.png"
 # What the paper (arXiv 2603.23516) publishes of its 4B model: under 9 % lost from 16K to 100M tokens on MS MARCO, and
 # the mean of RULER's eight needle tasks at 1M tokens.
 _PAPER_KEPT, _PAPER_RULER = ((16_384, 1.0), (100_000_000, 0.91)), (1_048_576, 0.9484)
@@ -103,7 +100,7 @@ def ask(model, renderer, memory: GrownMemory, size: int, most: int) -> dict:
     }  # fmt: skip
 
 
-def draw(rows: list[dict], path: str) -> None:
+def draw(rows: list[dict], path: pathlib.Path) -> None:
     """Exact match by size for every k, with what the paper says of its own model."""
     figure = Figure(figsize=(8, 4.4), layout="constrained")
     axes = figure.subplots()
@@ -169,8 +166,8 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=65_536, help="tokens in which all questions' documents lie")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--steps", default="encode,ask", help="one alone: to ask sizes while others are being encoded")
-    parser.add_argument("--out", default=_RESULTS)
-    parser.add_argument("--figure", default=_FIGURE)
+    parser.add_argument("--out", type=pathlib.Path, help="default: curve.json in the workdir")
+    parser.add_argument("--figure", type=pathlib.Path, help="default: memory_curve.png in the workdir")
     options = parser.parse_args()
     sizes = sorted(int(s) for s in options.sizes.split(","))
     workdir = pathlib.Path(options.workdir)
@@ -183,14 +180,17 @@ def main() -> None:
     if "ask" not in steps:
         return
     memory = GrownMemory(folder, model, renderer)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    record = {
-        "command": "python -m benchmarks.quality.curve --workdir runs/curve --memory FOLDER", "commit": commit,
-        "seed": options.seed, "trained": run.to_dict(), "rows": [],
-    } | environment()  # fmt: skip
-    out = pathlib.Path(options.out)
+    settings = {"seed": options.seed, "questions": options.questions, "trained": run.to_dict()}
+    settings |= {"memory": {"first": options.first, "documents": len(memory.numbers)}}
+    command = "python -m benchmarks.quality.curve --workdir runs/curve --memory FOLDER"
+    command += "".join(f" --{name} {getattr(options, name)}" for name in ("questions", "first", "seed", "steps"))
+    record = {"command": command, "commit": commit(), "settings": settings, "rows": []} | environment()
+    out = options.out or workdir / "curve.json"
     if out.exists():
-        record["rows"] = json.loads(out.read_text())["rows"]
+        there = json.loads(out.read_text())
+        if there["settings"] != json.loads(json.dumps(settings)):
+            raise DataError(f"{out} holds scores of another model, memory or number of questions; give another --out")
+        record["rows"] = there["rows"]
     done = {(row["memory_tokens"], row["top_k"]) for row in record["rows"]}
     for size in sizes:
         for top_k in map(int, options.top_k.split(",")):
@@ -202,7 +202,7 @@ def main() -> None:
             row["peak_resident_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
             record["rows"].append(row)
             write_json(out, record)
-            draw(record["rows"], options.figure)
+            draw(record["rows"], options.figure or workdir / "memory_curve.png")
             print({name: row[name] for name in ("memory_tokens", "top_k", "exact_match", "id_exact_match")}, flush=True)
     print(table(record["rows"]))
 

@@ -25,7 +25,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from benchmarks.quality.asked import Results, commit, memory_of
+from benchmarks.measure import commit
+from benchmarks.quality.asked import Results, memory_of
 from benchmarks.quality.variants import CONFIG, load_config, make_run
 from benchmarks.quality.ways import Way, answers, scores, with_config
 from msa_jax.checkpoint import Checkpoints

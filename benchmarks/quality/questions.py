@@ -17,7 +17,6 @@ import contextlib
 import dataclasses
 import json
 import pathlib
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 
@@ -26,7 +25,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.measure import environment, write_json
+from benchmarks.measure import commit, environment, write_json
 from msa_jax.checkpoint import Checkpoints
 from msa_jax.data import CorpusSource, Document, JsonlSource, cut_documents
 from msa_jax.evaluation.retrieval import best_passages, encode_documents, fuse, halves, part_of, recall, router_scores
@@ -195,8 +194,7 @@ def main() -> None:
     command = "python -m benchmarks.quality.questions"
     command += f" --workdir {args.workdir.name}" if args.workdir else f" --eval_fraction {args.eval_fraction}"
     command += "" if args.distractors is None else f" --distractors {args.distractors}"
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    record = {"command": command + " --mean" * args.mean, "commit": git.stdout.strip(), **environment()}
+    record = {"command": command + " --mean" * args.mean, "commit": commit(), **environment()}
     record |= {"seed": args.seed, "bm25s": bm25s.__version__}
 
     if not args.workdir:

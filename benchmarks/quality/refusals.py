@@ -14,13 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
-import subprocess
 from collections.abc import Sequence
 
 import numpy as np
 
 from benchmarks.abstention import Absent
-from benchmarks.measure import environment, write_json
+from benchmarks.measure import commit, environment, write_json
 from benchmarks.separation import auroc, held_out
 from msa_jax.bank import encode_bank
 from msa_jax.evaluation.evaluate import ask, means, score
@@ -86,12 +85,11 @@ def main() -> None:
     sizes = [int(size) for size in options.memory_tokens.split(",")]
     workdirs = [pathlib.Path(name) for name in options.workdirs.split(",")]
     runs = {workdir.name: measure(workdir, sizes, options.questions) for workdir in workdirs}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     command = (
         f"python -m benchmarks.quality.refusals --workdirs {','.join(f'runs/{path.name}' for path in workdirs)} "
         f"--memory_tokens {options.memory_tokens} --questions {options.questions}"
     )
-    write_json(options.out, {"runs": runs, "command": command, "commit": commit} | environment())
+    write_json(options.out, {"runs": runs, "command": command, "commit": commit()} | environment())
 
 
 if __name__ == "__main__":

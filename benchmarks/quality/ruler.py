@@ -23,13 +23,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.measure import environment, write_json
+from benchmarks.measure import commit, environment, write_json
 from benchmarks.quality.ruler_memory import GrowingBank
 from benchmarks.quality.ruler_report import plot, sizes_of, table
 from msa_jax.checkpoint import Checkpoints
 from msa_jax.compilation import keep_programs
 from msa_jax.data import DataError, Question, Renderer, RulerSource
 from msa_jax.data.sources.ruler_tasks import TASKS, check_tasks
+from msa_jax.evaluation.evaluate import means
 from msa_jax.inference.answer import Answer
 from msa_jax.inference.engine import Engine
 from msa_jax.inference.library import FixedLibrary
@@ -65,11 +66,6 @@ def score(question: Question, answer: Answer) -> dict[str, Any]:
         "router_recall@16": [len(wanted & set(layer[:_REPORTED].tolist())) / len(wanted) for layer in best],
         "answered": float(answer.outcome == "answered"),
     }
-
-
-def means(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    values = {name: np.mean([row[name] for row in rows], axis=0) for name in rows[0]}
-    return {name: value.round(4).tolist() for name, value in values.items()}
 
 
 def engine_of(model: MSATransformer, renderer: Renderer, grown: GrowingBank, run: RunConfig, size: int) -> Engine:
@@ -148,7 +144,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--router_up_to", type=int, default=2**17, help="largest size that is asked in router mode too")
     parser.add_argument("--int8", action="store_true", help="keep the bank as int8, for 100M tokens")
-    parser.add_argument("--commit", default="", help="of the code, to be written down")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results/quality/ruler.json"))
     parser.add_argument("--plot", type=pathlib.Path, default=pathlib.Path("docs/images/ruler.png"))
     options = parser.parse_args()
@@ -182,7 +177,7 @@ def main() -> None:
         command = "python -m benchmarks.quality.ruler --workdir runs/ruler"
         given = {"memory_tokens": asked, "questions": options.questions, "router_up_to": options.router_up_to}
         command += "".join(f" --{name} {value}" for name, value in given.items())
-        record = {"command": command, "commit": options.commit, "settings": settings, **environment(), "rows": rows}
+        record = {"command": command, "commit": commit(), "settings": settings, **environment(), "rows": rows}
         write_json(options.out, record)
 
     for task in tasks:

@@ -44,6 +44,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "k 8": {"model.top_k": 8},
     "P 32": {"model.chunk_size": 32},
     "P 64": {"model.chunk_size": 64},
+    # The length curriculum: the second phase keeps the documents of seven batches, or of the last one.
+    "7 recent batches": {"training.phases[1].recent": 7},
+    "1 recent batch": {"training.phases[1].recent": 1},
     "16 documents": {"data.num_documents": 16, "data.num_questions": 16},
     "64 documents": {"data.num_documents": 64},
     "128 documents": {"data.num_documents": 128},

@@ -130,7 +130,8 @@ def test_inconsistent_episodes_are_refused(documents, numbers, questions, visibl
 
 
 def test_numbers_may_repeat_among_documents_that_nobody_sees_together():
-    Episode([OTHER, THIRD, DOCUMENT], [1, 1, 2], [ONE], np.array([[True, False, True]]))
+    episode = Episode([OTHER, THIRD, DOCUMENT], [1, 1, 2], [ONE], np.array([[True, False, True]]))
+    assert episode.numbers == [1, 1, 2] and len(episode.documents) == 3
 
 
 def test_batches_hold_steps_and_refusals(corpus, tokenizer):
