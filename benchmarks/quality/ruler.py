@@ -2,18 +2,20 @@
 
     python -m benchmarks.quality.ruler --workdir runs/ruler [--memory_tokens 32768,131072,1048576] [--questions 64]
 
-For every task one memory is made, its needles at their depths within the smallest size; the memory of every size is
-the beginning of it, so that the same questions are asked at all sizes and only more haystack is added. Answers are
-generated freely, and at sizes up to `--router_up_to` once more with the documents that the router ranks first
-(`router_` fields). The score is RULER's: the share of the wanted values that occur in the answer. A size that is done
-is written to benchmarks/results/quality/ruler.json (`--out`) at once, and the same command goes on from there; the
-picture goes to docs/images/ruler.png (`--plot`).
+For every task one memory is encoded into a folder (`--memory`), its needles at their depths within the smallest size;
+the memory of every size is the beginning of it, so that the same questions are asked at all sizes and only more
+haystack is added. Answers are generated freely (`--modes`: further ways of `AskConfig.mode`). The score is RULER's: the
+share of the wanted values that occur in the answer. A size that is done is written to
+benchmarks/results/quality/ruler.json (`--out`) at once, and the same command goes on from there; the picture goes to
+docs/images/ruler.png (`--plot`).
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
+import itertools
 import json
 import logging
 import pathlib
@@ -24,13 +26,14 @@ from typing import Any
 import numpy as np
 
 from benchmarks.measure import commit, environment, write_json
-from benchmarks.quality.ruler_memory import GrowingBank
 from benchmarks.quality.ruler_report import plot, sizes_of, table
+from msa_jax.bank.capacity import capacity_for
 from msa_jax.checkpoint import Checkpoints
 from msa_jax.compilation import keep_programs
 from msa_jax.data import DataError, Question, Renderer, RulerSource
 from msa_jax.data.sources.ruler_tasks import TASKS, check_tasks
 from msa_jax.evaluation.evaluate import means
+from msa_jax.evaluation.grown import GrownMemory, Part
 from msa_jax.inference.answer import Answer
 from msa_jax.inference.engine import Engine
 from msa_jax.inference.library import FixedLibrary
@@ -39,7 +42,7 @@ from msa_jax.metrics import precision_recall, string_match
 from msa_jax.model import MSATransformer
 from msa_jax.run import make_source
 from msa_jax.run_config import RunConfig
-from msa_jax.trained import load_model
+from msa_jax.trained import load_model, reconfigured
 
 _LOG = logging.getLogger(__name__)
 _REPORTED = 16
@@ -68,15 +71,15 @@ def score(question: Question, answer: Answer) -> dict[str, Any]:
     }
 
 
-def engine_of(model: MSATransformer, renderer: Renderer, grown: GrowingBank, run: RunConfig, size: int) -> Engine:
-    """An engine with room for a question, four documents and the longest answer; shapes depend on `size` alone."""
+def engine_of(model: MSATransformer, renderer: Renderer, part: Part, run: RunConfig) -> Engine:
+    """An engine with room for a question, four documents and the longest answer."""
     tokens = run.evaluation.max_new_tokens
     context = run.data.question_len + 2 * tokens
     config = EngineConfig(
         slots=run.evaluation.batch_size, context=-(-context // 64) * 64, lengths=(64, 256), prefill_rows=8,
         reported_documents=_REPORTED,
     )  # fmt: skip
-    return Engine(model, renderer, FixedLibrary(grown.bank(size), grown.documents), config)
+    return Engine(model, renderer, FixedLibrary(part.bank, part.originals), config)
 
 
 def ask(engine: Engine, questions: Sequence[Question], run: RunConfig, mode: str) -> Iterable[Answer]:
@@ -88,7 +91,7 @@ def ask(engine: Engine, questions: Sequence[Question], run: RunConfig, mode: str
     return engine.ask([q.question for q in questions], config=config)
 
 
-def documents_of(source: RulerSource, renderer: Renderer, task: str, sizes: Sequence[int], seed: int) -> list[int]:
+def counts_of(source: RulerSource, renderer: Renderer, task: str, sizes: Sequence[int], seed: int) -> list[int]:
     """How many documents of a task's haystack make up each size in tokens."""
     id_digits = renderer.tokenizer.template.id_digits
     _, blocks = source.memory(_SAMPLE, 0, np.random.default_rng(seed), task=task, id_digits=id_digits)
@@ -96,43 +99,53 @@ def documents_of(source: RulerSource, renderer: Renderer, task: str, sizes: Sequ
     return [max(1, round(size / np.mean(lengths))) for size in sizes]
 
 
-def evaluate_task(
-    run: RunConfig, model: MSATransformer, renderer: Renderer, source: RulerSource, task: str,
-    sizes: Sequence[int], options: argparse.Namespace, done: dict[tuple[str, int], dict], save,
-) -> None:  # fmt: skip
-    """Rows of one task at all sizes that are not done; `save` is called after each."""
-    missing = [size for size in sizes if (task, size) not in done]
-    if not missing:
-        return
-    *counts, most = documents_of(source, renderer, task, [*sizes, max(_LARGEST, sizes[-1])], options.seed)
+def encoded(
+    run: RunConfig, model: MSATransformer, renderer: Renderer, source: RulerSource, task: str, sizes: Sequence[int],
+    folder: pathlib.Path, options: argparse.Namespace, made_of: dict,
+) -> GrownMemory:  # fmt: skip
+    """A task's memory, encoded to the largest of `sizes`; those encoded before are its beginning."""
+    first, last, most = counts_of(source, renderer, task, [sizes[0], sizes[-1], _LARGEST], options.seed)
     questions, blocks = source.memory(
         most, options.questions, np.random.default_rng([options.seed, list(TASKS).index(task)]),
-        task=task, needle_documents=counts[0], id_digits=renderer.tokenizer.template.id_digits,
-        block_size=min(4096, counts[0]),
+        # A little less than the first size, of which only the mean length is known.
+        task=task, needle_documents=int(0.97 * first), id_digits=renderer.tokenizer.template.id_digits,
+        block_size=min(4096, first),
     )  # fmt: skip
-    grown = GrowingBank(model, renderer, run.row_len(model.config.chunk_size), int8=options.int8)
-    stream = ((d, n) for documents, numbers in blocks for d, n in zip(documents, numbers, strict=True))
-    for size, count in zip(sizes, counts, strict=True):
-        if size > missing[-1]:
-            return
-        begin = time.monotonic()
-        while (have := len(grown.documents)) < count:
-            some = [pair for pair, _ in zip(stream, range(min(4096, count - have)), strict=False)]
-            grown.add([d for d, _ in some], [n for _, n in some], rows_per_step=run.evaluation.rows_per_step)
-        encoded = time.monotonic()
-        if size not in missing:
+    # In bfloat16, in which processors may be faster; questions are asked in the model's own dtype.
+    encoder = reconfigured(model, dtype="bfloat16")
+    memory = GrownMemory(folder / task, encoder, renderer, documents=most, of=made_of | {"task": task})
+    enough = itertools.islice(blocks, -(-int(1.02 * last) // min(4096, first)))
+    memory.fill(questions, enough, rows_per_step=run.evaluation.rows_per_step)
+    return memory
+
+
+def evaluate_task(
+    run: RunConfig, model: MSATransformer, renderer: Renderer, memory: GrownMemory, task: str,
+    sizes: Sequence[int], options: argparse.Namespace, done: dict[tuple[str, int, str], dict], save,
+) -> None:  # fmt: skip
+    """Rows of one task at all sizes and modes that are not done; `save` is called after each."""
+    chunk_size, modes = model.config.chunk_size, options.modes.split(",")
+    for size in sizes:
+        missing = [mode for mode in modes if (task, size, mode) not in done]
+        if not missing:
             continue
-        engine = engine_of(model, renderer, grown, run, size)
-        row = {"task": task, "memory_tokens": size, "tokens": grown.tokens, "documents": count}
-        row["questions"] = len(questions)
-        for mode in ("generate", "router")[: 1 + (size <= options.router_up_to)]:
+        room = capacity_for(size // 40), capacity_for(size // (chunk_size - 4))
+        (part,) = memory.parts(size, room=room)
+        engine, questions = engine_of(model, renderer, part, run), memory.questions
+        for mode in missing:
+            begin = time.monotonic()
             scores = means([score(q, a) for q, a in zip(questions, ask(engine, questions, run, mode), strict=True)])
-            chosen = ("string_match", "all_values") if mode == "router" else scores
-            row |= {("router_" if mode == "router" else "") + name: scores[name] for name in chosen}
-        row |= {"encode_seconds": round(encoded - begin, 1), "ask_seconds": round(time.monotonic() - encoded, 1)}
-        done[task, size] = row
-        save()
-        _LOG.info("%s at %s tokens: %s", task, f"{size:,}", {k: row[k] for k in ("string_match", "ids_exact")})
+            done[task, size, mode] = {
+                "task": task, "memory_tokens": size, "mode": mode, "tokens": part.tokens,
+                "documents": len(part.originals), "questions": len(questions), **scores,
+                "ask_seconds": round(time.monotonic() - begin, 1),
+                "encoded_documents": memory.done, "encode_seconds": round(memory.seconds, 1),
+            }  # fmt: skip
+            save()
+            shown = {name: scores[name] for name in ("string_match", "ids_exact")}
+            _LOG.info("%s at %s tokens, %s: %s", task, f"{size:,}", mode, shown)
+        del part, engine
+        gc.collect()  # an engine is a ring of references, and there is no room for two banks of the largest size
 
 
 def main() -> None:
@@ -142,8 +155,8 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=64)
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--router_up_to", type=int, default=2**17, help="largest size that is asked in router mode too")
-    parser.add_argument("--int8", action="store_true", help="keep the bank as int8, for 100M tokens")
+    parser.add_argument("--modes", default="generate", help="of asking, with commas between")
+    parser.add_argument("--memory", type=pathlib.Path, help="folder of encoded memories; default memory in the workdir")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results/quality/ruler.json"))
     parser.add_argument("--plot", type=pathlib.Path, default=pathlib.Path("docs/images/ruler.png"))
     options = parser.parse_args()
@@ -162,28 +175,33 @@ def main() -> None:
     trained = run.to_dict() | {"init_from": pathlib.Path(run.init_from).name}
     trained["tokenizer"] = trained["tokenizer"] | {"path": pathlib.Path(run.tokenizer.path).name}
     settings = {
-        "smallest": sizes[0], "questions": options.questions, "seed": options.seed, "int8": options.int8,
-        "steps": step, "run": trained,
+        "smallest": sizes[0], "questions": options.questions, "seed": options.seed, "steps": step, "run": trained,
     }  # fmt: skip
-    done: dict[tuple[str, int], dict] = {}
+    done: dict[tuple[str, int, str], dict] = {}
     if options.out.is_file():
         record = json.loads(options.out.read_text())
         if record["settings"] == json.loads(json.dumps(settings)):
-            done = {(row["task"], row["memory_tokens"]): row for row in record["rows"]}
+            done = {(row["task"], row["memory_tokens"], row["mode"]): row for row in record["rows"]}
 
     def save() -> None:
-        asked = ",".join(map(str, sizes_of(list(done.values()))))
         rows = sorted(done.values(), key=lambda row: (list(TASKS).index(row["task"]), row["memory_tokens"]))
         command = "python -m benchmarks.quality.ruler --workdir runs/ruler"
-        given = {"memory_tokens": asked, "questions": options.questions, "router_up_to": options.router_up_to}
+        given = {
+            "memory_tokens": ",".join(map(str, sizes_of(rows))), "questions": options.questions,
+            "modes": ",".join(dict.fromkeys(row["mode"] for row in rows)),
+        }  # fmt: skip
         command += "".join(f" --{name} {value}" for name, value in given.items())
         record = {"command": command, "commit": commit(), "settings": settings, **environment(), "rows": rows}
         write_json(options.out, record)
 
+    made_of = {name: settings[name] for name in ("smallest", "questions", "seed", "steps")}
     for task in tasks:
-        evaluate_task(run, model, renderer, source, task, sizes, options, done, save)
-    print(table(list(done.values())))
-    plot(list(done.values()), options.plot)
+        folder = options.memory or options.workdir / "memory"
+        memory = encoded(run, model, renderer, source, task, sizes, folder, options, made_of)
+        evaluate_task(run, model, renderer, memory, task, sizes, options, done, save)
+    for mode in dict.fromkeys(row["mode"] for row in done.values()):
+        print(f"{mode}:\n{table([row for row in done.values() if row['mode'] == mode])}")
+    plot([row for row in done.values() if row["mode"] == options.modes.split(",")[0]], options.plot)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import os
 import pathlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -98,9 +99,13 @@ class GrownMemory:
     """
 
     def __init__(
-        self, folder: str | pathlib.Path, model: MSATransformer, renderer: Renderer, *, documents: int | None = None
-    ):
-        """Open the files, or make them for so many documents.
+        self, folder: str | pathlib.Path, model: MSATransformer, renderer: Renderer, *, documents: int | None = None,
+        of: Mapping[str, Any] | None = None,
+    ):  # fmt: skip
+        """Open the files, or make them for `documents` documents at most.
+
+        Args:
+          of: what they are made of, the run and the seed say: kept with them, and refused if another is given later.
 
         Raises:
           DataError: the folder holds a memory of another form, or none and `documents` is not given.
@@ -118,12 +123,13 @@ class GrownMemory:
         form = {
             "documents": documents, "layers": len(c.router_layers), "chunks": documents * per,
             "kv_heads": c.num_kv_heads, "head_dim": c.head_dim, "chunk_size": c.chunk_size,
+            "of": dict(of) if of is not None else there["form"].get("of", {}) if there else {},
         }  # fmt: skip
         state = there or {"form": form, "done": 0, "seconds": 0}
-        if state["form"] != form:
+        if {"of": {}} | state["form"] != form:
             raise DataError(f"{self.folder} holds a memory of {state['form']}, wanted is {form}; use another folder")
         self.done, self.seconds = state["done"], state["seconds"]
-        self._form = form
+        self._form, self._longest = form, per
         layers, chunks, heads, width = form["layers"], form["chunks"], form["kv_heads"], form["head_dim"]
         self.keys = self._array("keys", (layers, chunks, heads * width), np.uint16).view(_KEYS)
         content, scales = (layers, chunks, heads, width), (layers, heads, chunks)
@@ -196,10 +202,11 @@ class GrownMemory:
         self.body_ends[first:last] = body + np.cumsum(sizes)
         self.bodies[body : body + sizes.sum()] = np.concatenate(bodies)
 
-    def parts(self, tokens: int) -> Iterator[Part]:
+    def parts(self, tokens: int, *, room: tuple[int, int] = (0, 0)) -> Iterator[Part]:
         """Memories of `tokens` tokens, from the beginning on, until every question has been in one.
 
-        A size that holds all questions' documents is one part, a smaller one as many as are needed.
+        A size that holds all questions' documents is one part, a smaller one as many as are needed. Banks are padded
+        to `room` documents and chunks if that is more: what asks banks of one shape is compiled once.
         """
         places = [[self.place[i] for i in q.supporting_ids] for q in self.questions]
         left, first = set(range(len(self.questions))), 0
@@ -210,22 +217,22 @@ class GrownMemory:
             if last <= first:
                 raise DataError(f"{len(left)} questions have documents apart from each other by over {tokens} tokens")
             if inside:
-                yield self._part(first, last, sorted(inside))
+                yield self._part(first, last, sorted(inside), room)
             left -= inside
             first = last
 
-    def _part(self, first, last, asked):
+    def _part(self, first, last, asked, least):
         chunk_starts = np.concatenate([[0], self.chunk_ends[: last]])[first : last + 1]
         where = slice(int(chunk_starts[0]), int(chunk_starts[-1]))
         lengths = np.diff(chunk_starts).astype(np.int32)
-        # Padded, so that parts of one size have one shape and what asks them is compiled once.
-        room = -len(lengths) % _DOCUMENTS, -(where.stop - where.start) % _CHUNKS
+        sizes, steps = (len(lengths), where.stop - where.start), (_DOCUMENTS, _CHUNKS)
+        room = [max(-size % step, few - size) for size, step, few in zip(sizes, steps, least, strict=True)]
         owners = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
         layout = DocumentLayout(
             chunk_documents=_padded(owners, room[1], 0, len(lengths) + room[0]),
             starts=_padded((chunk_starts[:-1] - chunk_starts[0]).astype(np.int32), room[0], 0),
             lengths=_padded(lengths, room[0], 0),
-            max_length=int(lengths.max(initial=1)),
+            max_length=self._longest,
         )
         bank = MemoryBank(
             routing_keys=_padded(self.keys[:, where], room[1], 1),

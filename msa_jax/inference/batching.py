@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from msa_jax.inference.conversation import Conversation, Routed
-from msa_jax.inference.library import Library, View
-from msa_jax.inference.programs import Current, Turn, Written
+from msa_jax.inference.candidates import Candidates
+from msa_jax.inference.conversation import Conversation
+from msa_jax.inference.library import View
+from msa_jax.inference.programs import Current, Turn
 from msa_jax.inference.sampling import from_settings
 from msa_jax.inference.settings import Sampling
-from msa_jax.routing import NO_SCORE
 
 
 def turn_of(
@@ -69,37 +69,16 @@ def no_turn(view: View, *, size: int, length: int, head: int, nobody: int) -> Tu
 
 
 def current_of(
-    talks: Sequence[Conversation | None], *, sampling: Sequence[Sampling], head: int
-) -> Current:
-    """Where rows stand; None is a row that is not decoding."""
+    talks: Sequence[Conversation | None], *, sampling: Sequence[Sampling], head: int,
+    candidates: Callable[..., Candidates],
+) -> Current:  # fmt: skip
+    """Where rows stand; None is a row that is not decoding. `candidates`: made of numbers and of what is written."""
+    numbers = [talk.candidates if talk else None for talk in talks]
+    written = [talk.written if talk and some is not None else [] for talk, some in zip(talks, numbers, strict=True)]
     return Current(
         token=np.array([talk.tokens[-1] if talk else 0 for talk in talks], np.int32),
         length=np.array([head + talk.computed if talk else 0 for talk in talks], np.int32),
         left=np.array([talk.left if talk else 0 for talk in talks], np.int32),
         sampling=from_settings(sampling, [talk.completion_tokens if talk else 0 for talk in talks]),
+        candidates=candidates(numbers, written),
     )
-
-
-def routed_of(written: Written, place: int, library: Library, *, tokens: int, why: str) -> Routed:
-    """What the routing of the question at `place` of a step found."""
-    documents = np.asarray(written.documents[:, place])
-    layers, reported = documents.shape
-    scores = np.asarray(written.scores[:, place])  # [L_r, L_r * R]
-    numbers = library.numbers(documents.reshape(-1))
-    numbers[(scores <= NO_SCORE / 2).all(axis=0)] = -1
-    mean = np.maximum(scores, -1.0).mean(axis=0)
-    order = np.argsort(-mean, kind="stable")
-    ranking = {int(numbers[i]): float(mean[i]) for i in order if numbers[i] >= 0}
-    own = np.stack([scores[i, i * reported : (i + 1) * reported] for i in range(layers)])
-    return Routed(
-        documents=np.where(own > NO_SCORE / 2, numbers.reshape(layers, reported), -1),
-        scores=own,
-        ranking=ranking,
-        tokens=tokens,
-        why=why,
-    )
-
-
-def no_routing(tokens: int) -> Routed:
-    """Of a question without a bank."""
-    return Routed(np.zeros((0, 0), np.int64), np.zeros((0, 0), np.float32), {}, tokens, "")

@@ -7,37 +7,16 @@ repeated, the model answers.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
-
-import numpy as np
 
 from msa_jax.data.batch import ROUTING
 from msa_jax.data.samples import Renderer
 from msa_jax.inference.answer import Citation, Event, Outcome, Round
 from msa_jax.inference.library import Original, QuestionError
 from msa_jax.inference.reply import Reply
+from msa_jax.inference.routed import Routed
 from msa_jax.inference.settings import AskConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class Routed:
-    """What a routing found, and what it took.
-
-    Attributes:
-      documents: [L_r, R] int64, numbers of the best documents of each router layer, -1 for none.
-      scores: [L_r, R] float32, their scores.
-      ranking: mean score over router layers by number, best first.
-      tokens: how many were computed for it.
-      why: why tokens were computed anew; empty if none were.
-    """
-
-    documents: np.ndarray
-    scores: np.ndarray
-    ranking: dict[int, float]
-    tokens: int
-    why: str
 
 
 class Conversation:
@@ -98,14 +77,15 @@ class Conversation:
         self.reply, self._stop_tokens = Reply(tokenizer, config.stop, on_text), config.stop_tokens
         self.prompt_tokens, self.completion_tokens = len(tokens), 0
         self._answering = False
-        self._turn: list[int] = []  # what the model has written in this turn
+        self._turn: list[int] = []
         self._written = ""  # ... and in this round, as text
         self._events: list[Event] = []
         self._routed: Routed | None = None
         self._newest = slice(0, 0)  # the texts that route beside the question
         self._retrievals = 0
         closing = renderer.end_of_retrieve() + renderer.restated(question)
-        self._naming = self._budget.turn_tokens if self._mode == "generate" else 0
+        self._names = self._mode in ("generate", "constrained")
+        self._naming = self._budget.turn_tokens if self._names else 0
         self._free = context - len(closing) - self._budget.answer_tokens  # for all that comes before the closing
         if len(tokens) + self._naming > self._free:
             needed = context + len(tokens) + self._naming - self._free
@@ -114,7 +94,7 @@ class Conversation:
                 f"({len(tokens)} tokens), lower answer_tokens ({self._budget.answer_tokens}) or raise the engine's "
                 "context."
             )
-        if self._mode == "generate":
+        if self._names:
             self.left = self._naming
         elif self._mode == "latent":
             self._close()
@@ -123,6 +103,19 @@ class Conversation:
     def decoding(self) -> bool:
         """The model is writing: one token is to be computed, which it wrote last."""
         return bool(self._turn)
+
+    @property
+    def written(self) -> list[int]:
+        """What the model has written in this turn."""
+        return self._turn
+
+    @property
+    def candidates(self) -> list[list[int]] | None:
+        """Tokens of the numbers that it may write, in mode "constrained" while it names documents; else None."""
+        if self._mode != "constrained" or self._answering or self._routed is None:
+            return None
+        read = {citation.number for citation in self.citations}
+        return [self._renderer.tokenizer.number_ids(n) for n in self._routed.selected if n not in read]
 
     @property
     def first_round(self) -> bool:

@@ -20,10 +20,12 @@ from msa_jax import tiers
 from msa_jax.data.samples import Renderer
 from msa_jax.inference import batching
 from msa_jax.inference.answer import Answer
+from msa_jax.inference.candidates import candidates_of
 from msa_jax.inference.conversation import Conversation
 from msa_jax.inference.library import Library, QuestionError
 from msa_jax.inference.pending import Listener, Pending
 from msa_jax.inference.programs import Turn, Written, decode, take_turn
+from msa_jax.inference.routed import no_routing, routed_of
 from msa_jax.inference.rows import empty_rows, settled
 from msa_jax.inference.settings import AskConfig, EngineConfig, Sampling
 from msa_jax.model import MSATransformer
@@ -57,6 +59,10 @@ class Engine:
         template = tokenizer.template
         self._stops = tuple(
             tokenizer.token_id(t) for t in (template.reference_end, template.end_of_retrieve, template.end)
+        )
+        most = config.reported_documents * len(model.config.router_layers)
+        self._candidates = functools.partial(
+            candidates_of, opening=tokenizer.number_ids(0)[0], shape=(most, tokenizer.max_number_len - 1)
         )
         self.admits = True
         self._closed = False
@@ -277,9 +283,10 @@ class Engine:
                 continue
             if routes:
                 computed = int(turn.lengths[i])
-                found = batching.no_routing(computed)
+                found = no_routing(computed)
                 if reads:
-                    found = batching.routed_of(written, i, self.library, tokens=computed, why=why)
+                    top_k = self._model.config.top_k
+                    found = routed_of(written, i, self.library, top_k=top_k, tokens=computed, why=why)
                 talk.caught_up()
                 talk.begin_round(found)
             else:
@@ -305,7 +312,7 @@ class Engine:
     ) -> np.ndarray:
         self._device, written = decode(
             self._graphdef, self._params, self._device, self.library.bank,
-            batching.current_of(talks, sampling=sampling, head=self._head),
+            batching.current_of(talks, sampling=sampling, head=self._head, candidates=self._candidates),
             head=self._head, columns=self._head + self.config.bucket(min(longest, self.config.context)),
             steps=self.config.decode_steps, stop_tokens=self._stops,
         )  # fmt: skip

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 
+from msa_jax.inference.candidates import Candidates
 from msa_jax.inference.rows import Rows, Visibility, at_rest, best_documents, fetched, near_bank, still_there
 from msa_jax.inference.sampling import SamplingState, choose
 from msa_jax.memory import MemoryBank
@@ -76,12 +77,14 @@ class Current:
       length: [b] int32, tokens of the row before it, the template prefix included.
       left: [b] int32, how many may be written; 0 for a row that is not decoding.
       sampling: of the tokens to come.
+      candidates: what numbers are held to; None where none are.
     """
 
     token: jax.Array
     length: jax.Array
     left: jax.Array
     sampling: SamplingState
+    candidates: Candidates | None = None
 
 
 @functools.partial(
@@ -205,7 +208,7 @@ def decode(
         return (step < steps) & jnp.any(running)
 
     def one(carry):
-        step, cache, token, running, written = carry
+        step, cache, token, running, written, held = carry
         length = current.length + step
         output = model(
             token[:, None],
@@ -217,14 +220,18 @@ def decode(
             selection=selected,
         )
         sampling = current.sampling.replace(count=current.sampling.count + step.astype(jnp.uint32))
-        token = jnp.where(running, choose(model.logits(output.hidden[:, 0]), sampling), -1)
+        logits = model.logits(output.hidden[:, 0])
+        if held is not None:
+            logits = jax.lax.cond(jnp.any(held.held), held.restrict, lambda logits: logits, logits)
+        token = jnp.where(running, choose(logits, sampling), -1)
+        held = None if held is None else held.wrote(token)
         written = jax.lax.dynamic_update_slice_in_dim(written, token[:, None], step, axis=1)
         running = running & ~jnp.isin(token, stops) & (step + 1 < current.left)
-        return step + 1, output.own, jnp.maximum(token, 0), running, written
+        return step + 1, output.own, jnp.maximum(token, 0), running, written, held
 
     start = (
-        jnp.int32(0), used, current.token, current.left > 0, jnp.full((count, steps), -1, jnp.int32)
+        jnp.int32(0), used, current.token, current.left > 0, jnp.full((count, steps), -1, jnp.int32), current.candidates
     )  # fmt: skip
-    _, cache, _, _, written = jax.lax.while_loop(more, one, start)
+    _, cache, _, _, written, _ = jax.lax.while_loop(more, one, start)
     back = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, 0, axis=1)  # noqa: E731
     return at_rest(rows.replace(cache=jax.tree.map(back, rows.cache, cache))), written

@@ -8,8 +8,8 @@ from typing import Literal
 
 from msa_jax.config import require
 
-MODES = ("generate", "router", "latent")
-Mode = Literal["generate", "router", "latent"]
+MODES = ("generate", "constrained", "router", "latent")
+Mode = Literal["generate", "constrained", "router", "latent"]
 
 
 def _need_at_least(config: object, least: int, *names: str) -> None:
@@ -79,9 +79,10 @@ class AskConfig:
     """How a question is asked.
 
     Attributes:
-      mode: "generate" (paper section 3.5): the model names the documents it wants, round by round. "router": the
-        `router_documents` best by router score, the mean over router layers, are read, then it answers. "latent":
-        it answers from pooled keys and values, no original text is read.
+      mode: "generate" (paper section 3.5): the model names the documents it wants, round by round. "constrained":
+        the same, and the numbers that it writes are held to documents that a router layer selected in this round and
+        that it has not named yet. "router": the `router_documents` best by router score, the mean over router layers,
+        are read, then it answers. "latent": it answers from pooled keys and values, no original text is read.
       sampling: of every token, ids included.
       budget: what it may cost.
       router_documents: how many documents "router" reads; `budget.documents` at most.

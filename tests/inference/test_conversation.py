@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msa_jax.inference import AskConfig, Budget
+from msa_jax.inference.settings import MODES
 from tests.inference.scripted import names
 from tests.inference.small import CONTEXT, DOCUMENTS, FEW, QUESTIONS, TEXTS, renderer
 from tests.inference.told import SCORES, Told
@@ -150,10 +151,10 @@ def test_latent_reads_no_text():
 
 
 @pytest.mark.parametrize("below, outcome", [(0.59, "answered"), (0.6, "answered"), (0.61, "not_in_memory")])
-@pytest.mark.parametrize("mode", ["generate", "router", "latent"])
+@pytest.mark.parametrize("mode", MODES)
 def test_abstaining(mode, below, outcome):
     best = float(SCORES.mean(axis=0)[1])
-    turns = {"generate": END + ANSWER, "router": ANSWER, "latent": ANSWER}[mode]
+    turns = ANSWER if mode in ("router", "latent") else END + ANSWER
     config = AskConfig(mode=mode, budget=BUDGET, abstain_below=best if below == 0.6 else below)
     answer, heard, _ = engine().tell(turns, config)
     assert (answer.outcome, answer.score) == (outcome, pytest.approx(best))
@@ -188,7 +189,7 @@ budgets = st.builds(
     steps=st.sampled_from([1, 3]),
     script=st.lists(st.sampled_from(PIECES), max_size=12),
     budget=budgets,
-    mode=st.sampled_from(["generate", "generate", "router", "latent"]),
+    mode=st.sampled_from(["generate", "constrained", "router", "latent"]),
     namespaces=st.sampled_from([None, (), ("few",), ("rest",)]),
     changes=st.lists(st.booleans(), max_size=4),
 )
@@ -213,7 +214,7 @@ def test_whatever_is_written(steps, script, budget, mode, namespaces, changes):
     assert not any(TEXTS[n] in spelt(talk.tokens) for n in hidden if n != 12)  # 12 is part of other texts
     assert spelt(talk.tokens).count(Q) == 2
     # Of the last round the trace tells why retrieval ended there, but where the model ended it in good order.
-    if mode == "generate" and answer.rounds[-1].events:
+    if mode in ("generate", "constrained") and answer.rounds[-1].events:
         assert answer.rounds[-1].events[-1].kind not in ("read", "cut")
     assert [e.citation for e in heard if e.citation] == list(answer.citations)
     assert "".join(e.text for e in heard) == answer.text

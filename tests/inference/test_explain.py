@@ -19,6 +19,7 @@ from msa_jax.data.batch import REPLY, ROUTING, TEMPLATE
 from msa_jax.inference import AskConfig, Session
 from msa_jax.inference.explain import best_chunk, explain_question
 from msa_jax.inference.explanation import text_of_token, texts_of_chunks
+from msa_jax.inference.settings import MODES
 from msa_jax.sharding import MeshConfig, Shardings
 
 P, ROW = 4, 40
@@ -220,7 +221,7 @@ def test_a_session_explains_with_titles_and_texts(session):
 
 
 def test_what_is_not_in_memory_is_said_in_the_templates_words(session):
-    for mode in ("generate", "router", "latent"):
+    for mode in MODES:
         events = list(session.stream(QUESTION, config=AskConfig(mode=mode, abstain_below=2.0)))
         answer = events[-1].answer
         assert (answer.outcome, answer.text) == ("not_in_memory", renderer().tokenizer.template.not_found)

@@ -95,6 +95,20 @@ def test_small_sizes_take_several_parts_of_one_shape_and_ask_every_question_once
         list(memory.parts(3))
 
 
+def test_a_part_is_padded_to_the_room_that_memories_share(memory):
+    (part,), (padded,) = memory.parts(10_000), memory.parts(10_000, room=(130, 1100))
+    assert (padded.bank.num_documents, padded.bank.num_chunks) == (130, 1100)
+    assert part.bank.layout.max_length == padded.bank.layout.max_length == 24 // 4  # as many chunks as the longest document may have
+    there = int(part.bank.layout.lengths.sum())
+    np.testing.assert_array_equal(padded.bank.layout.lengths[: len(NUMBERS)], part.bank.layout.lengths[: len(NUMBERS)])
+    assert (np.asarray(padded.bank.layout.chunk_documents[there:]) == 130).all()
+    for name, array in part.bank.arrays.items():
+        if array is not None:
+            axis = 2 if name.endswith("scale") else 1
+            cut = [np.take(np.asarray(x), np.arange(there), axis) for x in (array, getattr(padded.bank, name))]
+            np.testing.assert_array_equal(*cut)
+
+
 def test_originals_are_read_by_number(memory, renderer):
     (part,) = memory.parts(10_000)
     for document, number in zip(documents(), NUMBERS, strict=True):
@@ -115,6 +129,8 @@ def test_originals_are_read_by_number(memory, renderer):
 def test_a_folder_of_another_memory_is_refused(memory, renderer, tmp_path):
     with pytest.raises(DataError, match="holds a memory of .*'documents': 7.* wanted is .*'documents': 9"):
         GrownMemory(memory.folder, model_of(), renderer, documents=9)
+    with pytest.raises(DataError, match="holds a memory of .*'of': {}.* wanted is .*'of': {'seed': 2}"):
+        GrownMemory(memory.folder, model_of(), renderer, of={"seed": 2})
     with pytest.raises(DataError, match="holds no memory"):
         GrownMemory(tmp_path, model_of(), renderer)
     lacking = [Question("q", "who", (), ("d8",))]
