@@ -1,9 +1,9 @@
 """bAbI's test questions (arXiv 1502.05698), asked freely through the engine: answers, and the documents of each hop.
 
-    python -m benchmarks.quality.babi --workdir runs/babi [--tasks 1,2] [--part test] [--ways interleave,one_routing]
+    python -m benchmarks.quality.babi --workdir runs/babi [--tasks 1,2] [--part test] [--ways interleave,constrained,one_routing]
 
 A question sees the statements of its own story before it. "interleave": the model names documents, round by round;
-"one_routing": as many as there are hops are read, those that the router ranks first for the question alone, then it
+"constrained": the same, held to those it was routed to; "one_routing": as many as there are hops are read, those that the router ranks first for the question alone, then it
 answers. For each task and way: answers that are right, ids that are right in each hop, whole chains, and, of the
 routing before each hop, how often the wanted statement is the best of a router layer. Results go to
 benchmarks/results/quality/babi.json (`--out`), under the name of the workdir beside those of other runs.
@@ -31,7 +31,7 @@ from msa_jax.run_config import RunConfig
 from msa_jax.trained import load_model
 
 ENGINE = EngineConfig(slots=64, context=112, lengths=(16, 48, 80), prefill_rows=32, decode_steps=6)
-WAYS = {"interleave": "generate", "one_routing": "router"}
+WAYS = {"interleave": "generate", "constrained": "constrained", "one_routing": "router"}
 
 
 def kind(story: Story, place: int) -> str:

@@ -28,7 +28,7 @@ from flax import nnx
 from benchmarks.measure import commit
 from benchmarks.quality.asked import Results, memory_of
 from benchmarks.quality.variants import CONFIG, load_config, make_run
-from benchmarks.quality.ways import Way, answers, scores, with_config
+from benchmarks.quality.ways import Way, answers, scores
 from msa_jax.checkpoint import Checkpoints
 from msa_jax.compilation import add_flag, keep_programs
 from msa_jax.data import Renderer, make_dataset
@@ -38,7 +38,7 @@ from msa_jax.metrics import RunLog
 from msa_jax.model import MSATransformer
 from msa_jax.run import check_workdir, make_model, make_source, open_tokenizer
 from msa_jax.run_config import RunConfig
-from msa_jax.trained import load_model
+from msa_jax.trained import load_model, reconfigured
 from msa_jax.training.losses import lm_loss
 from msa_jax.training.optimizer import make_optimizer
 from msa_jax.training.step import init_state
@@ -118,7 +118,7 @@ def ask_dense(model: MSATransformer, renderer: Renderer, memory: Memory, *, slot
     documents = [renderer.render_document(memory.originals[n], n) for n in memory.numbers]
     whole.prefix = renderer.prefix + [token for one in documents for token in one]
     # The question's positions follow the documents', as in training.
-    model = with_config(model, position_offset=len(whole.prefix))
+    model = reconfigured(model, position_offset=len(whole.prefix))
     return answers(model, whole, None, memory, Way(bank="none"), slots=slots)
 
 

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import bm25s
 import numpy as np
-from flax import nnx
 
 from msa_jax.bank.quantization import quantize
 from msa_jax.config import ConfigError
@@ -19,6 +18,7 @@ from msa_jax.inference import Answer, AskConfig, Budget, Engine, EngineConfig, F
 from msa_jax.inference.settings import Mode
 from msa_jax.memory import MemoryBank
 from msa_jax.model import MSATransformer
+from msa_jax.trained import reconfigured
 
 Retriever = Literal["router", "bm25", "supporting", "random"]
 _CONTEXT_MULTIPLE = 64
@@ -31,7 +31,7 @@ class Way:
 
     Attributes:
       mode: as in `AskConfig`.
-      rounds: how often a question may retrieve in mode "generate".
+      rounds: how often a question may retrieve when the model names documents.
       retriever: who chooses the document that is read in mode "router".
       bank: what the model attends to: the bank, the bank with int8 routing keys or all of it in int8, or "none".
       top_k: documents selected in every router layer, if not as many as in training.
@@ -46,6 +46,7 @@ class Way:
 
 WAYS: dict[str, Way] = {
     "generate": Way(),
+    "constrained": Way(mode="constrained"),
     "router": Way(mode="router"),
     "no interleave": Way(rounds=1),
     "latent": Way(mode="latent"),
@@ -125,7 +126,7 @@ def answers(
       seed: of random documents.
     """
     if way.top_k is not None:
-        model = with_config(model, top_k=way.top_k)
+        model = reconfigured(model, top_k=way.top_k)
     bank = None if way.bank == "none" else bank
     if way.bank.startswith("int8"):
         bank = quantize(bank, content=way.bank == "int8")
@@ -146,13 +147,6 @@ def answers(
     while engine.step():
         pass
     return [one.result() for one in pending]
-
-
-def with_config(model: MSATransformer, **changes: Any) -> MSATransformer:
-    """The model with the same parameters under a changed config."""
-    config = model.config.replace(**changes)
-    skeleton = nnx.eval_shape(lambda: MSATransformer(config, rngs=nnx.Rngs(0)))
-    return nnx.merge(nnx.graphdef(skeleton), nnx.state(model))
 
 
 def scores(memory: Memory, told: Sequence[Answer]) -> dict[str, Any]:

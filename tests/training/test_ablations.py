@@ -183,7 +183,6 @@ def test_ways_to_ask(trained, quick_compiles):
     random = given("random reader")
     assert random != [(n,) for n in wanted] and all(row[0] in memory.originals for row in random)
     assert given("generate") == given("no context") == [()] * 6
-    assert ways.with_config(model, top_k=2).config.top_k == 2
 
 
 def test_a_checkpoint_that_is_not_there_is_named(config, trained):
