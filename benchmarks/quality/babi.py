@@ -1,10 +1,10 @@
 """bAbI's test questions (arXiv 1502.05698), asked freely through the engine: answers, and the documents of each hop.
 
-    python -m benchmarks.quality.babi --workdir runs/babi [--tasks 1,2] [--part test] [--ways interleave,constrained,one_routing]
+    python -m benchmarks.quality.babi --workdir runs/babi [--part test] [--ways interleave,constrained,one_routing]
 
 A question sees the statements of its own story before it. "interleave": the model names documents, round by round;
-"constrained": the same, held to those it was routed to; "one_routing": as many as there are hops are read, those that the router ranks first for the question alone, then it
-answers. For each task and way: answers that are right, ids that are right in each hop, whole chains, and, of the
+"constrained": the same, held to those it was routed to; "one_routing": as many as there are hops are read, those that
+the router ranks first for the question alone, then it answers. For each task and way: answers that are right, ids that are right in each hop, whole chains, and, of the
 routing before each hop, how often the wanted statement is the best of a router layer. Results go to
 benchmarks/results/quality/babi.json (`--out`), under the name of the workdir beside those of other runs.
 """

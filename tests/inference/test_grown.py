@@ -98,9 +98,11 @@ def test_small_sizes_take_several_parts_of_one_shape_and_ask_every_question_once
 def test_a_part_is_padded_to_the_room_that_memories_share(memory):
     (part,), (padded,) = memory.parts(10_000), memory.parts(10_000, room=(130, 1100))
     assert (padded.bank.num_documents, padded.bank.num_chunks) == (130, 1100)
-    assert part.bank.layout.max_length == padded.bank.layout.max_length == 24 // 4  # as many chunks as the longest document may have
+    # Chunks that the longest document may have.
+    assert part.bank.layout.max_length == padded.bank.layout.max_length == 24 // 4
     there = int(part.bank.layout.lengths.sum())
-    np.testing.assert_array_equal(padded.bank.layout.lengths[: len(NUMBERS)], part.bank.layout.lengths[: len(NUMBERS)])
+    lengths = [p.bank.layout.lengths[: len(NUMBERS)] for p in (part, padded)]
+    np.testing.assert_array_equal(*lengths)
     assert (np.asarray(padded.bank.layout.chunk_documents[there:]) == 130).all()
     for name, array in part.bank.arrays.items():
         if array is not None:
