@@ -49,7 +49,8 @@ def get_config() -> ConfigDict:
             "training": {
                 "phases": [
                     {"steps": 100, "lm_weight": 0.0, "aux_weight": 1.0, "mean_over_tokens": True},
-                    {"steps": 200, "lm_weight": 0.0, "aux_weight": 1.0},
+                    {"steps": 300, "lm_weight": 0.0, "aux_weight": 1.0},
+                    {"steps": 200, "lm_weight": 0.0, "aux_weight": 1.0, "recent": 7},
                 ],
                 "optimizer": {
                     "name": "muon",

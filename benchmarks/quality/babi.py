@@ -4,9 +4,10 @@
 
 A question sees the statements of its own story before it. "interleave": the model names documents, round by round;
 "constrained": the same, held to those it was routed to; "one_routing": as many as there are hops are read, those that
-the router ranks first for the question alone, then it answers. For each task and way: answers that are right, ids that are right in each hop, whole chains, and, of the
-routing before each hop, how often the wanted statement is the best of a router layer. Results go to
-benchmarks/results/quality/babi.json (`--out`), under the name of the workdir beside those of other runs.
+the router ranks first for the question alone, then it answers. For each task and way: answers that are right, ids that
+are right in each hop, whole chains, and, of the routing before each hop, how often the wanted statement is the best of
+a router layer. Results go to benchmarks/results/quality/babi.json (`--out`), under the name of the workdir beside those
+of other runs.
 """
 
 from __future__ import annotations

@@ -1,0 +1,53 @@
+"""Retrieval of real questions, second stage: the wrong passages that the first stage's router ranks highest.
+
+    python -m msa_jax.training.mine --workdir runs/wiki --out runs/wiki/negatives.jsonl \\
+        --export runs/wiki/export --most 20000
+    python train.py --config=configs/wiki_hard.py --config.data.folder=DIR,DIR,... --workdir=runs/wiki_hard
+    python -m benchmarks.quality.questions --workdir runs/wiki_hard
+
+Goes on from configs/wiki.py with its model and data. A batch holds two mined passages for each of its questions, and
+half of its documents are others.
+"""
+
+from ml_collections import ConfigDict
+
+from msa_jax.run_config import full_config
+
+FIRST = "runs/wiki"
+
+
+def get_config() -> ConfigDict:
+    return full_config(
+        {
+            "init_from": f"{FIRST}/export",
+            "model": {"router_layers": (1,), "chunk_size": 16, "top_k": 1},
+            "tokenizer": {"path": f"{FIRST}/export", "template": "compact"},
+            "data": {
+                "source": "jsonl",
+                "titles": True,
+                "samples": "question",
+                "pair_fraction": 0.9,
+                "hidden_fraction": 0.5,
+                "eval_fraction": 0.5,
+                "hard_negatives": f"{FIRST}/negatives.jsonl",
+                "document_len": 128,
+                "num_documents": 128,
+                "num_questions": 32,
+                "num_negatives": 2,
+                "question_len": 40,
+            },
+            "training": {
+                "phases": [{"steps": 200, "lm_weight": 0.0, "aux_weight": 1.0, "recent": 7}],
+                "optimizer": {
+                    "name": "muon",
+                    "learning_rate": 0.01,
+                    "adam_learning_rate": 2e-3,
+                    "warmup_steps": 20,
+                },
+                "temperature": 0.05,
+                "max_targets": 1,
+                "checkpoint_every": 50,
+                "seed": 1,
+            },
+        }
+    )
