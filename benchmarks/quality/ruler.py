@@ -2,9 +2,9 @@
 
     python -m benchmarks.quality.ruler --workdir runs/ruler [--memory_tokens 32768,131072,1048576] [--questions 64]
 
-For every task one memory is encoded into a folder (`--memory`), its needles at their depths within the smallest size;
-the memory of every size is the beginning of it, so that the same questions are asked at all sizes and only more
-haystack is added. Answers are generated freely (`--modes`: further ways of `AskConfig.mode`). The score is RULER's: the
+For every task one memory is encoded into a folder (`--memory`), its needles at their depths within the smallest size,
+and a haystack that lies behind it, the same for all tasks in text. The memory of every size is the beginning of both,
+so that the same questions are asked at all sizes and only more haystack is added. Answers are generated freely (`--modes`: further ways of `AskConfig.mode`). The score is RULER's: the
 share of the wanted values that occur in the answer. A size that is done is written to
 benchmarks/results/quality/ruler.json (`--out`) at once, and the same command goes on from there; the picture goes to
 docs/images/ruler.png (`--plot`).
@@ -31,6 +31,7 @@ from msa_jax.bank.capacity import capacity_for
 from msa_jax.checkpoint import Checkpoints
 from msa_jax.compilation import keep_programs
 from msa_jax.data import DataError, Question, Renderer, RulerSource
+from msa_jax.data.sources.base import draw_numbers
 from msa_jax.data.sources.ruler_tasks import TASKS, check_tasks
 from msa_jax.evaluation.evaluate import means
 from msa_jax.evaluation.grown import GrownMemory, Part
@@ -91,46 +92,71 @@ def ask(engine: Engine, questions: Sequence[Question], run: RunConfig, mode: str
     return engine.ask([q.question for q in questions], config=config)
 
 
-def counts_of(source: RulerSource, renderer: Renderer, task: str, sizes: Sequence[int], seed: int) -> list[int]:
-    """How many documents of a task's haystack make up each size in tokens."""
-    id_digits = renderer.tokenizer.template.id_digits
-    _, blocks = source.memory(_SAMPLE, 0, np.random.default_rng(seed), task=task, id_digits=id_digits)
-    lengths = [len(renderer.render_document(d, n)) for some in blocks for d, n in zip(*some, strict=True)]
-    return [max(1, round(size / np.mean(lengths))) for size in sizes]
+class Memories:
+    """Encoded memories of the tasks, and the haystacks behind them, which tasks in text share.
 
+    Args:
+      sizes: in tokens; questions' documents lie within the first.
+      made_of: settings that memories depend on.
+    """
 
-def encoded(
-    run: RunConfig, model: MSATransformer, renderer: Renderer, source: RulerSource, task: str, sizes: Sequence[int],
-    folder: pathlib.Path, options: argparse.Namespace, made_of: dict,
-) -> GrownMemory:  # fmt: skip
-    """A task's memory, encoded to the largest of `sizes`; those encoded before are its beginning."""
-    first, last, most = counts_of(source, renderer, task, [sizes[0], sizes[-1], _LARGEST], options.seed)
-    questions, blocks = source.memory(
-        most, options.questions, np.random.default_rng([options.seed, list(TASKS).index(task)]),
-        # A little less than the first size, of which only the mean length is known.
-        task=task, needle_documents=int(0.97 * first), id_digits=renderer.tokenizer.template.id_digits,
-        block_size=min(4096, first),
-    )  # fmt: skip
-    # In bfloat16, in which processors may be faster; questions are asked in the model's own dtype.
-    encoder = reconfigured(model, dtype="bfloat16")
-    memory = GrownMemory(folder / task, encoder, renderer, documents=most, of=made_of | {"task": task})
-    enough = itertools.islice(blocks, -(-int(1.02 * last) // min(4096, first)))
-    memory.fill(questions, enough, rows_per_step=run.evaluation.rows_per_step)
-    return memory
+    def __init__(
+        self, run: RunConfig, model: MSATransformer, renderer: Renderer, source: RulerSource, sizes: Sequence[int],
+        folder: pathlib.Path, options: argparse.Namespace, made_of: dict,
+    ):  # fmt: skip
+        # In bfloat16, in which processors may be faster; questions are asked in the model's own dtype.
+        self._encoder, self._renderer = reconfigured(model, dtype="bfloat16"), renderer
+        self._source, self._sizes, self._folder, self._made_of = source, sizes, folder, made_of
+        self._options, self._rows = options, run.evaluation.rows_per_step
+        self._behind: dict[str, GrownMemory] = {}
+
+    def _documents(self, task: str, tokens: float) -> int:
+        """How many documents of a task's haystack have so many tokens."""
+        numbers, rng = np.arange(_SAMPLE), np.random.default_rng(self._options.seed)
+        some = [pair for block in self._source.haystack(task, numbers, rng) for pair in zip(*block, strict=True)]
+        return max(1, round(tokens / np.mean([len(self._renderer.render_document(d, n)) for d, n in some])))
+
+    def _grown(self, name: str, count: int, questions, blocks) -> GrownMemory:
+        made_of = self._made_of | {"of": name}
+        memory = GrownMemory(self._folder / name, self._encoder, self._renderer, documents=count, of=made_of)
+        memory.fill(questions, blocks, rows_per_step=self._rows)
+        return memory
+
+    def of(self, task: str) -> tuple[GrownMemory, GrownMemory]:
+        """A task's memory of a little less than the first size, and the haystack behind it, to the last."""
+        haystack, seed = TASKS[task].haystack, self._options.seed
+        # By the haystack's first task, so that all that share it have as many documents and the same numbers.
+        kind = next(name for name in TASKS if TASKS[name].haystack == haystack and TASKS[name].key == TASKS[task].key)
+        first, most = self._documents(kind, 0.97 * self._sizes[0]), self._documents(kind, _LARGEST)
+        order, needles = (np.random.default_rng([seed, i, list(TASKS).index(n)]) for i, n in enumerate((kind, task)))
+        numbers = draw_numbers(order, most, self._renderer.tokenizer.template.id_digits)
+        questions, blocks = self._source.memory(
+            first, self._options.questions, needles, task=task, numbers=numbers[:first]
+        )
+        memory = self._grown(task, first, questions, blocks)
+        if kind not in self._behind:
+            step = min(4096, first)
+            more = self._source.haystack(task, numbers[first:], order, questions=questions, block_size=step)
+            enough = -(-self._documents(kind, 1.02 * self._sizes[-1]) // step)
+            self._behind[kind] = self._grown(f"behind_{kind}", most - first, [], itertools.islice(more, enough))
+        return memory, self._behind[kind]
 
 
 def evaluate_task(
-    run: RunConfig, model: MSATransformer, renderer: Renderer, memory: GrownMemory, task: str,
+    run: RunConfig, model: MSATransformer, renderer: Renderer, memories: Memories, task: str,
     sizes: Sequence[int], options: argparse.Namespace, done: dict[tuple[str, int, str], dict], save,
 ) -> None:  # fmt: skip
     """Rows of one task at all sizes and modes that are not done; `save` is called after each."""
     chunk_size, modes = model.config.chunk_size, options.modes.split(",")
-    for size in sizes:
-        missing = [mode for mode in modes if (task, size, mode) not in done]
+    left = {size: [mode for mode in modes if (task, size, mode) not in done] for size in sizes}
+    if not any(left.values()):
+        return
+    memory, behind = memories.of(task)
+    for size, missing in left.items():
         if not missing:
             continue
         room = capacity_for(size // 40), capacity_for(size // (chunk_size - 4))
-        (part,) = memory.parts(size, room=room)
+        (part,) = memory.parts(size, behind=behind, room=room)
         engine, questions = engine_of(model, renderer, part, run), memory.questions
         for mode in missing:
             begin = time.monotonic()
@@ -139,7 +165,7 @@ def evaluate_task(
                 "task": task, "memory_tokens": size, "mode": mode, "tokens": part.tokens,
                 "documents": len(part.originals), "questions": len(questions), **scores,
                 "ask_seconds": round(time.monotonic() - begin, 1),
-                "encoded_documents": memory.done, "encode_seconds": round(memory.seconds, 1),
+                "encoded_behind": behind.done, "encode_seconds": round(behind.seconds, 1),
             }  # fmt: skip
             save()
             shown = {name: scores[name] for name in ("string_match", "ids_exact")}
@@ -195,10 +221,10 @@ def main() -> None:
         write_json(options.out, record)
 
     made_of = {name: settings[name] for name in ("smallest", "questions", "seed", "steps")}
+    folder = options.memory or options.workdir / "memory"
+    memories = Memories(run, model, renderer, source, sizes, folder, options, made_of)
     for task in tasks:
-        folder = options.memory or options.workdir / "memory"
-        memory = encoded(run, model, renderer, source, task, sizes, folder, options, made_of)
-        evaluate_task(run, model, renderer, memory, task, sizes, options, done, save)
+        evaluate_task(run, model, renderer, memories, task, sizes, options, done, save)
     for mode in dict.fromkeys(row["mode"] for row in done.values()):
         print(f"{mode}:\n{table([row for row in done.values() if row['mode'] == mode])}")
     plot([row for row in done.values() if row["mode"] == options.modes.split(",")[0]], options.plot)

@@ -24,11 +24,9 @@ from tqdm import tqdm
 from msa_jax.bank.encoder import RowEncoder
 from msa_jax.bank.quantization import quantize_content
 from msa_jax.data import DataError, Document, Question, Renderer, pack_documents
-from msa_jax.memory import DocumentLayout, MemoryBank
+from msa_jax.evaluation.parts import Part, Piece, part_of
 from msa_jax.model import MSATransformer
 
-# Documents and chunks of a part are padded to multiples of these.
-_DOCUMENTS, _CHUNKS = 64, 512
 _KEYS = jnp.dtype(jnp.bfloat16)
 
 Blocks = Iterable[tuple[Sequence[Document], Sequence[int]]]
@@ -44,51 +42,6 @@ def _question(fields: dict) -> Question:
     return Question(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
 
 
-def _padded(x: np.ndarray, room: int, axis: int, value: int = 0) -> jnp.ndarray:
-    shape = list(x.shape)
-    shape[axis] = room
-    return jnp.asarray(np.concatenate([x, np.full(shape, value, x.dtype)], axis=axis)) if room else jnp.asarray(x)
-
-
-class Bodies(Mapping):
-    """Documents by number, made of their tokens when they are read."""
-
-    def __init__(self, renderer: Renderer, numbers: np.ndarray, offsets: np.ndarray, tokens: np.ndarray):
-        self._renderer, self._numbers, self._offsets, self._tokens = renderer, numbers, offsets, tokens
-        self._order = np.argsort(numbers, kind="stable")
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._numbers.tolist())
-
-    def __getitem__(self, number: int) -> Document:
-        found = int(np.searchsorted(self._numbers, number, sorter=self._order))
-        place = self._order[found] if found < len(self._order) else -1
-        if place < 0 or self._numbers[place] != number:
-            raise KeyError(number)
-        tokens = np.asarray(self._tokens[self._offsets[place] : self._offsets[place + 1]], np.int32)
-        return Document(str(number), "", self._renderer.tokenizer.decode(tokens.tolist()).removeprefix(" "), tokens)
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """A stretch of a grown memory, as it is asked.
-
-    Attributes:
-      bank: its documents, bfloat16 routing keys and int8 content.
-      originals: its documents by number, in the bank's order.
-      asked: which questions have their documents in it.
-      tokens: rendered tokens of its documents.
-    """
-
-    bank: MemoryBank
-    originals: Bodies
-    asked: list[int]
-    tokens: int
-
-
 class GrownMemory:
     """Encoded documents in a folder, in the order in which they came; another process may ask while one encodes.
 
@@ -96,6 +49,7 @@ class GrownMemory:
       numbers: [N] int64. place: index of each document by its id. questions: all of them.
       token_ends, chunk_ends: [N] int64, rendered tokens and chunks of the documents up to and with each.
       seconds: that encoding took, over all interruptions.
+      longest: chunks of the longest document that there may be.
     """
 
     def __init__(
@@ -129,7 +83,7 @@ class GrownMemory:
         if {"of": {}} | state["form"] != form:
             raise DataError(f"{self.folder} holds a memory of {state['form']}, wanted is {form}; use another folder")
         self.done, self.seconds = state["done"], state["seconds"]
-        self._form, self._longest = form, per
+        self._form, self.longest = form, per
         layers, chunks, heads, width = form["layers"], form["chunks"], form["kv_heads"], form["head_dim"]
         self.keys = self._array("keys", (layers, chunks, heads * width), np.uint16).view(_KEYS)
         content, scales = (layers, chunks, heads, width), (layers, heads, chunks)
@@ -202,47 +156,38 @@ class GrownMemory:
         self.body_ends[first:last] = body + np.cumsum(sizes)
         self.bodies[body : body + sizes.sum()] = np.concatenate(bodies)
 
-    def parts(self, tokens: int, *, room: tuple[int, int] = (0, 0)) -> Iterator[Part]:
+    def parts(
+        self, tokens: int, *, behind: GrownMemory | None = None, room: tuple[int, int] = (0, 0)
+    ) -> Iterator[Part]:
         """Memories of `tokens` tokens, from the beginning on, until every question has been in one.
 
-        A size that holds all questions' documents is one part, a smaller one as many as are needed. Banks are padded
-        to `room` documents and chunks if that is more: what asks banks of one shape is compiled once.
+        A size that holds all questions' documents is one part, a smaller one as many as are needed.
+
+        Args:
+          behind: a haystack that goes on where this memory ends; several memories may share it. Its documents have
+            other numbers.
+          room: banks are padded to so many documents and chunks: what asks banks of one shape is compiled once.
+
+        Raises:
+          DataError: one question's documents are further apart than `tokens`.
         """
         places = [[self.place[i] for i in q.supporting_ids] for q in self.questions]
         left, first = set(range(len(self.questions))), 0
         while left:
             start = int(self.token_ends[first - 1]) if first else 0
-            last = int(np.searchsorted(self.token_ends[: self.done], start + tokens, "right"))
+            last = self._until(start + tokens)
             inside = {i for i in left if first <= min(places[i]) and max(places[i]) < last}
             if last <= first:
                 raise DataError(f"{len(left)} questions have documents apart from each other by over {tokens} tokens")
             if inside:
-                yield self._part(first, last, sorted(inside), room)
+                pieces = [Piece(self, first, last)]
+                if behind is not None and last == self.done:
+                    rest = start + tokens - int(self.token_ends[last - 1])
+                    pieces.append(Piece(behind, 0, behind._until(rest)))
+                yield part_of(pieces, sorted(inside), room)
             left -= inside
             first = last
 
-    def _part(self, first, last, asked, least):
-        chunk_starts = np.concatenate([[0], self.chunk_ends[: last]])[first : last + 1]
-        where = slice(int(chunk_starts[0]), int(chunk_starts[-1]))
-        lengths = np.diff(chunk_starts).astype(np.int32)
-        sizes, steps = (len(lengths), where.stop - where.start), (_DOCUMENTS, _CHUNKS)
-        room = [max(-size % step, few - size) for size, step, few in zip(sizes, steps, least, strict=True)]
-        owners = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-        layout = DocumentLayout(
-            chunk_documents=_padded(owners, room[1], 0, len(lengths) + room[0]),
-            starts=_padded((chunk_starts[:-1] - chunk_starts[0]).astype(np.int32), room[0], 0),
-            lengths=_padded(lengths, room[0], 0),
-            max_length=self._longest,
-        )
-        bank = MemoryBank(
-            routing_keys=_padded(self.keys[:, where], room[1], 1),
-            content_k=_padded(self.content[0][:, where], room[1], 1),
-            content_v=_padded(self.content[1][:, where], room[1], 1),
-            layout=layout,
-            content_k_scale=_padded(self.scales[0][:, :, where], room[1], 2, 1),
-            content_v_scale=_padded(self.scales[1][:, :, where], room[1], 2, 1),
-        )
-        ends = np.concatenate([[0], self.body_ends[:last]])[first : last + 1]
-        originals = Bodies(self.renderer, np.array(self.numbers[first:last]), ends, self.bodies)
-        tokens = int(self.token_ends[last - 1]) - (int(self.token_ends[first - 1]) if first else 0)
-        return Part(bank, originals, asked, tokens)
+    def _until(self, tokens: int) -> int:
+        """How many documents have together at most so many tokens."""
+        return int(np.searchsorted(self.token_ends[: self.done], tokens, "right"))

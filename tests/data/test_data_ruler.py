@@ -127,20 +127,26 @@ def test_needles_in_text_lie_at_the_forty_depths(ruler):
     assert len(spread) == 50
 
 
-def test_the_beginning_of_a_memory_is_a_memory(ruler):
-    """Needles lie at the depths of the beginning; what follows is only more haystack, and no document comes twice."""
+def test_what_lies_behind_a_memory_is_only_more_of_its_haystack(ruler):
     for name in ("niah_multikey_1", "niah_multikey_2", "niah_single_1"):
-        questions, documents, numbers = remember(ruler, 901, 6, rng(8), task=name, needle_documents=83)
+        every = np.random.default_rng(1).permutation(10**7)[:901]
+        questions, documents, numbers = remember(ruler, 83, 6, rng(8), task=name, numbers=every[:83])
         wanted = {i for q in questions for i in q.supporting_ids}
-        assert wanted <= {d.id for d in documents[:83]}
+        assert wanted <= {d.id for d in documents}
         asked = {row[2] for row in needles_of(documents) if documents[row[0]].id in wanted}
-        assert not [row for row in needles_of(documents[83:]) if row[2] in asked]
-        assert len(set(numbers)) == 901
+        more, behind = zip(*ruler.haystack(name, every[83:], rng(9), questions=questions), strict=True)
+        more = sum(more, [])
+        assert numbers + sum(behind, []) == every.tolist() and [d.id for d in more] == list(map(str, every[83:]))
+        assert not [row for row in needles_of(more) if row[2] in asked]
+        distinct = len({d.text for d in more})
+        assert distinct == 1 if name == "niah_single_1" else distinct > 810
+        again = [d.text for docs, _ in ruler.haystack(name, every[83:], rng(9), questions=questions) for d in docs]
+        assert again == [d.text for d in more]
         if name == "niah_multikey_1":
             depths = sorted(i for i, d in enumerate(documents) if NEEDLE.search(d.text))
             assert len(depths) == 24 and depths[0] < 12 and 70 < depths[-1] < 83
-        if name != "niah_single_1":
-            assert len({d.text for d in documents}) == 901
+            # Text has no needles of its own, so that all tasks in text may share it.
+            assert not needles_of(more)
 
 
 def test_no_needle_of_the_haystack_has_a_key_that_is_asked_for(make, monkeypatch):
@@ -149,8 +155,10 @@ def test_no_needle_of_the_haystack_has_a_key_that_is_asked_for(make, monkeypatch
     source = make(eval_fraction=0.5)
     questions, documents, _ = remember(source, 300, 2, rng(1), task="niah_multikey_2")
     keys = collections.Counter(row[2] for row in needles_of(documents))
+    for more, _ in source.haystack("niah_multikey_2", np.arange(300), rng(2), questions=questions):
+        keys.update(row[2] for row in needles_of(more))
     assert [keys[q.id.split(":")[1]] for q in questions] == [1, 1]
-    assert len(keys) == 9 and sum(keys.values()) == 300
+    assert len(keys) == 9 and sum(keys.values()) == 600
 
 
 def test_text_that_runs_out_is_cut_at_other_places(ruler):
@@ -273,8 +281,8 @@ def test_what_does_not_fit_is_refused(make, options, said):
 def test_memories_and_episodes_that_cannot_be_are_refused(ruler, make):
     with pytest.raises(DataError, match="8; choose one"):
         ruler.memory(100, 2, rng())
-    with pytest.raises(DataError, match="12 needles.* 11 documents of 100"):
-        ruler.memory(100, 3, rng(), task="niah_multivalue", needle_documents=11)
+    with pytest.raises(DataError, match="12 needles.* 11 documents"):
+        ruler.memory(11, 3, rng(), task="niah_multivalue")
     with pytest.raises(DataError, match="have 17 needles.*num_documents is 16"):
         ruler.episode(range(8), 16, rng())
     assert remember(make(tasks=("niah_single_2",)), 20, 2, rng())[0]

@@ -111,6 +111,31 @@ def test_a_part_is_padded_to_the_room_that_memories_share(memory):
             np.testing.assert_array_equal(*cut)
 
 
+def test_a_haystack_that_memories_share_lies_behind_each(memory, renderer, tmp_path):
+    """Cut in two at any document, and put together, it is the memory again."""
+    made, sizes = documents(), [len(renderer.render_document(d, n)) for d, n in zip(documents(), NUMBERS, strict=True)]
+    halves = []
+    for name, cut, asked in (("head", slice(0, 6), QUESTIONS), ("tail", slice(6, None), [])):
+        half = GrownMemory(tmp_path / name, model_of(), renderer, documents=len(made[cut]))
+        half.fill(asked, [(made[cut], NUMBERS[cut])], rows_per_step=2, progress=False)
+        halves.append(half)
+    head, tail = halves
+    for tokens, count in ((sum(sizes), 7), (sum(sizes) - 1, 6)):
+        (part,), (want,) = head.parts(tokens, behind=tail), memory.parts(tokens)
+        assert list(part.originals) == list(want.originals) == NUMBERS[:count]
+        assert (part.asked, part.tokens) == ([0, 1, 2], sum(sizes[:count])) == (want.asked, want.tokens)
+        for number in NUMBERS[:count]:
+            np.testing.assert_array_equal(part.originals[number].tokens, want.originals[number].tokens)
+        for name in ("starts", "lengths", "chunk_documents"):
+            np.testing.assert_array_equal(getattr(part.bank.layout, name), getattr(want.bank.layout, name))
+        # Rows hold other documents beside them, so that sums are rounded otherwise: one step of int8, of bfloat16.
+        for name, array in want.bank.arrays.items():
+            if array is not None:
+                got = np.float32(getattr(part.bank, name))
+                atol = 1 if array.dtype == np.int8 else 1e-6
+                np.testing.assert_allclose(got, np.float32(array), rtol=2**-7, atol=atol)
+
+
 def test_originals_are_read_by_number(memory, renderer):
     (part,) = memory.parts(10_000)
     for document, number in zip(documents(), NUMBERS, strict=True):

@@ -163,7 +163,7 @@ class RulerSource:
         id_digits: int = 7,
         task: str | None = None,
         block_size: int = 4096,
-        needle_documents: int | None = None,
+        numbers: np.ndarray | None = None,
     ) -> tuple[list[Question], Blocks]:
         """See `Source.memory`: a haystack of one task, which all questions share, made as its blocks are asked for.
 
@@ -172,8 +172,7 @@ class RulerSource:
 
         Args:
           task: default the only one of the source.
-          needle_documents: the first so many documents are the haystack whose depths count; documents behind them
-            are only more of the haystack, so that memories of several sizes can be the beginnings of one.
+          numbers: of the documents, int64 [num_documents]; default drawn.
 
         Raises:
           DataError: there is no such task, or more needles than documents.
@@ -183,37 +182,50 @@ class RulerSource:
         name = task or self.tasks[0]
         check_tasks([name])
         kind = TASKS[name]
-        inner = num_documents if needle_documents is None else needle_documents
         needed = num_questions * kind.documents
-        if not needed <= inner <= num_documents:
+        if needed > num_documents:
             raise DataError(
                 f"{num_questions} questions of {name} have {needed} needles, each in a document of its own, and there "
-                f"are {inner} documents of {num_documents} for them; ask for more memory or fewer questions"
+                f"are {num_documents} documents; ask for more memory or fewer questions"
             )
         drawn, _ = self._draw_keys(rng, [kind] * num_questions, [], 0.0)
         asked = self._ask(rng, kind, [[next(drawn) for _ in range(kind.keys)] for _ in range(num_questions)])
-        places = self._places(rng, kind, num_questions, inner)
-        numbers = draw_numbers(rng, num_documents, id_digits)
+        places = self._places(rng, kind, num_questions, num_documents)
+        if numbers is None:
+            numbers = draw_numbers(rng, num_documents, id_digits)
         own = numbers[places].tolist()
         size = kind.documents
         questions = [asked.question(i, name, own[i * size : (i + 1) * size]) for i in range(num_questions)]
         needles = dict(zip(places.tolist(), asked.needles(), strict=True))
         avoid = {key for keys in asked.keys for key in keys}
         later = np.random.default_rng(rng.integers(0, 2**63, 2))  # blocks are made when the caller likes
+        return questions, self._blocks(later, kind, numbers, needles, avoid, block_size)
 
-        def blocks() -> Blocks:
-            begin = 0
-            for passages, chosen in self._made.stretches(later, kind.haystack, num_documents, block_size):
-                end = begin + len(chosen)
-                texts = [needles.get(i, "") for i in range(begin, end)]
-                if kind.haystack == "needles":
-                    lines = iter(self._other_needles(later, kind, texts.count(""), avoid))
-                    texts = [text or next(lines) for text in texts]
-                some = numbers[begin:end].tolist()
-                yield self._made.documents(some, self._made.bodies(later, kind.haystack, passages, chosen, texts)), some
-                begin = end
+    def haystack(
+        self, task: str, numbers: np.ndarray, rng: np.random.Generator, *, questions: Sequence[Question] = (),
+        block_size: int = 4096,
+    ) -> Blocks:  # fmt: skip
+        """More of a task's haystack, to lie behind a memory, in blocks: documents of these numbers, int64.
 
-        return questions, blocks()
+        A haystack of needles has none for keys that `questions`, of `memory`, ask for.
+        """
+        avoid = {key for question in questions for key in question.id.split(":")[1:]}
+        return self._blocks(rng, TASKS[task], numbers, {}, avoid, block_size)
+
+    def _blocks(
+        self, rng: np.random.Generator, kind: RulerTask, numbers: np.ndarray, needles: dict[int, str],
+        avoid: set[str], block_size: int,
+    ) -> Blocks:  # fmt: skip
+        begin = 0
+        for passages, chosen in self._made.stretches(rng, kind.haystack, len(numbers), block_size):
+            end = begin + len(chosen)
+            texts = [needles.get(i, "") for i in range(begin, end)]
+            if kind.haystack == "needles":
+                lines = iter(self._other_needles(rng, kind, texts.count(""), avoid))
+                texts = [text or next(lines) for text in texts]
+            some = numbers[begin:end].tolist()
+            yield self._made.documents(some, self._made.bodies(rng, kind.haystack, passages, chosen, texts)), some
+            begin = end
 
     def _draw_keys(
         self, rng: np.random.Generator, tasks: Sequence[RulerTask], others: Sequence[RulerTask], hard_fraction: float
