@@ -4,10 +4,10 @@
 
 For every task one memory is encoded into a folder (`--memory`), its needles at their depths within the smallest size,
 and a haystack that lies behind it, the same for all tasks in text. The memory of every size is the beginning of both,
-so that the same questions are asked at all sizes and only more haystack is added. Answers are generated freely (`--modes`: further ways of `AskConfig.mode`). The score is RULER's: the
-share of the wanted values that occur in the answer. A size that is done is written to
-benchmarks/results/quality/ruler.json (`--out`) at once, and the same command goes on from there; the picture goes to
-docs/images/ruler.png (`--plot`).
+so that the same questions are asked at all sizes and only more haystack is added. Answers are generated freely
+(`--modes`: further ways of `AskConfig.mode`). The score is RULER's: the share of the wanted values that occur in the
+answer. A size that is done is written to benchmarks/results/quality/ruler.json (`--out`) at once, and the same command
+goes on from there; the picture goes to docs/images/ruler.png (`--plot`).
 """
 
 from __future__ import annotations
