@@ -56,6 +56,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # Does the LM loss, through the router bias, teach the router?
     "aux loss in the warm-up only": {"training.phases[1].aux_weight": 0.0},
     "labels for 10 %": {"data.label_fraction": 0.1},
+    "30 % unanswerable": {"data.unanswerable": 0.3},
     "no aux loss, no router bias": _NO_AUX | {"model.router_bias": False},
 }
 
