@@ -7,7 +7,8 @@ from msa_jax.data.sources.jsonl import JsonlSource
 from msa_jax.data.sources.keys import frequent_words
 from msa_jax.data.sources.needles import NeedleSource, training_texts
 from msa_jax.data.sources.pydocs import PythonDocsSource
-from msa_jax.data.sources.ruler import RulerSource, ruler_texts
+from msa_jax.data.sources.ruler import RulerSource
+from msa_jax.data.sources.ruler_tasks import ruler_texts
 
 __all__ = [
     "BabiSource",

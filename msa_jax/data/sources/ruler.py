@@ -1,6 +1,5 @@
 """RULER's eight needle tasks (arXiv 2404.06654): memories of one task, and training episodes that mix them."""
 
-import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -9,67 +8,20 @@ from msa_jax.data.records import DataError, Document, Episode, Question
 from msa_jax.data.sources.base import Split, check_split, draw_numbers
 from msa_jax.data.sources.keys import KeyPool
 from msa_jax.data.sources.ruler_documents import RulerDocuments
-from msa_jax.data.sources.ruler_tasks import DEPTHS, KEY_FORMAT, NOISE, TASKS, RulerTask, check_tasks, ruler_words
+from msa_jax.data.sources.ruler_tasks import (
+    DEPTHS,
+    KEY_FORMAT,
+    TASKS,
+    Asked,
+    RulerTask,
+    check_tasks,
+    ruler_texts,
+    ruler_words,
+)
 from msa_jax.data.tokenizer import Tokenizer
 from msa_jax.data.uuids import draw_uuids
 
 Blocks = Iterator[tuple[list[Document], list[int]]]
-
-
-def ruler_texts(haystack_texts: Iterable[str]) -> Iterator[str]:
-    """What to train a tokenizer on: the haystack, the frames, every word of keys so often that most become one
-    token, and uuids enough for each of their 256 pairs."""
-    yield from haystack_texts
-    words = ruler_words()
-    adjectives, nouns = words["adjective"], words["noun"]
-    tasks = list(TASKS.values())
-    for i in range(80 * len(nouns)):
-        yield f" {adjectives[i % len(adjectives)]} -{nouns[i % len(nouns)]}"
-    for i in range(4000):
-        task = tasks[i % len(tasks)]
-        key = f"{adjectives[i % len(adjectives)]}-{nouns[i % len(nouns)]}"
-        yield " " + task.needle(key, "0")
-        yield task.question([key] * task.queries)
-        yield " " + NOISE
-    yield from draw_uuids(np.random.default_rng(0), 20_000)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Asked:
-    """Questions of one task before they have documents: keys [n][keys], values [n][keys * values], by key."""
-
-    task: RulerTask
-    keys: list[list[str]]
-    values: list[list[str]]
-    asked: np.ndarray  # int [n, queries], which keys are asked for
-
-    def needles(self) -> list[str]:
-        """All needles, question by question, key by key."""
-        per_key = self.task.values
-        return [
-            self.task.needle(keys[j // per_key], value)
-            for keys, values in zip(self.keys, self.values, strict=True)
-            for j, value in enumerate(values)
-        ]
-
-    def question(self, i: int, name: str, numbers: Sequence[int]) -> Question:
-        """The i-th question, its needles lying in the documents of these numbers.
-
-        The documents are named, and the values listed, in the order of the documents' numbers: their order in the
-        haystack is not known to a reader of documents that are encoded apart.
-        """
-        per_key = self.task.values
-        keys = [self.keys[i][k] for k in self.asked[i]]
-        wanted = [k * per_key + v for k in self.asked[i].tolist() for v in range(per_key)]
-        wanted.sort(key=lambda j: numbers[j])
-        values = tuple(self.values[i][j] for j in wanted)
-        return Question(
-            id=f"{name}:{':'.join(keys)}",
-            question=self.task.question(keys),
-            answers=(", ".join(values),),
-            supporting_ids=tuple(str(numbers[j]) for j in wanted),
-            wanted=values,
-        )
 
 
 class RulerSource:
@@ -242,11 +194,11 @@ class RulerSource:
         return iter([next(own[task.key]) for task in tasks for _ in range(task.keys)]), rest
 
     @staticmethod
-    def _ask(rng: np.random.Generator, task: RulerTask, keys: list[list[str]]) -> _Asked:
+    def _ask(rng: np.random.Generator, task: RulerTask, keys: list[list[str]]) -> Asked:
         count, each = len(keys), task.documents
         values = task.draw_values(rng, count * each)
         asked = rng.permuted(np.tile(np.arange(task.keys), (count, 1)), axis=1)[:, : task.queries]
-        return _Asked(task, keys, [values[i * each : (i + 1) * each] for i in range(count)], asked)
+        return Asked(task, keys, [values[i * each : (i + 1) * each] for i in range(count)], asked)
 
     @staticmethod
     def _places(rng: np.random.Generator, task: RulerTask, count: int, documents: int) -> np.ndarray:

@@ -2,13 +2,13 @@
 
 import functools
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from msa_jax.data.records import DataError
+from msa_jax.data.records import DataError, Question
 from msa_jax.data.uuids import draw_uuids
 
 KEY_FORMAT = "{adjective}-{noun}"
@@ -100,3 +100,59 @@ def ruler_words() -> dict[str, list[str]]:
 def _words() -> dict[str, tuple[str, ...]]:
     words = importlib.import_module("wonderwords").RandomWord()
     return {name: tuple(sorted(words.filter(include_categories=[name]))) for name in ("adjective", "noun")}
+
+
+def ruler_texts(haystack_texts: Iterable[str]) -> Iterator[str]:
+    """What to train a tokenizer on: the haystack, the frames, every word of keys so often that most become one
+    token, and uuids enough for each of their 256 pairs."""
+    yield from haystack_texts
+    words = ruler_words()
+    adjectives, nouns = words["adjective"], words["noun"]
+    tasks = list(TASKS.values())
+    for i in range(80 * len(nouns)):
+        yield f" {adjectives[i % len(adjectives)]} -{nouns[i % len(nouns)]}"
+    for i in range(4000):
+        task = tasks[i % len(tasks)]
+        key = f"{adjectives[i % len(adjectives)]}-{nouns[i % len(nouns)]}"
+        yield " " + task.needle(key, "0")
+        yield task.question([key] * task.queries)
+        yield " " + NOISE
+    yield from draw_uuids(np.random.default_rng(0), 20_000)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Questions of one task before they have documents: keys [n][keys], values [n][keys * values], by key."""
+
+    task: RulerTask
+    keys: list[list[str]]
+    values: list[list[str]]
+    asked: np.ndarray  # int [n, queries], which keys are asked for
+
+    def needles(self) -> list[str]:
+        """All needles, question by question, key by key."""
+        per_key = self.task.values
+        return [
+            self.task.needle(keys[j // per_key], value)
+            for keys, values in zip(self.keys, self.values, strict=True)
+            for j, value in enumerate(values)
+        ]
+
+    def question(self, i: int, name: str, numbers: Sequence[int]) -> Question:
+        """The i-th question, its needles lying in the documents of these numbers.
+
+        The documents are named, and the values listed, in the order of the documents' numbers: their order in the
+        haystack is not known to a reader of documents that are encoded apart.
+        """
+        per_key = self.task.values
+        keys = [self.keys[i][k] for k in self.asked[i]]
+        wanted = [k * per_key + v for k in self.asked[i].tolist() for v in range(per_key)]
+        wanted.sort(key=lambda j: numbers[j])
+        values = tuple(self.values[i][j] for j in wanted)
+        return Question(
+            id=f"{name}:{':'.join(keys)}",
+            question=self.task.question(keys),
+            answers=(", ".join(values),),
+            supporting_ids=tuple(str(numbers[j]) for j in wanted),
+            wanted=values,
+        )
