@@ -11,7 +11,6 @@ to docs/images/abstention.png (`--plot`).
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
 import re
 from collections.abc import Iterator, Sequence
@@ -32,7 +31,7 @@ from msa_jax.model import MSATransformer
 from msa_jax.plots import token_count
 from msa_jax.run import make_source
 from msa_jax.run_config import RunConfig
-from msa_jax.trained import load_model
+from msa_jax.trained import load_model, open_run
 
 QUANTILES = (0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1)
 IN, OUT = "in memory", "not in memory"
@@ -201,7 +200,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results/abstention.json"))
     parser.add_argument("--plot", type=pathlib.Path, default=pathlib.Path("docs/images/abstention.png"))
     options = parser.parse_args()
-    run = RunConfig.from_dict(json.loads((options.workdir / "config.json").read_text()))
+    run = open_run(options.workdir)
     model, renderer = load_model(run, options.workdir)
     source = make_source(run.data, renderer.tokenizer, "eval")
     sizes = [int(size) for size in options.memory_tokens.split(",")]

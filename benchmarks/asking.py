@@ -9,7 +9,6 @@ by the router, which end when the model ends them; and, by the same model with r
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
 import time
 
@@ -23,8 +22,7 @@ from msa_jax.bank import encode_bank
 from msa_jax.evaluation.memories import build_memory
 from msa_jax.inference import AskConfig, Budget, Engine, EngineConfig, FixedLibrary
 from msa_jax.run import make_source
-from msa_jax.run_config import RunConfig
-from msa_jax.trained import load_model
+from msa_jax.trained import load_model, open_run
 
 LENGTHS = (24, 48, 64, 96, 128, 160, 192, 256)
 _COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -70,7 +68,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results/asking_cpu.json"))
     options = parser.parse_args()
-    run = RunConfig.from_dict(json.loads((options.workdir / "config.json").read_text()))
+    run = open_run(options.workdir)
     trained, renderer = load_model(run, options.workdir)
     chunk, most = trained.config.chunk_size, max(options.at_once)
     memory = build_memory(

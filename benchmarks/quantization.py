@@ -33,7 +33,7 @@ from msa_jax.memory import MemoryBank
 from msa_jax.model import MSATransformer
 from msa_jax.run import make_source
 from msa_jax.run_config import RunConfig
-from msa_jax.trained import load_model
+from msa_jax.trained import load_model, open_run
 
 BEST, BATCH = 16, 32
 
@@ -143,7 +143,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.questions % BATCH:
         raise SystemExit(f"--questions must be a multiple of {BATCH}, got {options.questions}.")
-    run = RunConfig.from_dict(json.loads((options.workdir / "config.json").read_text()))
+    run = open_run(options.workdir)
     model, renderer = load_model(run, options.workdir)
     data, name = run.data, options.documents
     if name == "python_docs":

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
 import pathlib
 from collections.abc import Iterable
 from typing import Literal
@@ -37,6 +35,7 @@ from msa_jax.run_config import DataConfig, RunConfig
 from msa_jax.sharding import DATA, MEMORY, MODEL, Shardings, check_model
 from msa_jax.training.init import copy_circuit, embedding_stream, tie_router
 from msa_jax.training.loop import TrainingResult, train
+from msa_jax.workdir import check_workdir
 
 _LOG = logging.getLogger(__name__)
 
@@ -184,35 +183,6 @@ def make_model(run: RunConfig, tokenizer: Tokenizer, mesh: jax.sharding.Mesh | N
     return nnx.merge(nnx.graphdef(skeleton), jax.jit(create, out_shardings=places)())
 
 
-def check_workdir(run: RunConfig, workdir: pathlib.Path) -> None:
-    """Record the settings of a new run, or make sure that they are still those of the one in `workdir`.
-
-    Raises:
-      ConfigError: `workdir` holds a run with another model, data or tokenizer; the settings are named.
-    """
-    path = workdir / "config.json"
-    mine = json.loads(json.dumps(run.to_dict()))
-    if path.is_file():
-        # Through the settings of today, so that what a run of yesterday could not say is the default.
-        theirs = json.loads(json.dumps(RunConfig.from_dict(json.loads(path.read_text())).to_dict()))
-        differing = [
-            f"{part}.{name}"
-            for part in ("model", "data", "tokenizer", "training")
-            for name in sorted(mine[part].keys() | theirs.get(part, {}).keys())
-            if mine[part].get(name) != theirs.get(part, {}).get(name)
-        ]
-        if differing:
-            raise ConfigError(
-                f"{workdir} holds a run with other settings of {', '.join(differing)}; use another workdir, or the "
-                f"settings in {path}."
-            )
-        return
-    workdir.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(mine, indent=2) + "\n")
-    os.replace(part, path)
-
-
 def train_run(run: RunConfig, workdir: str | pathlib.Path) -> TrainingResult:
     """Train, or go on with, the run in `workdir`; see `msa_jax.training.loop.train`.
 
@@ -221,6 +191,7 @@ def train_run(run: RunConfig, workdir: str | pathlib.Path) -> TrainingResult:
       TrainingDiverged: the loss became NaN or infinite.
     """
     workdir = pathlib.Path(workdir)
+    run.model_config(vocab_size=8)  # whatever is wrong with the model shows here, before any work
     distributed.agree(run.to_dict() | {"workdir": str(workdir)})
     mesh = make_mesh(run)
     # Process 0 makes the folder and the tokenizer that the others then find.

@@ -209,7 +209,8 @@ class RunConfig:
             raise ConfigError(f"Run settings: {e}.") from e
         if run.data.samples == "question" and any(phase.lm_weight for phase in run.training.phases):
             raise ConfigError('data.samples "question" has no replies to learn: set lm_weight of every phase to 0.')
-        run.model_config(vocab_size=8)  # whatever is wrong with the model shows here, before any work
+        if not run.init_from:  # a run that is trained needs that folder no more
+            run.model_config(vocab_size=8)
         return run
 
     def to_dict(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 
@@ -15,9 +16,18 @@ from msa_jax.data import Renderer, Tokenizer
 from msa_jax.model import MSATransformer
 from msa_jax.run import model_skeleton, open_tokenizer
 from msa_jax.run_config import RunConfig
+from msa_jax.workdir import INIT_CONFIG
 
 # Tokens of the longest document that a published checkpoint's bank takes unless told otherwise.
 _ROW_LEN = 4096
+
+
+def open_run(workdir: str | pathlib.Path) -> RunConfig:
+    """The settings of a trained run; raises ConfigError when there is none."""
+    try:
+        return RunConfig.from_dict(json.loads((pathlib.Path(workdir) / "config.json").read_text()))
+    except (OSError, json.JSONDecodeError) as e:
+        raise ConfigError(f"{workdir}: no trained run there ({e}).") from e
 
 
 def load_model(run: RunConfig, workdir: pathlib.Path, step: int | None = None) -> tuple[MSATransformer, Renderer]:
@@ -28,6 +38,8 @@ def load_model(run: RunConfig, workdir: pathlib.Path, step: int | None = None) -
     Raises:
       CheckpointError, DataError: what is there is missing or does not fit.
     """
+    if run.init_from and (workdir / INIT_CONFIG).is_file():
+        run = dataclasses.replace(run, init_from=str(workdir / INIT_CONFIG))
     tokenizer = open_tokenizer(run, workdir, train=False)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=run.training.keep_checkpoints)
     graphdef, state = nnx.split(model_skeleton(run, tokenizer))
@@ -72,9 +84,6 @@ def open_model(
         chunk = model.config.chunk_size
         return model, tokenizer, -(-_ROW_LEN // chunk) * chunk
     folder = pathlib.Path(workdir)
-    try:
-        run = RunConfig.from_dict(json.loads((folder / "config.json").read_text()))
-    except (OSError, json.JSONDecodeError) as e:
-        raise ConfigError(f"{folder}: no trained run there ({e}).") from e
+    run = open_run(folder)
     model, renderer = load_model(run, folder)
     return model, renderer.tokenizer, run.row_len(model.config.chunk_size)

@@ -29,7 +29,7 @@ from msa_jax.inference.engine import Engine
 from msa_jax.inference.settings import AskConfig, Budget, EngineConfig
 from msa_jax.metrics import exact_match
 from msa_jax.run_config import RunConfig
-from msa_jax.trained import load_model
+from msa_jax.trained import load_model, open_run
 
 ENGINE = EngineConfig(slots=64, context=112, lengths=(16, 48, 80), prefill_rows=32, decode_steps=6)
 WAYS = {"interleave": "generate", "constrained": "constrained", "one_routing": "router"}
@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results/quality/babi.json"))
     options = parser.parse_args()
-    run = RunConfig.from_dict(json.loads((options.workdir / "config.json").read_text()))
+    run = open_run(options.workdir)
     if run.data.source != "babi":
         raise DataError(f"{options.workdir} was trained on {run.data.source}; give the workdir of a run on babi")
     model, renderer = load_model(run, options.workdir)

@@ -23,7 +23,7 @@ from msa_jax.compilation import add_flag, keep_programs
 from msa_jax.config import ConfigError
 from msa_jax.plots import token_count
 from msa_jax.run_config import RunConfig
-from msa_jax.trained import load_model
+from msa_jax.trained import load_model, open_run
 
 OUT = pathlib.Path("benchmarks/results/quality/baselines.json")
 WAYS = (
@@ -78,7 +78,7 @@ def main() -> None:
     sizes, ways = [int(size) for size in options.memory_tokens.split(",")], options.ways.split(",")
     try:
         for workdir in options.workdirs:
-            run = RunConfig.from_dict(json.loads((workdir / "config.json").read_text()))
+            run = open_run(workdir)
             results.run(workdir.name).update(seed=run.training.seed)
             wanted = [(size, way, 0) for size in sizes for way in ways]
             ask_run(results, workdir.name, run, workdir, wanted, options.questions)

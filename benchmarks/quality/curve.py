@@ -31,7 +31,7 @@ from msa_jax.inference.settings import AskConfig, Budget, EngineConfig
 from msa_jax.plots import token_count
 from msa_jax.run import haystack
 from msa_jax.run_config import RunConfig
-from msa_jax.trained import load_model, reconfigured
+from msa_jax.trained import load_model, open_run, reconfigured
 
 SIZES = (16_384, 65_536, 262_144, 1_048_576, 4_194_304, 16_777_216, 64_000_000, 100_000_000)
 # What the paper (arXiv 2603.23516) publishes of its 4B model: under 9 % lost from 16K to 100M tokens on MS MARCO, and
@@ -171,7 +171,7 @@ def main() -> None:
     options = parser.parse_args()
     sizes = sorted(int(s) for s in options.sizes.split(","))
     workdir = pathlib.Path(options.workdir)
-    run = RunConfig.from_dict(json.loads((workdir / "config.json").read_text()))
+    run = open_run(workdir)
     model, renderer = load_model(run, workdir)
     folder = pathlib.Path(options.memory)
     steps = options.steps.split(",")

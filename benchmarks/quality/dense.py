@@ -36,12 +36,13 @@ from msa_jax.data.batch import Batch
 from msa_jax.evaluation.memories import Memory
 from msa_jax.metrics import RunLog
 from msa_jax.model import MSATransformer
-from msa_jax.run import check_workdir, make_model, make_source, open_tokenizer
+from msa_jax.run import make_model, make_source, open_tokenizer
 from msa_jax.run_config import RunConfig
 from msa_jax.trained import load_model, reconfigured
 from msa_jax.training.losses import lm_loss
 from msa_jax.training.optimizer import make_optimizer
 from msa_jax.training.step import init_state
+from msa_jax.workdir import check_workdir
 
 OUT = pathlib.Path("benchmarks/results/quality/baselines.json")
 

@@ -6,12 +6,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
 
 from msa_jax import hf
-from msa_jax.run_config import RunConfig
-from msa_jax.trained import load_model
+from msa_jax.trained import load_model, open_run
 
 
 def main() -> None:
@@ -19,7 +17,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=pathlib.Path, required=True)
     parser.add_argument("--out", type=pathlib.Path, required=True)
     options = parser.parse_args()
-    run = RunConfig.from_dict(json.loads((options.workdir / "config.json").read_text()))
+    run = open_run(options.workdir)
     model, renderer = load_model(run, options.workdir)
     hf.save_model(model, options.out)
     renderer.tokenizer.save(options.out)

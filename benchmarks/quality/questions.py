@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
 import pathlib
 import time
 from collections.abc import Callable, Iterator
@@ -30,8 +29,7 @@ from msa_jax.checkpoint import Checkpoints
 from msa_jax.data import CorpusSource, Document, JsonlSource, cut_documents
 from msa_jax.evaluation.retrieval import best_passages, encode_documents, fuse, halves, part_of, recall, router_scores
 from msa_jax.memory import MemoryBank
-from msa_jax.run_config import RunConfig
-from msa_jax.trained import load_model
+from msa_jax.trained import load_model, open_run
 
 _RECALL = (1, 5, 10, 16)
 _ALL_AT = 16
@@ -206,7 +204,7 @@ def main() -> None:
         print(table(rows))
         return
 
-    run = RunConfig.from_dict(json.loads((args.workdir / "config.json").read_text()))
+    run = open_run(args.workdir)
     folders = [pathlib.Path(f) for f in args.folders.split(",") if f] or [pathlib.Path(f) for f in run.data.folders]
     model, renderer = load_model(run, args.workdir)
     source = read_passages(folders, run.data.eval_fraction, args.distractors)

@@ -26,8 +26,7 @@ from msa_jax.evaluation.evaluate import ask, means, score
 from msa_jax.evaluation.memories import build_memory
 from msa_jax.inference.answer import Answer
 from msa_jax.run import make_source
-from msa_jax.run_config import RunConfig
-from msa_jax.trained import load_model
+from msa_jax.trained import load_model, open_run
 
 
 def refused(answers: Sequence[Answer], says: str) -> np.ndarray:
@@ -37,7 +36,7 @@ def refused(answers: Sequence[Answer], says: str) -> np.ndarray:
 
 def measure(workdir: pathlib.Path, sizes: Sequence[int], questions: int) -> dict:
     """A run's results: one row for each size of memory."""
-    run = RunConfig.from_dict(json.loads((workdir / "config.json").read_text()))
+    run = open_run(workdir)
     model, renderer = load_model(run, workdir)
     source, chunk = make_source(run.data, renderer.tokenizer, "eval"), model.config.chunk_size
     says, rows = renderer.tokenizer.template.not_found, []

@@ -43,7 +43,7 @@ from msa_jax.metrics import precision_recall, string_match
 from msa_jax.model import MSATransformer
 from msa_jax.run import make_source
 from msa_jax.run_config import RunConfig
-from msa_jax.trained import load_model, reconfigured
+from msa_jax.trained import load_model, open_run, reconfigured
 
 _LOG = logging.getLogger(__name__)
 _REPORTED = 16
@@ -189,7 +189,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     sizes, tasks = sorted(map(int, options.memory_tokens.split(","))), options.tasks.split(",")
     check_tasks(tasks)
-    run = RunConfig.from_dict(json.loads((options.workdir / "config.json").read_text()))
+    run = open_run(options.workdir)
     if run.data.source != "ruler":
         raise DataError(f'{options.workdir} is a run of data.source "{run.data.source}"; give one of "ruler"')
     keep_programs(str(options.workdir / "compiled"))

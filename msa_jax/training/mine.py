@@ -9,7 +9,6 @@ tokenizer are saved beside it in the published layout, for `init_from` and `toke
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
 import sys
 
@@ -23,8 +22,7 @@ from msa_jax.data.sources.negatives import write_negatives
 from msa_jax.evaluation.retrieval import encode_documents, router_scores
 from msa_jax.model import MSATransformer
 from msa_jax.run import make_source
-from msa_jax.run_config import RunConfig
-from msa_jax.trained import load_model
+from msa_jax.trained import load_model, open_run
 
 
 def mine(
@@ -82,10 +80,7 @@ def main() -> int:
 
 
 def _mine(args: argparse.Namespace) -> None:
-    try:
-        run = RunConfig.from_dict(json.loads((args.workdir / "config.json").read_text()))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{args.workdir}: no trained run there ({error}).") from None
+    run = open_run(args.workdir)
     if run.data.source in ("needles", "ruler"):
         raise ConfigError("needles are new in every batch, and hard by data.hard_fraction: there is nothing to mine.")
     if args.export and args.export.exists():

@@ -23,10 +23,11 @@ from msa_jax.checkpoint import CheckpointError, Checkpoints
 from msa_jax.config import ConfigError
 from msa_jax.data import make_dataset
 from msa_jax.inference import AskConfig
-from msa_jax.run import check_workdir, make_model, make_source, open_tokenizer
+from msa_jax.run import make_model, make_source, open_tokenizer
 from msa_jax.trained import load_model
 from msa_jax.training.optimizer import make_optimizer
 from msa_jax.training.step import init_state
+from msa_jax.workdir import check_workdir
 from tests.training.conftest import SETTINGS
 
 

@@ -1,0 +1,51 @@
+"""The folder of a run: the settings that it was begun with."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+
+from msa_jax.config import ConfigError
+from msa_jax.run_config import RunConfig
+
+# What describes the model that a run went on from.
+INIT_CONFIG = "init_config.json"
+
+
+def check_workdir(run: RunConfig, workdir: pathlib.Path) -> None:
+    """Record the settings of a new run, or make sure that they are still those of the one in `workdir`.
+
+    With them is kept what the model of `init_from` is, so that a trained run needs that folder no more.
+
+    Raises:
+      ConfigError: `workdir` holds a run with another model, data or tokenizer; the settings are named.
+    """
+    path = workdir / "config.json"
+    mine = json.loads(json.dumps(run.to_dict()))
+    if path.is_file():
+        # Through the settings of today, so that what a run of yesterday could not say is the default.
+        theirs = json.loads(json.dumps(RunConfig.from_dict(json.loads(path.read_text())).to_dict()))
+        differing = [
+            f"{part}.{name}"
+            for part in ("model", "data", "tokenizer", "training")
+            for name in sorted(mine[part].keys() | theirs.get(part, {}).keys())
+            if mine[part].get(name) != theirs.get(part, {}).get(name)
+        ]
+        if differing:
+            raise ConfigError(
+                f"{workdir} holds a run with other settings of {', '.join(differing)}; use another workdir, or the "
+                f"settings in {path}."
+            )
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    if run.init_from:
+        base = pathlib.Path(run.init_from)
+        _write(workdir / INIT_CONFIG, (base / "config.json" if base.is_dir() else base).read_text())
+    _write(path, json.dumps(mine, indent=2) + "\n")
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(text)
+    os.replace(part, path)
