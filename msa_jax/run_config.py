@@ -154,6 +154,7 @@ class EvalConfig:
 
     Attributes:
       num_questions: asked of every memory. batch_size: asked together.
+      mode: of asking, as `AskConfig.mode`.
       max_rounds: how often a question may retrieve. max_new_tokens: of each turn, and of the answer.
       rows_per_step: packed rows that are encoded together.
       seed: of memories and questions.
@@ -161,6 +162,7 @@ class EvalConfig:
 
     num_questions: int = 128
     batch_size: int = 64
+    mode: str = "generate"
     max_rounds: int = 2
     max_new_tokens: int = 24
     rows_per_step: int = 128

@@ -31,7 +31,7 @@ def test_tables_have_the_mean_and_what_is_kept_of_it(tmp_path):
     scores = {"niah_single_1": (1.0, 0.9, 0.8), "niah_multivalue": (0.5, 0.3, None)}
     sizes = (2**15, 2**17, 10**7)
     rows = [
-        {"task": task, "memory_tokens": size, "string_match": value}
+        {"task": task, "memory_tokens": size, "mode": "generate", "string_match": value}
         for task, values in scores.items()
         for size, value in zip(sizes, values, strict=True)
         if value is not None
@@ -43,5 +43,6 @@ def test_tables_have_the_mean_and_what_is_kept_of_it(tmp_path):
     assert lines[4] == "| mean | 0.750 | 0.600 |  |"
     assert lines[5] == "| kept of 32K | 1.000 | 0.800 |  |"
     assert len(lines) == 6 and set(scores) < set(TASKS)
+    rows += [row | {"mode": "router", "string_match": 0.1} for row in rows[:2]]
     ruler_report.plot(rows, tmp_path / "a" / "b.png")
     assert (tmp_path / "a" / "b.png").stat().st_size > 1000

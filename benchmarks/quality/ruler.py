@@ -227,7 +227,7 @@ def main() -> None:
         evaluate_task(run, model, renderer, memories, task, sizes, options, done, save)
     for mode in dict.fromkeys(row["mode"] for row in done.values()):
         print(f"{mode}:\n{table([row for row in done.values() if row['mode'] == mode])}")
-    plot([row for row in done.values() if row["mode"] == options.modes.split(",")[0]], options.plot)
+    plot(list(done.values()), options.plot)
 
 
 if __name__ == "__main__":

@@ -46,15 +46,19 @@ def table(rows: Sequence[dict[str, Any]], name: str = "string_match") -> str:
 
 
 def plot(rows: Sequence[dict[str, Any]], path: str | pathlib.Path) -> None:
-    """Scores of every task against tokens of memory, and their mean."""
+    """Scores of every task against tokens of memory, of the first mode, and the mean over tasks of every mode."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
+    modes = list(dict.fromkeys(row["mode"] for row in rows))
     for task, style in zip(TASKS, ("o-", "s-", "^-", "v-", "D-", "P-", "X--", "*--"), strict=True):
-        own = sorted((row["memory_tokens"], row["string_match"]) for row in rows if row["task"] == task)
+        own = sorted(
+            (row["memory_tokens"], row["string_match"]) for row in rows if (row["task"], row["mode"]) == (task, modes[0])
+        )
         if own:
             axes.plot(*zip(*own, strict=True), style, label=task.removeprefix("niah_"), alpha=0.75, linewidth=1)
-    mean = averages(rows)
-    axes.plot(list(mean), list(mean.values()), "k-", label="mean", linewidth=2)
+    for mode, style in zip(modes, ("k-", "k--", "k:", "k-."), strict=False):
+        mean = averages([row for row in rows if row["mode"] == mode])
+        axes.plot(list(mean), list(mean.values()), style, label=f"mean, {mode}", linewidth=2)
     axes.set_xscale("log")
     axes.set_xticks(sizes_of(rows))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: token_count(x)))

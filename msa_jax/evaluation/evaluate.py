@@ -107,6 +107,7 @@ def evaluate(run: RunConfig, workdir: str | pathlib.Path, memory_tokens: Sequenc
       ConfigError, DataError, CheckpointError: settings, data or run that do not fit.
     """
     workdir, settings = pathlib.Path(workdir), run.evaluation
+    AskConfig(mode=settings.mode)  # before anything is encoded
     distributed.agree(run.to_dict() | {"workdir": str(workdir), "memory_tokens": list(memory_tokens)})
     model, renderer = load_model(run, workdir)
     mesh = _mesh(run, model)
@@ -175,7 +176,7 @@ def ask(
     config = EngineConfig(slots=settings.batch_size, context=context, reported_documents=max(_RECALL))
     engine = Engine(model, renderer, library, config)
     budget = Budget(rounds=settings.max_rounds, turn_tokens=tokens, answer_tokens=tokens)
-    return engine.ask(questions, config=AskConfig(budget=budget))
+    return engine.ask(questions, config=AskConfig(mode=settings.mode, budget=budget))
 
 
 def _mesh(run: RunConfig, model: MSATransformer) -> jax.sharding.Mesh | None:

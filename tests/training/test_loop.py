@@ -106,6 +106,11 @@ def test_a_run_learns_and_survives_every_interruption(root, settings, config_fil
     assert json.loads((cut / "eval.json").read_text())["rows"] == scores
     assert (cut / "curve.png").stat().st_size > 5000
 
+    # One document that the router chose, without a round in which the model names any.
+    asked = dataclasses.replace(run.evaluation, mode="router")
+    routed = evaluate(dataclasses.replace(run, evaluation=asked), cut, [2048])[0]
+    assert routed["rounds"] == 0 and routed["answered"] > 0 and routed["id_precision"] == routed["id_recall"] > 0
+
     # Over two devices, each with half of the documents, it answers the same.
     halves = evaluate(dataclasses.replace(run, mesh=MeshConfig(memory=2)), cut, [2048])[0]
     timings = ("encode_seconds", "encode_tokens_per_second", "seconds_per_question", "bank_mib")
@@ -159,6 +164,9 @@ def test_evaluating_an_untrained_workdir_is_an_error(settings, tmp_path):
     open_tokenizer(run, tmp_path, train=True)
     with pytest.raises(CheckpointError, match="no checkpoint here; train first"):
         evaluate(run, tmp_path, [2048])
+    unknown = dataclasses.replace(run, evaluation=dataclasses.replace(run.evaluation, mode="best"))
+    with pytest.raises(ConfigError, match="mode must be one of generate, constrained, router, latent, got 'best'"):
+        evaluate(unknown, tmp_path, [2048])
 
 
 @pytest.mark.parametrize(
