@@ -50,8 +50,9 @@ def plot(rows: Sequence[dict[str, Any]], path: str | pathlib.Path) -> None:
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     modes = list(dict.fromkeys(row["mode"] for row in rows))
+    first = [row for row in rows if row["mode"] == modes[0]]
     for task, style in zip(TASKS, ("o-", "s-", "^-", "v-", "D-", "P-", "X--", "*--"), strict=True):
-        own = sorted((r["memory_tokens"], r["string_match"]) for r in rows if (r["task"], r["mode"]) == (task, modes[0]))
+        own = sorted((row["memory_tokens"], row["string_match"]) for row in first if row["task"] == task)
         if own:
             axes.plot(*zip(*own, strict=True), style, label=task.removeprefix("niah_"), alpha=0.75, linewidth=1)
     for mode, style in zip(modes, ("k-", "k--", "k:", "k-."), strict=False):
