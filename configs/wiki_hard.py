@@ -1,12 +1,12 @@
 """Retrieval of real questions, second stage: the wrong passages that the first stage's router ranks highest.
 
     python -m msa_jax.training.mine --workdir runs/wiki --out runs/wiki/negatives.jsonl \\
-        --export runs/wiki/export --most 20000
+        --export runs/wiki/export
     python train.py --config=configs/wiki_hard.py --config.data.folder=DIR,DIR,... --workdir=runs/wiki_hard
     python -m benchmarks.quality.questions --workdir runs/wiki_hard
 
-Goes on from configs/wiki.py with its model and data. A batch holds two mined passages for each of its questions, and
-half of its documents are others.
+Goes on from configs/wiki.py with its model. Mining knows the real questions and as many pairs as there is time for, so
+here real questions are 40 % of a batch, and each brings two passages that the router took for its own.
 """
 
 from ml_collections import ConfigDict
@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
                 "source": "jsonl",
                 "titles": True,
                 "samples": "question",
-                "pair_fraction": 0.9,
+                "pair_fraction": 0.6,
                 "hidden_fraction": 0.5,
                 "eval_fraction": 0.5,
                 "hard_negatives": f"{FIRST}/negatives.jsonl",
