@@ -13,6 +13,7 @@ import pathlib
 import sys
 
 import numpy as np
+from tqdm import tqdm
 
 from msa_jax import hf
 from msa_jax.checkpoint import CheckpointError
@@ -47,7 +48,8 @@ def mine(
     family = np.array([_passage(name) for name in ids])
     bank = encode_documents(model, renderer, source.documents, row_len=row_len, seed=seed)
     found: dict[str, list[str]] = {}
-    for i, scores in router_scores(model, renderer, bank, [question.question for question in asked]):
+    scored = router_scores(model, renderer, bank, [question.question for question in asked])
+    for i, scores in tqdm(scored, desc="mine", total=len(asked), unit="question", mininterval=5.0):
         mean = scores.mean(0)
         right = np.isin(family, [_passage(name) for name in asked[i].supporting_ids])
         mean[right] = -np.inf
