@@ -48,6 +48,6 @@ def with_negatives(source: CorpusSource, path: str | Path, num_negatives: int) -
     if unknown is not None:
         raise DataError(
             f"{path} names the document {unknown!r}, which is not there: it was mined with documents cut otherwise; "
-            "use that run's tokenizer and document_len, or mine again"
+            "use that run's tokenizer, id_digits and document_len, or mine again"
         )
     return source.with_(source.documents, source.questions, found, num_negatives)
