@@ -4,8 +4,8 @@
     python train.py --config=configs/ruler_grown.py --workdir=runs/ruler_grown
     python -m benchmarks.quality.ruler --workdir runs/ruler_grown --modes generate,constrained
 
-Goes on from configs/ruler.py. Documents of the seven batches before stay in memory (docs/training.md): 512 documents, 37K
-tokens.
+Goes on from configs/ruler.py. Documents of the seven batches before stay in memory (docs/training.md): 512 documents,
+37K tokens.
 """
 
 from ml_collections import ConfigDict
