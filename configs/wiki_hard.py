@@ -6,8 +6,9 @@
     python -m benchmarks.quality.questions --workdir runs/wiki_hard
 
 Goes on from configs/wiki.py with its model. Mining knows the real questions and as many pairs as there is time for, so
-here real questions are 40 % of a batch, and each brings two passages that the router took for its own. 4 minutes each for
-mining and for the 200 steps on one core: right passages come first more often, and are as often among the first 16.
+here real questions are 40 % of a batch, and each brings two passages that the router took for its own. Four minutes
+for mining and four for the 200 steps on one core: right passages come first more often, and are as often among the
+first 16.
 """
 
 from ml_collections import ConfigDict
