@@ -60,13 +60,13 @@ def own_way(runs: Sequence[Run]) -> str:
 
 
 def table(runs: Iterable[Run]) -> str:
-    """Markdown: a row for each variant; recall of the worse router layer."""
+    """Markdown: a row for each variant; recall of the worse router layer, answers in three modes of asking."""
     runs = list(runs)
     sizes = sizes_of(runs)
     titles = ["variant", "seeds", "recall@1 0.95 at step", "LM loss 0.1 at step"]
     for size in sizes:
         told = token_count(size)
-        titles += [f"recall@1, {told}", f"ids exact, {told}", f"answer, {told}", f"answer, router mode, {told}"]
+        titles += [f"recall@1, {told}", f"ids, {told}", f"answer, {told}", f"constrained, {told}", f"router, {told}"]
     lines = ["| " + " | ".join(titles) + " |", "|---|" + "---:|" * (len(titles) - 1)]
     for name, group in by_variant(runs).items():
         way = own_way(group)
@@ -77,6 +77,7 @@ def table(runs: Iterable[Run]) -> str:
                 (way, lambda row: min(row["router_recall@1"])),
                 ("generate", lambda row: row["id_exact_match"]),
                 (way, lambda row: row["exact_match"]),
+                ("constrained", lambda row: row["exact_match"]),
                 ("router", lambda row: row["exact_match"]),
             )
             cells += [spread(collect(group, size, asked, take)) or "-" for asked, take in takes]

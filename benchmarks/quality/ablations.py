@@ -69,7 +69,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--variants", type=names, default=["base"])
     made.add_argument("--seeds", type=numbers, default=[0])
     made.add_argument("--memory_tokens", type=numbers, default=[1 << 14, 1 << 18])
-    made.add_argument("--ways", type=names, default=["generate", "router"], help="of benchmarks/quality/ways.py")
+    ways = ["generate", "constrained", "router"]
+    made.add_argument("--ways", type=names, default=ways, help="of benchmarks/quality/ways.py")
     made.add_argument("--steps", type=numbers, default=[0], help="checkpoints that are asked; 0 is the last")
     made.add_argument("--questions", type=int, default=64)
     made.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/ablations"))

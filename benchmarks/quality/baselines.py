@@ -3,7 +3,7 @@
     python -m benchmarks.quality.baselines --workdirs runs/ablations/base_0,runs/ablations/base_1
 
 Free-running through the engine, for each way of `benchmarks/quality/ways.py`: the router's own documents (modes
-"generate" and "router"), BM25's best one, the right one, a random one, no text at all (mode "latent"), and nothing but
+"generate", "constrained" and "router"), BM25's best one, the right one, a random one, no text at all (mode "latent"), and nothing but
 the question. A "reader" has no bank; "and bank" has the model's memory beside the document. What BM25 finds alone is
 recorded too. Dense attention is `python -m benchmarks.quality.dense`. `--report` prints the table of both.
 """
@@ -27,8 +27,8 @@ from msa_jax.trained import load_model, open_run
 
 OUT = pathlib.Path("benchmarks/results/quality/baselines.json")
 WAYS = (
-    "generate", "router", "BM25 reader", "BM25 and bank", "oracle reader", "oracle and bank", "random reader",
-    "random and bank", "latent", "no context",
+    "generate", "constrained", "router", "BM25 reader", "BM25 and bank", "oracle reader", "oracle and bank",
+    "random reader", "random and bank", "latent", "no context",
 )  # fmt: skip
 
 
