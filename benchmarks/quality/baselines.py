@@ -3,9 +3,10 @@
     python -m benchmarks.quality.baselines --workdirs runs/ablations/base_0,runs/ablations/base_1
 
 Free-running through the engine, for each way of `benchmarks/quality/ways.py`: the router's own documents (modes
-"generate", "constrained" and "router"), BM25's best one, the right one, a random one, no text at all (mode "latent"), and nothing but
-the question. A "reader" has no bank; "and bank" has the model's memory beside the document. What BM25 finds alone is
-recorded too. Dense attention is `python -m benchmarks.quality.dense`. `--report` prints the table of both.
+"generate", "constrained" and "router"), BM25's best one, the right one, a random one, no text at all (mode "latent"),
+and nothing but the question. A "reader" has no bank; "and bank" has the model's memory beside the document. What BM25
+finds alone is recorded too. Dense attention is `python -m benchmarks.quality.dense`. `--report` prints the table of
+both.
 """
 
 from __future__ import annotations
