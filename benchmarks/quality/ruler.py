@@ -182,6 +182,7 @@ def main() -> None:
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--modes", default="generate", help="of asking, with commas between")
+    parser.add_argument("--top_k", type=int, help="documents that a router layer selects; default as trained")
     parser.add_argument("--memory", type=pathlib.Path, help="folder of encoded memories; default memory in the workdir")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results/quality/ruler.json"))
     parser.add_argument("--plot", type=pathlib.Path, default=pathlib.Path("docs/images/ruler.png"))
@@ -202,6 +203,7 @@ def main() -> None:
     trained["tokenizer"] = trained["tokenizer"] | {"path": pathlib.Path(run.tokenizer.path).name}
     settings = {
         "smallest": sizes[0], "questions": options.questions, "seed": options.seed, "steps": step, "run": trained,
+        "top_k": options.top_k or model.config.top_k,
     }  # fmt: skip
     done: dict[tuple[str, int, str], dict] = {}
     if options.out.is_file():
@@ -211,17 +213,19 @@ def main() -> None:
 
     def save() -> None:
         rows = sorted(done.values(), key=lambda row: (list(TASKS).index(row["task"]), row["memory_tokens"]))
-        command = "python -m benchmarks.quality.ruler --workdir runs/ruler"
+        command = f"python -m benchmarks.quality.ruler --workdir runs/{options.workdir.name}"
         given = {
             "memory_tokens": ",".join(map(str, sizes_of(rows))), "questions": options.questions,
             "modes": ",".join(dict.fromkeys(row["mode"] for row in rows)),
-        }  # fmt: skip
+        } | ({"top_k": options.top_k} if options.top_k else {})  # fmt: skip
         command += "".join(f" --{name} {value}" for name, value in given.items())
         record = {"command": command, "commit": commit(), "settings": settings, **environment(), "rows": rows}
         write_json(options.out, record)
 
     made_of = {name: settings[name] for name in ("smallest", "questions", "seed", "steps")}
     folder = options.memory or options.workdir / "memory"
+    if options.top_k:
+        model = reconfigured(model, top_k=options.top_k)
     memories = Memories(run, model, renderer, source, sizes, folder, options, made_of)
     for task in tasks:
         evaluate_task(run, model, renderer, memories, task, sizes, options, done, save)
