@@ -124,7 +124,7 @@ def test_the_last_message_is_the_question(server):
         ({"stream_options": {"include_usage": True}}, "stream_options", "for streams"),
         ({"stream": True, "stream_options": {"other": True}}, "stream_options.other", "is not a field"),
         ({"extra_body": {"speed": 9}}, "speed", "'speed' is not a field"),
-        ({"extra_body": {"msa": {"mode": "best"}}}, None, "mode must be one of generate, router, latent"),
+        ({"extra_body": {"msa": {"mode": "best"}}}, None, "mode must be one of generate, constrained, router, latent"),
         ({"extra_body": {"msa": {"hops": 1}}}, "msa.hops", "there are mode, rounds"),
         ({"extra_body": {"msa": {"namespaces": "a"}}}, "msa.namespaces", "a list of strings"),
         ({"extra_body": {"msa": {"namespaces": ["nowhere"]}}}, "messages", "no namespace"),

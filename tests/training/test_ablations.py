@@ -230,7 +230,9 @@ def test_the_table_tells_means_and_spreads(tmp_path):
     def run(variant, seed, exact, learned):
         row = {"way": "generate", "step": 0, "router_recall@1": [1.0, exact]}
         row |= dict.fromkeys(("id_exact_match", "exact_match"), exact)
-        rows = [row | {"memory_tokens": 1 << 14}, row | {"memory_tokens": 1 << 14, "step": 20, "exact_match": 0.0}]
+        row["memory_tokens"] = 1 << 14
+        rows = [row, row | {"step": 20, "exact_match": 0.0}]
+        rows += [row | {"way": "constrained", "exact_match": 0.125}] * (variant == "a")
         return {"variant": variant, "seed": seed, "changes": {}, "learned": learned, "rows": rows}
 
     keys = "recall@1 0.95", "lm_loss 0.1"
@@ -238,7 +240,7 @@ def test_the_table_tells_means_and_spreads(tmp_path):
     runs.append(run("a", 0, 0.25, dict.fromkeys(keys)))
     lines = ablation_report.table(runs).splitlines()
     spread = "0.75 (0.50 to 1.00)"
-    assert lines[2] == f"| b | 2 | 25 (20 to 30) | 50, 1 of 2 never | {spread} | {spread} | {spread} | - |"
-    assert lines[3] == "| a | 1 | never | never | 0.25 | 0.25 | 0.25 | - |"
+    assert lines[2] == f"| b | 2 | 25 (20 to 30) | 50, 1 of 2 never | {spread} | {spread} | {spread} | - | - |"
+    assert lines[3] == "| a | 1 | never | never | 0.25 | 0.25 | 0.25 | 0.12 | - |"
     ablation_report.figure(runs, tmp_path / "figure.png")
     assert pathlib.Path(tmp_path / "figure.png").stat().st_size > 5000
