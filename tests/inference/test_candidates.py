@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msa_jax.data import Template
-from msa_jax.inference import AskConfig
+from msa_jax.inference import AskConfig, Engine
 from msa_jax.inference.candidates import candidates_of
 from tests.inference.scripted import Scripted, full_pass
 from tests.inference.small import BUDGET, ENGINE, QUESTIONS, library_of, model_of, renderer
@@ -113,3 +113,23 @@ def test_numbers_are_those_of_documents_routed_to(template):
             assert own == max(following, key=lambda t: logits[t])
             chosen += 1
         assert chosen == 6
+
+
+class Opens(Engine):
+    """Its model begins every turn with a number."""
+
+    def _take_turn(self, turn, *, fresh, routes):
+        written = super()._take_turn(turn, fresh=fresh, routes=routes)
+        return written.replace(token=np.full_like(written.token, renderer().tokenizer.number_ids(4)[0]))
+
+
+def test_a_number_is_held_through_the_steps_of_one_call():
+    """A place-value number of two digits, its closing bracket included, is what three steps write."""
+    assert ENGINE.decode_steps == len(renderer().tokenizer.number_ids(4)) - 1
+    engine = Opens(model_of(), renderer(), library_of(), ENGINE)
+    pending = engine.submit(QUESTIONS[0], config=AskConfig(mode="constrained", budget=BUDGET))
+    engine.step()
+    routed = pending._conversation._routed.selected
+    written = pending._conversation.written
+    assert len(routed) >= 2 and written in [renderer().tokenizer.number_ids(n) for n in routed]
+    engine.close()
