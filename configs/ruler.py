@@ -16,9 +16,9 @@ from ml_collections import ConfigDict
 
 from msa_jax.run_config import full_config
 
-_SINGLE = ("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3")
+SINGLE = ("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3")
 # Tasks are asked in turn: all of a batch's nine questions by their places here.
-TASKS = tuple(name for single in _SINGLE for name in ("niah_multivalue", "niah_multiquery", single))
+TASKS = tuple(name for single in SINGLE for name in ("niah_multivalue", "niah_multiquery", single))
 
 
 def get_config() -> ConfigDict:

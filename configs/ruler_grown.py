@@ -10,49 +10,23 @@ Goes on from configs/ruler.py. Documents of the seven batches before stay in mem
 
 from ml_collections import ConfigDict
 
-from msa_jax.run_config import full_config
+from configs.ruler import SINGLE
+from configs.ruler import get_config as second_stage
 
-_SINGLE = ("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3")
 # As in the second stage, and uuids, of which a large memory has the most that are alike, twice as often.
 TASKS = tuple(
     name
-    for single in (*_SINGLE, "niah_single_3", "niah_multikey_3")
+    for single in (*SINGLE, "niah_single_3", "niah_multikey_3")
     for name in ("niah_multivalue", "niah_multiquery", single)
 )
 
 
 def get_config() -> ConfigDict:
-    return full_config(
-        {
-            "init_from": "runs/ruler/export",
-            "model": {"chunk_size": 16, "top_k": 16, "router_bias": True},
-            "tokenizer": {"path": "runs/ruler/export", "template": "compact"},
-            "data": {
-                "source": "ruler",
-                "ruler_tasks": TASKS,
-                "document_len": 76,
-                "num_documents": 64,
-                "num_questions": 9,
-                "question_len": 480,
-                "eval_fraction": 0.5,
-                "samples": "at_once",
-                "loss_weights": {"leading_id": 0.0},
-            },
-            "training": {
-                "phases": [
-                    {"steps": 50, "lm_weight": 1.0, "aux_weight": 0.5, "recent": 1},
-                    {"steps": 300, "lm_weight": 1.0, "aux_weight": 0.5, "recent": 7},
-                ],
-                "optimizer": {
-                    "name": "muon",
-                    "learning_rate": 0.008,
-                    "adam_learning_rate": 1e-3,
-                    "warmup_steps": 10,
-                },
-                "max_targets": 120,
-                "checkpoint_every": 50,
-                "seed": 1,
-            },
-            "evaluation": {"num_questions": 64, "batch_size": 64, "max_rounds": 2, "max_new_tokens": 48},
-        }
-    )
+    config = second_stage()
+    config.init_from = config.tokenizer.path = "runs/ruler/export"
+    config.data.ruler_tasks = TASKS
+    (phase,) = config.training.phases
+    config.training.phases = [dict(phase, steps=50, recent=1), dict(phase, steps=300, recent=7)]
+    config.training.optimizer.update(learning_rate=0.008, adam_learning_rate=1e-3, warmup_steps=10)
+    config.training.seed = 1
+    return config
