@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 
 from msa_jax.config import ConfigError
+from msa_jax.files import write_text
 from msa_jax.run_config import RunConfig
 
 # What describes the model that a run went on from.
@@ -41,11 +41,5 @@ def check_workdir(run: RunConfig, workdir: pathlib.Path) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     if run.init_from:
         base = pathlib.Path(run.init_from)
-        _write(workdir / INIT_CONFIG, (base / "config.json" if base.is_dir() else base).read_text())
-    _write(path, json.dumps(mine, indent=2) + "\n")
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(text)
-    os.replace(part, path)
+        write_text(workdir / INIT_CONFIG, (base / "config.json" if base.is_dir() else base).read_text())
+    write_text(path, json.dumps(mine, indent=2) + "\n")

@@ -222,7 +222,7 @@ def main() -> None:
         record = {"command": command, "commit": commit(), "settings": settings, **environment(), "rows": rows}
         write_json(options.out, record)
 
-    made_of = {name: settings[name] for name in ("smallest", "questions", "seed", "steps")}
+    made_of = {name: value for name, value in settings.items() if name != "top_k"}
     folder = options.memory or options.workdir / "memory"
     if options.top_k:
         model = reconfigured(model, top_k=options.top_k)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from msa_jax.data.records import DataError
 from msa_jax.data.templates import Template
 from msa_jax.data.uuids import word_pattern
+from msa_jax.files import write_text
 
 _MODEL_FILE, _TEMPLATE_FILE = "tokenizer.json", "msa_template.json"
 
@@ -117,8 +117,8 @@ class Tokenizer:
         """Writes both files into `folder`, each in one step: a crash leaves the old file or the new one."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / _TEMPLATE_FILE, self.template.to_json())
-        _write(folder / _MODEL_FILE, self._inner.to_str())
+        write_text(folder / _TEMPLATE_FILE, self.template.to_json())
+        write_text(folder / _MODEL_FILE, self._inner.to_str())
 
     @property
     def vocab_size(self) -> int:
@@ -222,9 +222,3 @@ class Tokenizer:
                 f"the tokenizer must have one token for {text!r}: document numbers are built with it"
             )
         return ids[0]
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(text, "utf-8")
-    os.replace(part, path)

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import os
 import pathlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from msa_jax.bank import encode_bank
 from msa_jax.bank.spread import spread
 from msa_jax.data import Question, Renderer
 from msa_jax.evaluation.memories import Memory, build_memory
+from msa_jax.files import write_text
 from msa_jax.inference.answer import Answer
 from msa_jax.inference.engine import Engine
 from msa_jax.inference.library import FixedLibrary
@@ -207,9 +207,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def write_results(rows: Sequence[dict[str, Any]], run: RunConfig, workdir: str | pathlib.Path) -> str:
     """Write `eval.json` and `curve.png` into `workdir`; returns the table."""
     workdir = pathlib.Path(workdir)
-    path = workdir / "eval.json"
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps({"rows": list(rows), "config": run.to_dict()}, indent=2) + "\n")
-    os.replace(part, path)
+    record = {"rows": list(rows), "config": run.to_dict()}
+    write_text(workdir / "eval.json", json.dumps(record, indent=2) + "\n")
     plot_curve(rows, workdir / "curve.png")
     return table(rows)

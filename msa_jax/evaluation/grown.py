@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import pathlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,17 +24,12 @@ from msa_jax.bank.encoder import RowEncoder
 from msa_jax.bank.quantization import quantize_content
 from msa_jax.data import DataError, Document, Question, Renderer, pack_documents
 from msa_jax.evaluation.parts import Part, Piece, part_of
+from msa_jax.files import write_text
 from msa_jax.model import MSATransformer
 
 _KEYS = jnp.dtype(jnp.bfloat16)
 
 Blocks = Iterable[tuple[Sequence[Document], Sequence[int]]]
-
-
-def _write(path: pathlib.Path, value: object) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value))
-    os.replace(part, path)
 
 
 def _question(fields: dict) -> Question:
@@ -79,6 +73,7 @@ class GrownMemory:
             "kv_heads": c.num_kv_heads, "head_dim": c.head_dim, "chunk_size": c.chunk_size,
             "of": dict(of) if of is not None else there["form"].get("of", {}) if there else {},
         }  # fmt: skip
+        form = json.loads(json.dumps(form))  # as it is read back: tuples are lists
         state = there or {"form": form, "done": 0, "seconds": 0}
         if {"of": {}} | state["form"] != form:
             raise DataError(f"{self.folder} holds a memory of {state['form']}, wanted is {form}; use another folder")
@@ -124,7 +119,7 @@ class GrownMemory:
                     self._save()
                 if len(self.place) == len(wanted) and not self._known.exists():
                     asked = [dataclasses.asdict(q) for q in self.questions]
-                    _write(self._known, {"questions": asked, "place": self.place})
+                    write_text(self._known, json.dumps({"questions": asked, "place": self.place}))
                 bar.update(last - first)
                 first = last
         missing = wanted - self.place.keys()
@@ -132,7 +127,7 @@ class GrownMemory:
             raise DataError(f"the memory lacks {len(missing)} documents that its questions need")
 
     def _save(self):
-        _write(self._state, {"form": self._form, "done": self.done, "seconds": self.seconds})
+        write_text(self._state, json.dumps({"form": self._form, "done": self.done, "seconds": self.seconds}))
 
     def _encode(self, encoder, documents, numbers, first, row_len, rows_per_step):
         bodies = [np.asarray(self.renderer.body(d), np.int32) for d in documents]

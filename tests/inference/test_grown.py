@@ -158,6 +158,13 @@ def test_a_folder_of_another_memory_is_refused(memory, renderer, tmp_path):
         GrownMemory(memory.folder, model_of(), renderer, documents=9)
     with pytest.raises(DataError, match="holds a memory of .*'of': {}.* wanted is .*'of': {'seed': 2}"):
         GrownMemory(memory.folder, model_of(), renderer, of={"seed": 2})
+    known = {"seed": 2, "run": {"tasks": ("a", "b")}}
+    for _ in range(2):  # the second time as it was written
+        again = GrownMemory(tmp_path / "known", model_of(), renderer, documents=2, of=known)
+        again.fill([], [], rows_per_step=2, progress=False)
+        again._save()
+    with pytest.raises(DataError, match="holds a memory of .*'seed': 2.* wanted is .*'seed': 3"):
+        GrownMemory(tmp_path / "known", model_of(), renderer, documents=2, of=known | {"seed": 3})
     with pytest.raises(DataError, match="holds no memory"):
         GrownMemory(tmp_path, model_of(), renderer)
     lacking = [Question("q", "who", (), ("d8",))]

@@ -1,22 +1,20 @@
 """Hard negatives as data: a file that says which documents are mistaken for what a question asks for."""
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from msa_jax.data.records import DataError
 from msa_jax.data.sources.base import CorpusSource
+from msa_jax.files import write_text
 
 
 def write_negatives(path: str | Path, negatives: Mapping[str, Iterable[str]]) -> None:
     """One JSON object a line: `question` (an id) and `negatives` (ids of documents); the file is whole or absent."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
     rows = ({"question": name, "negatives": list(ids)} for name, ids in negatives.items())
-    part.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    os.replace(part, path)
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def with_negatives(source: CorpusSource, path: str | Path, num_negatives: int) -> CorpusSource:
