@@ -68,6 +68,8 @@ class AttentionConfig:
       router_bias: add `beta * (s_d - max s)` to the logits of document d's chunks, beta learned per head.
         Not in the paper; off for parity.
       router_bias_init: initial beta.
+      router_bias_scale: multiplies beta. Above 1 when a memory of many times the documents of the training is asked:
+        among more documents the best scores lie closer together, and the attention reads several as one.
       implementation: of the operations on the bank, see `pallas_kernels`: None for the best of the platform, or
         "xla", "tpu", "gpu", which never falls back.
       dtype: compute dtype. Softmax, pooling, norms and scores are float32 whatever it is.
@@ -88,6 +90,7 @@ class AttentionConfig:
     routing_score: Literal["cosine", "dot"] = "cosine"
     router_bias: bool = False
     router_bias_init: float = 20.0
+    router_bias_scale: float = 1.0
     implementation: str | None = None
     dtype: str = "float32"
     param_dtype: str = "float32"
@@ -99,7 +102,7 @@ class AttentionConfig:
             f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads}).",
         )
         require(self.head_dim % 2 == 0, f"head_dim must be even for RoPE, got {self.head_dim}.")
-        for name in ("rope_theta", "norm_eps"):
+        for name in ("rope_theta", "norm_eps", "router_bias_scale"):
             value = getattr(self, name)
             require(isinstance(value, int | float) and value > 0, f"{name} must be positive, got {value!r}.")
         require(

@@ -107,7 +107,7 @@ def published_value(value: jax.Array, tensor: PublishedTensor) -> jax.Array:
 def published_config(config: MSAConfig) -> dict[str, Any]:
     """The `config.json` from which `MSAConfig.from_checkpoint` reads `config` back.
 
-    But for how it runs: `remat`, `top_k_method` and its recall, `implementation`.
+    But for how it runs: `remat`, `top_k_method` and its recall, `router_bias_scale`, `implementation`.
     """
     msa = dict(PUBLISHED_ONLY) | {
         "pooling_kernel_size": config.chunk_size,

@@ -23,6 +23,7 @@ from msa_jax.config import PRESETS
         (dict(head_dim=7), "head_dim must be even for RoPE, got 7."),
         (dict(rope_theta=0.0), "rope_theta must be positive, got 0.0."),
         (dict(norm_eps=-1e-6), "norm_eps must be positive, got -1e-06."),
+        (dict(router_bias_scale=0), "router_bias_scale must be positive, got 0."),
         (dict(rope_theta="5e6"), "rope_theta must be positive, got '5e6'."),
         (dict(norm_eps=float("nan")), "norm_eps must be positive, got nan."),
         (dict(position_offset=-1), "position_offset must be an integer of at least 0, got -1."),

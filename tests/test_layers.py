@@ -143,7 +143,7 @@ def numpy_msa(layer, documents, x, positions, visible):
     parts, best = [(k, v, np.zeros((len(x), H)))], scores.max()
     for n in np.argsort(-scores)[: c.top_k]:
         if visible[n]:
-            bias = w["router_beta"] * (scores[n] - best) if c.router_bias else np.zeros(H)
+            bias = c.router_bias_scale * w["router_beta"] * (scores[n] - best) if c.router_bias else np.zeros(H)
             parts.insert(0, (*chunks[n], np.broadcast_to(bias, (len(chunks[n][0]), H))))
     keys, values, bias = (np.concatenate(p) for p in zip(*parts, strict=True))
     read = len(keys) - len(x)
@@ -164,6 +164,7 @@ FORMS = {
     "dense": dict(chunk_size=1, top_k=N),
     "sparse": dict(),
     "router bias": dict(router_bias=True, router_bias_init=3.0),
+    "sharper router bias": dict(router_bias=True, router_bias_init=3.0, router_bias_scale=2.5),
 }
 
 

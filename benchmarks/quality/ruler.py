@@ -183,6 +183,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--modes", default="generate", help="of asking, with commas between")
     parser.add_argument("--top_k", type=int, help="documents that a router layer selects; default as trained")
+    parser.add_argument("--router_bias_scale", type=float, default=1.0, help="as the model's; default %(default)s")
     parser.add_argument("--memory", type=pathlib.Path, help="folder of encoded memories; default memory in the workdir")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results/quality/ruler.json"))
     parser.add_argument("--plot", type=pathlib.Path, default=pathlib.Path("docs/images/ruler.png"))
@@ -203,7 +204,7 @@ def main() -> None:
     trained["tokenizer"] = trained["tokenizer"] | {"path": pathlib.Path(run.tokenizer.path).name}
     settings = {
         "smallest": sizes[0], "questions": options.questions, "seed": options.seed, "steps": step, "run": trained,
-        "top_k": options.top_k or model.config.top_k,
+        "top_k": options.top_k or model.config.top_k, "router_bias_scale": options.router_bias_scale,
     }  # fmt: skip
     done: dict[tuple[str, int, str], dict] = {}
     if options.out.is_file():
@@ -217,15 +218,15 @@ def main() -> None:
         given = {
             "memory_tokens": ",".join(map(str, sizes_of(rows))), "questions": options.questions,
             "modes": ",".join(dict.fromkeys(row["mode"] for row in rows)),
-        } | ({"top_k": options.top_k} if options.top_k else {})  # fmt: skip
-        command += "".join(f" --{name} {value}" for name, value in given.items())
+            "top_k": options.top_k, "router_bias_scale": options.router_bias_scale,
+        }  # fmt: skip
+        command += "".join(f" --{name} {value}" for name, value in given.items() if value != parser.get_default(name))
         record = {"command": command, "commit": commit(), "settings": settings, **environment(), "rows": rows}
         write_json(options.out, record)
 
-    made_of = {name: value for name, value in settings.items() if name != "top_k"}
+    made_of = {name: settings[name] for name in ("smallest", "questions", "seed", "steps", "run")}
     folder = options.memory or options.workdir / "memory"
-    if options.top_k:
-        model = reconfigured(model, top_k=options.top_k)
+    model = reconfigured(model, top_k=settings["top_k"], router_bias_scale=options.router_bias_scale)
     memories = Memories(run, model, renderer, source, sizes, folder, options, made_of)
     for task in tasks:
         evaluate_task(run, model, renderer, memories, task, sizes, options, done, save)

@@ -140,7 +140,7 @@ def fingerprint_of(model: MSATransformer) -> str:
 
     What only steers how a model runs does not count.
     """
-    runtime = ("remat", "implementation", "top_k", "top_k_method", "top_k_recall")
+    runtime = ("remat", "implementation", "top_k", "top_k_method", "top_k_recall", "router_bias_scale")
     config = {name: value for name, value in model.config.to_dict().items() if name not in runtime}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for path, variable in nnx.to_flat_state(nnx.state(model)):

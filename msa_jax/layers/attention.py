@@ -310,7 +310,7 @@ class MemorySparseAttention(SelfAttention):
                 )
                 selection = routing.select(scores, memory.layout, **how)
             selection = selection if also is None else routing.merge(selection, also)
-        bias = routing.bias_of(selection, self.router_beta[...]) if c.router_bias else None
+        bias = routing.bias_of(selection, c.router_bias_scale * self.router_beta[...]) if c.router_bias else None
         last = dict(bias=bias, mask=mask, implementation=implementation)
         if memory.layout.axes is not None:
             out = sharded.attend(q, k, v, memory, selection, **last)

@@ -142,6 +142,7 @@ def test_bad_documents_are_named_and_nothing_of_them_is_written(tmp_path):
 def test_another_models_or_tokenizers_bank_is_refused(tmp_path):
     model = model_of()
     assert fingerprint_of(model) == fingerprint_of(model_of())
+    assert fingerprint_of(model) == fingerprint_of(model_of(top_k=2, router_bias_scale=2.0))
     assert fingerprint_of(model) != fingerprint_of(model_of(router_bias_init=4.0))
     spec = BankSpec.of(model, Bytes())
     for field, message in (("fingerprint", "made by another model .fingerprint"), ("text", "another tokenizer or doc")):
