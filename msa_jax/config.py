@@ -21,6 +21,8 @@ PUBLISHED_ONLY = (
 )  # fmt: skip
 REMAT_POLICIES = ("none", "dots", "full")
 DTYPES = ("float32", "bfloat16")
+# How a model runs, not what it is: these may change between a bank's encoding and its asking.
+RUNTIME_SETTINGS = ("top_k", "top_k_method", "top_k_recall", "router_bias_scale", "implementation", "remat")
 
 
 class ConfigError(ValueError):

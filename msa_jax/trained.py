@@ -11,7 +11,7 @@ from flax import nnx
 
 from msa_jax import hf
 from msa_jax.checkpoint import Checkpoints
-from msa_jax.config import ConfigError
+from msa_jax.config import ConfigError, MSAConfig
 from msa_jax.data import Renderer, Tokenizer
 from msa_jax.model import MSATransformer
 from msa_jax.run import model_skeleton, open_tokenizer
@@ -52,9 +52,9 @@ def reconfigured(model: MSATransformer, **changes) -> MSATransformer:
     """The same parameters under another configuration, such as another `top_k` or `dtype`.
 
     Raises:
-      ConfigError: a bad value, or one that changes the parameters.
+      ConfigError: an unknown name, a bad value, or one that changes the parameters.
     """
-    config = model.config.replace(**changes)
+    config = MSAConfig.from_dict(model.config.to_dict() | changes)
     skeleton = nnx.eval_shape(lambda: MSATransformer(config, rngs=nnx.Rngs(0), shardings=model.shardings))
     graphdef, abstract = nnx.split(skeleton)
     params = nnx.as_pure(nnx.state(model))

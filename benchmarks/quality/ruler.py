@@ -188,7 +188,9 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results/quality/ruler.json"))
     parser.add_argument("--plot", type=pathlib.Path, default=pathlib.Path("docs/images/ruler.png"))
     options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    # An import has set up logging of its own.
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    _LOG.setLevel(logging.INFO)
     sizes, tasks = sorted(map(int, options.memory_tokens.split(","))), options.tasks.split(",")
     check_tasks(tasks)
     run = open_run(options.workdir)

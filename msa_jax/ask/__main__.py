@@ -18,7 +18,7 @@ import pathlib
 import sys
 from collections.abc import Iterator, Sequence
 
-from msa_jax.ask.loading import add_flags, loading_of
+from msa_jax.ask.loading import add_flags, changes_of, loading_of
 from msa_jax.ask.prompt import Prompt, answer_one, width
 from msa_jax.ask.show import as_json, clean, write_end, write_explanation
 from msa_jax.bank.manifest import BankError
@@ -137,7 +137,7 @@ def open_session(options, config: AskConfig, engine: EngineConfig):
     from msa_jax.inference.session import Session
     return Session.open(
         options.bank, workdir=options.workdir, checkpoint=options.checkpoint, engine=engine, defaults=config,
-        loading=loading_of(options),
+        loading=loading_of(options), changes=changes_of(options),
     )  # fmt: skip
 
 

@@ -1,16 +1,18 @@
-"""Flags of the commands that ask a bank: how it is loaded, and where compiled programs are kept."""
+"""Flags of the commands that ask a bank: how it is loaded and read, and where compiled programs are kept."""
 
 from __future__ import annotations
 
 import argparse
+import json
 from typing import Any
 
 from msa_jax import compilation
+from msa_jax.config import RUNTIME_SETTINGS, ConfigError
 from msa_jax.sharding import MeshConfig
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add them; `loading_of` reads those of the bank."""
+    """Add them; `loading_of` reads those of the bank, `changes_of` those of the model."""
     group = parser.add_argument_group("how the bank is loaded")
     group.add_argument(
         "--content",
@@ -24,6 +26,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         group.add_argument(
             f"--mesh_{axis}", type=int, default=1, metavar="N", help=f"devices that share {what} (default %(default)s)"
         )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE",
+        help=f"change a setting of the model, such as top_k=4; of {', '.join(RUNTIME_SETTINGS)}; several may be given",
+    )  # fmt: skip
     compilation.add_flag(group)
 
 
@@ -38,3 +44,17 @@ def loading_of(options: argparse.Namespace) -> dict[str, Any]:
     if (options.mesh_memory, options.mesh_model) != (1, 1):
         loading["mesh"] = MeshConfig(memory=options.mesh_memory, model=options.mesh_model).make()
     return loading
+
+
+def changes_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Settings of the model that --set changes; raises ConfigError for one that a bank depends on."""
+    changes = {}
+    for given in options.set:
+        name, equals, value = given.partition("=")
+        if not equals or name not in RUNTIME_SETTINGS:
+            raise ConfigError(f"--set {given}: give NAME=VALUE, the name one of {', '.join(RUNTIME_SETTINGS)}.")
+        try:
+            changes[name] = json.loads(value)
+        except json.JSONDecodeError:
+            changes[name] = value  # a word
+    return changes

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from msa_jax.config import RUNTIME_SETTINGS
 from msa_jax.data.tokenizer import Tokenizer
 from msa_jax.model import MSATransformer
 
@@ -140,8 +141,7 @@ def fingerprint_of(model: MSATransformer) -> str:
 
     What only steers how a model runs does not count.
     """
-    runtime = ("remat", "implementation", "top_k", "top_k_method", "top_k_recall", "router_bias_scale")
-    config = {name: value for name, value in model.config.to_dict().items() if name not in runtime}
+    config = {name: value for name, value in model.config.to_dict().items() if name not in RUNTIME_SETTINGS}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         value = variable[...]

@@ -31,7 +31,7 @@ from msa_jax.inference.worker import Worker
 from msa_jax.memory import MemoryBank
 from msa_jax.model import MSATransformer
 from msa_jax.sharding import Shardings, check_model, placed
-from msa_jax.trained import open_model
+from msa_jax.trained import open_model, reconfigured
 
 
 class Session:
@@ -100,6 +100,7 @@ class Session:
         checkpoint: str | pathlib.Path = "",
         writable: bool = False,
         row_len: int | None = None,
+        changes: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Session:
         """A session of a bank on disk and the model that made it.
@@ -110,6 +111,7 @@ class Session:
           checkpoint: a folder in the published layout, its tokenizer within.
           writable: documents can be added, and no one else can add any meanwhile.
           row_len: tokens of the longest document that can be added; default as trained, or 4,096.
+          changes: settings of the model that are others than in training (`config.RUNTIME_SETTINGS`).
           options: of the constructor.
 
         Raises:
@@ -118,6 +120,7 @@ class Session:
         store = MemoryStore(bank, writable=writable)
         try:
             model, tokenizer, trained_len = open_model(workdir=workdir, checkpoint=checkpoint)
+            model = reconfigured(model, **changes or {})
             encoder = DocumentEncoder(model, tokenizer, row_len=row_len or trained_len)
             return cls(model, tokenizer, store, encoder=encoder, **options)
         except BaseException:

@@ -18,7 +18,7 @@ import sys
 import threading
 from collections.abc import Sequence
 
-from msa_jax.ask.loading import add_flags, loading_of
+from msa_jax.ask.loading import add_flags, changes_of, loading_of
 from msa_jax.bank.manifest import BankError
 from msa_jax.checkpoint import CheckpointError
 from msa_jax.config import ConfigError, require
@@ -135,6 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         service, engine = make_service(options)
+        changes = changes_of(options)
         bound = bind(options.host, options.port)
 
         _show_log()
@@ -143,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             session = Session.open(
                 options.bank, workdir=options.workdir, checkpoint=options.checkpoint, engine=engine,
                 defaults=service.defaults, writable=options.writable, row_len=options.row_len,
-                loading=loading_of(options),
+                loading=loading_of(options), changes=changes,
             )  # fmt: skip
             log.info("loaded; compiling")
             session.warm_up()

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from msa_jax import compilation
-from msa_jax.ask.loading import add_flags, loading_of
+from msa_jax.ask.loading import add_flags, changes_of, loading_of
 from msa_jax.compilation import keep_programs
 from msa_jax.config import ConfigError
 
@@ -21,6 +21,15 @@ def test_flags_become_options_of_load():
     assert loading_of(options()) == dict(content="device", key_dtype=None, content_dtype=None)
     some = loading_of(options("--content=disk", "--key_dtype=int8"))
     assert some == dict(content="disk", key_dtype="int8", content_dtype=None)
+
+
+def test_settings_of_the_model_that_a_bank_does_not_depend_on_can_be_changed():
+    assert changes_of(options()) == {}
+    some = changes_of(options("--set=top_k=4", "--set", "top_k_method=approximate", "--set=router_bias_scale=1.5"))
+    assert some == dict(top_k=4, top_k_method="approximate", router_bias_scale=1.5)
+    for wrong in ("top_k", "chunk_size=8", "=4"):
+        with pytest.raises(ConfigError, match=f"^--set {wrong}: give NAME=VALUE, the name one of top_k, "):
+            changes_of(options(f"--set={wrong}"))
 
 
 def test_a_mesh_takes_all_devices_or_says_what_it_needs():

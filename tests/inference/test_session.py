@@ -7,13 +7,35 @@ import jax
 import numpy as np
 import pytest
 
-from msa_jax.bank import BankError
+from msa_jax.bank import BankError, MemoryStore
+from msa_jax.config import ConfigError
 from msa_jax.inference import Budget, Session
+from msa_jax.inference import session as session_module
 from tests.inference.sessions import BASE, LATENT, LIMIT, READ, SINGLE, Held, stored, told
-from tests.inference.small import ASK, DOCUMENTS, ENGINE, QUESTIONS, bank_of, model_of, renderer
+from tests.inference.small import ASK, DOCUMENTS, ENGINE, QUESTIONS, ROW, bank_of, encoder, model_of, renderer
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 Q = QUESTIONS[0]
+
+
+def test_a_model_can_run_otherwise_than_in_training(tmp_path, monkeypatch):
+    with MemoryStore.create(tmp_path / "bank", encoder().spec) as store:
+        store.add(BASE, encoder())
+    tokenizer, trained = renderer().tokenizer, []
+    monkeypatch.setattr(session_module, "open_model", lambda **_: (trained[-1], tokenizer, ROW))
+
+    def asked(k, **changes):
+        trained.append(model_of(top_k=k))
+        where = dict(workdir="run", writable=True, engine=SINGLE, defaults=LATENT)
+        with Session.open(tmp_path / "bank", **where, changes=changes) as session:
+            return told(session.ask(Q))
+
+    with pytest.raises(ConfigError, match="would change the parameters"):
+        asked(2, num_heads=2)
+    with pytest.raises(ConfigError, match=r"Unknown model settings \['topk'\]"):
+        asked(2, topk=1)
+    # The refused ones have let go of the bank.
+    assert asked(2, top_k=1) == asked(1) != asked(2)
 
 
 def test_nothing_is_compiled_once_it_is_warm(opened):
