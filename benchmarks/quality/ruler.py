@@ -75,9 +75,10 @@ def score(question: Question, answer: Answer) -> dict[str, Any]:
 def engine_of(model: MSATransformer, renderer: Renderer, part: Part, run: RunConfig) -> Engine:
     """An engine with room for a question, four documents and the longest answer."""
     tokens = run.evaluation.max_new_tokens
-    context = run.data.question_len + 2 * tokens
+    context = -(-(run.data.question_len + 2 * tokens) // 64) * 64
+    # In steps this fine because padding is scored too, which at these sizes is nearly all the work.
     config = EngineConfig(
-        slots=run.evaluation.batch_size, context=-(-context // 64) * 64, lengths=(64, 256), prefill_rows=8,
+        slots=run.evaluation.batch_size, context=context, lengths=tuple(range(32, context, 16)), prefill_rows=8,
         reported_documents=_REPORTED,
     )  # fmt: skip
     return Engine(model, renderer, FixedLibrary(part.bank, part.originals), config)
