@@ -117,10 +117,13 @@ class Memories:
         some = [pair for block in self._source.haystack(task, numbers, rng) for pair in zip(*block, strict=True)]
         return max(1, round(tokens / np.mean([len(self._renderer.render_document(d, n)) for d, n in some])))
 
-    def _grown(self, name: str, count: int, questions, blocks) -> GrownMemory:
+    def _grown(self, name: str, count: int, tokens: int, questions, blocks) -> GrownMemory:
+        """A memory of at most `count` documents that has so many tokens, or all its documents."""
         made_of = self._made_of | {"of": name}
         memory = GrownMemory(self._folder / name, self._encoder, self._renderer, documents=count, of=made_of)
-        memory.fill(questions, blocks, rows_per_step=self._rows)
+        if memory.done < count and memory.tokens < tokens:
+            missing = itertools.takewhile(lambda _: memory.tokens < tokens, blocks)
+            memory.fill(questions, missing, rows_per_step=self._rows)
         return memory
 
     def of(self, task: str) -> tuple[GrownMemory, GrownMemory]:
@@ -130,16 +133,21 @@ class Memories:
         kind = next(name for name in TASKS if TASKS[name].haystack == haystack and TASKS[name].key == TASKS[task].key)
         first, most = self._documents(kind, 0.97 * self._sizes[0]), self._documents(kind, _LARGEST)
         order, needles = (np.random.default_rng([seed, i, list(TASKS).index(n)]) for i, n in enumerate((kind, task)))
-        numbers = draw_numbers(order, most, self._renderer.tokenizer.template.id_digits)
+        digits = self._renderer.tokenizer.template.id_digits
+        numbers = draw_numbers(order, most, digits)
         questions, blocks = self._source.memory(
             first, self._options.questions, needles, task=task, numbers=numbers[:first]
         )
-        memory = self._grown(task, first, questions, blocks)
+        memory = self._grown(task, first, _LARGEST, questions, blocks)
         if kind not in self._behind:
+            if haystack == "essay":
+                # Where text is gone through again its documents are shorter, and more are needed.
+                unused = np.setdiff1d(np.arange(10**digits), numbers)
+                numbers = np.append(numbers, np.random.default_rng(seed).choice(unused, most // 4, replace=False))
             step = min(4096, first)
             more = self._source.haystack(task, numbers[first:], order, questions=questions, block_size=step)
-            enough = -(-self._documents(kind, 1.02 * self._sizes[-1]) // step)
-            self._behind[kind] = self._grown(f"behind_{kind}", most - first, [], itertools.islice(more, enough))
+            wanted = self._sizes[-1] - memory.tokens
+            self._behind[kind] = self._grown(f"behind_{kind}", len(numbers) - first, wanted, [], more)
         return memory, self._behind[kind]
 
 

@@ -183,6 +183,11 @@ class GrownMemory:
             left -= inside
             first = last
 
+    @property
+    def tokens(self) -> int:
+        """Of all documents that are encoded."""
+        return int(self.token_ends[self.done - 1]) if self.done else 0
+
     def _until(self, tokens: int) -> int:
         """How many documents have together at most so many tokens."""
         return int(np.searchsorted(self.token_ends[: self.done], tokens, "right"))
