@@ -1,12 +1,18 @@
 """RULER's evaluation: scores, tables and shares of what is kept."""
 
+import random
 import types
 
 import numpy as np
+from flax import nnx
 
 from benchmarks.quality import ruler, ruler_report
-from msa_jax.data import Question
-from msa_jax.data.sources.ruler_tasks import TASKS
+from msa_jax.config import MSAConfig
+from msa_jax.data import Question, Renderer, RulerSource, Tokenizer
+from msa_jax.data.sources.ruler_tasks import NOISE, TASKS
+from msa_jax.data.uuids import draw_uuids
+from msa_jax.evaluation.grown import GrownMemory
+from msa_jax.model import MSATransformer
 
 
 def answer(text, named, best, outcome="answered"):
@@ -46,3 +52,42 @@ def test_tables_have_the_mean_and_what_is_kept_of_it(tmp_path):
     rows += [row | {"mode": "router", "string_match": 0.1} for row in rows[:2]]
     ruler_report.plot(rows, tmp_path / "a" / "b.png")
     assert (tmp_path / "a" / "b.png").stat().st_size > 1000
+
+
+def test_the_haystack_behind_a_memory_has_the_tokens_asked_for(tmp_path, monkeypatch):
+    # So little text that it is gone through many times, each time in shorter documents.
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefgh", k=4)) for _ in range(60)]
+    texts = [" ".join(rng.choices(words, k=400)) + "." for _ in range(8)]
+    spoken = Tokenizer.train([*texts, NOISE, *draw_uuids(np.random.default_rng(0), 2000)], 700, uuid_pairs=True)
+    source = RulerSource(texts, spoken, document_tokens=300, split="eval", eval_fraction=0.5)
+    renderer = Renderer(spoken, 300)
+    config = MSAConfig(
+        vocab_size=spoken.vocab_size, hidden_size=8, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4, mlp_size=8
+    )
+    model = MSATransformer(config, rngs=nnx.Rngs(0))
+    monkeypatch.setattr(ruler, "_LARGEST", 24_000)
+    run = types.SimpleNamespace(evaluation=types.SimpleNamespace(rows_per_step=4))
+    options = types.SimpleNamespace(seed=3, questions=2)
+    filled, fill = [], GrownMemory.fill
+
+    def filling(self, *args, **options):
+        filled.append(self.folder.name)
+        fill(self, *args, **options)
+
+    monkeypatch.setattr(GrownMemory, "fill", filling)
+
+    def memories(largest):
+        del filled[:]
+        return ruler.Memories(run, model, renderer, source, [4000, largest], tmp_path, options, {})
+
+    memory, behind = memories(24_000).of("niah_multivalue")
+    assert memory.tokens <= 4000 and 24_000 <= memory.tokens + behind.tokens < 27_000
+    numbers = np.concatenate([memory.numbers[: memory.done], behind.numbers[: behind.done]])
+    assert len(set(numbers.tolist())) == len(numbers)
+    assert filled == ["niah_multivalue", "behind_niah_single_2"]
+    # What there is already is not made again.
+    again = memories(12_000)
+    assert [m.tokens for m in again.of("niah_multivalue")] == [memory.tokens, behind.tokens] and not filled
+    again.of("niah_single_2")
+    assert filled == ["niah_single_2"]
