@@ -2,10 +2,11 @@
 
     python -m benchmarks.quality.export --workdir runs/ruler --out runs/ruler/export
     python train.py --config=configs/ruler_grown.py --workdir=runs/ruler_grown
-    python -m benchmarks.quality.ruler --workdir runs/ruler_grown --modes generate,constrained
+    python -m benchmarks.quality.ruler --workdir runs/ruler_grown --modes generate,constrained --router_bias_scale 2
 
 Goes on from configs/ruler.py. Documents of the seven batches before stay in memory (docs/training.md): 512 documents,
-37K tokens.
+37K tokens. 10 minutes on one core. Mean over the eight tasks with twice the bias of the training and in mode
+"constrained": 0.989 at 32K tokens of memory, 0.967 at 100M (docs/results.md).
 """
 
 from ml_collections import ConfigDict

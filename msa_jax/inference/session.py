@@ -120,7 +120,8 @@ class Session:
         store = MemoryStore(bank, writable=writable)
         try:
             model, tokenizer, trained_len = open_model(workdir=workdir, checkpoint=checkpoint)
-            model = reconfigured(model, **changes or {})
+            if changes:
+                model = reconfigured(model, **changes)
             encoder = DocumentEncoder(model, tokenizer, row_len=row_len or trained_len)
             return cls(model, tokenizer, store, encoder=encoder, **options)
         except BaseException:
