@@ -26,6 +26,7 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
+from msa_jax.compilation import for_other_chips  # noqa: E402
 from pallas_kernels import chunk_scores, gather_attention  # noqa: E402
 
 TPUS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
@@ -191,7 +192,7 @@ def compiled(case: Routing | Attention, chip: str):
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     function, arrays = case.program("gpu" if chip == "h200" else "tpu")
     args = {name: jax.ShapeDtypeStruct(*array, sharding=whole) for name, array in arrays.items()}
-    with jax.set_mesh(mesh):
+    with for_other_chips(), jax.set_mesh(mesh):
         return jax.jit(lambda args: function(**args)).lower(args).compile()
 
 

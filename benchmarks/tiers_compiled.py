@@ -14,6 +14,7 @@ import jax  # noqa: E402  isort: skip
 from flax import nnx  # noqa: E402
 
 from msa_jax import tiers  # noqa: E402
+from msa_jax.compilation import for_other_chips  # noqa: E402
 from msa_jax.config import MSAConfig  # noqa: E402
 from msa_jax.memory import ContentSource, DocumentLayout, MemoryBank, StoredContent  # noqa: E402
 from msa_jax.model import KeyValues, MSATransformer  # noqa: E402
@@ -120,7 +121,7 @@ def compiled(case: Case, chip: str) -> dict[str, float | str]:
     """Bytes that the compiled step takes, or that it does not fit."""
     function, args = program(case, chip)
     donate = ("past",) if case.step == "decode" else ()
-    with jax.set_mesh(programs.mesh_of(chip)):
+    with for_other_chips(), jax.set_mesh(programs.mesh_of(chip)):
         try:
             # A bank's keys are there whether a step reads them or not.
             executable = jax.jit(function, donate_argnames=donate, keep_unused=True).lower(**args).compile()

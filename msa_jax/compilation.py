@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import os
 import pathlib
 import platform
+from collections.abc import Iterator
 
 import jax
 
@@ -39,3 +41,15 @@ def keep_programs(folder: str) -> None:
     if folder:
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(folder) / _machine()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+@contextlib.contextmanager
+def for_other_chips() -> Iterator[None]:
+    """Keep nothing of what is compiled within: programs for chips that are not here could not be loaded again."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, float("inf"))
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)

@@ -29,6 +29,16 @@ hypothesis.settings.load_profile("repeatable" if os.environ.get("CI") else "loca
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
+@pytest.fixture(autouse=True, scope="session")
+def programs_are_compiled_once(tmp_path_factory):
+    """Models that are made anew for each test run the same programs: a worker compiles each of them once.
+
+    Every worker has a folder of its own: one would read what another is still writing.
+    """
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
 @pytest.fixture(autouse=True)
 def programs_are_not_kept(monkeypatch):
     """A command that is called here would have all that is compiled from then on kept in the user's folder."""

@@ -10,6 +10,7 @@ import time
 import jax
 import numpy as np
 
+from msa_jax.compilation import for_other_chips
 from msa_jax.plan.programs import Program
 
 GIB = 2**30
@@ -55,7 +56,8 @@ def compiled(program: Program) -> Usage:
     start = time.monotonic()
     lowered = program.lower()
     try:
-        executable = lowered.compile()
+        with for_other_chips():
+            executable = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

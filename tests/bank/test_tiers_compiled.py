@@ -12,6 +12,7 @@ import jax  # noqa: E402
 
 from benchmarks import compiled as programs  # noqa: E402
 from benchmarks import tiers_compiled  # noqa: E402
+from msa_jax.compilation import for_other_chips  # noqa: E402
 
 MIB = 2**20
 CHUNKS = 262_144
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.skipif(missing is not None, reason=str(missing))
 def compiled(**changes):
     case = tiers_compiled.Case(**dict(tier="host", chunks=CHUNKS) | changes)
     function, args = tiers_compiled.program(case, "v5p")
-    with jax.set_mesh(programs.mesh_of("v5p")):
+    with for_other_chips(), jax.set_mesh(programs.mesh_of("v5p")):
         return jax.jit(function).lower(**args).compile()
 
 

@@ -16,6 +16,7 @@ import jax  # noqa: E402
 from flax import nnx  # noqa: E402
 
 from benchmarks import compiled as programs  # noqa: E402
+from msa_jax.compilation import for_other_chips  # noqa: E402
 from msa_jax.config import MSAConfig  # noqa: E402
 from msa_jax.memory import DocumentLayout, MemoryBank  # noqa: E402
 from msa_jax.model import MSATransformer  # noqa: E402
@@ -115,7 +116,7 @@ def test_the_question_step_of_the_4b_model_copies_no_layer_of_its_bank():
         return output.hidden, output.own, output.selection
 
     question = array((1, 64), "int32")
-    with jax.set_mesh(mesh):
+    with for_other_chips(), jax.set_mesh(mesh):
         executable = jax.jit(step).lower(state, question, question, bank).compile()
     assert executable.as_text().count('custom_call_target="tpu_custom_call"') == 2
     # A layer has 512 MiB of routing keys and twice that of content.
