@@ -33,6 +33,7 @@ from msa_jax.data.sources.negatives import with_negatives
 from msa_jax.model import MSATransformer
 from msa_jax.run_config import DataConfig, RunConfig
 from msa_jax.sharding import DATA, MEMORY, MODEL, Shardings, check_model
+from msa_jax.training import bag_of_words
 from msa_jax.training.init import copy_circuit, embedding_stream, tie_router
 from msa_jax.training.loop import TrainingResult, train
 from msa_jax.workdir import check_workdir
@@ -169,6 +170,11 @@ def make_model(run: RunConfig, tokenizer: Tokenizer, mesh: jax.sharding.Mesh | N
     if run.init_from:
         return hf.load_model(run.init_from, config, seed=training.seed, mesh=mesh, shardings=shardings)
 
+    if training.bag_of_words:
+        bag_of_words.check(config)
+        weights = bag_of_words.rarity(tokenizer, config.vocab_size)
+        last = bag_of_words.last_routing_token(tokenizer)
+
     def create():
         rngs = nnx.Rngs(training.seed)
         model = MSATransformer(config, rngs=rngs, shardings=shardings)
@@ -176,6 +182,9 @@ def make_model(run: RunConfig, tokenizer: Tokenizer, mesh: jax.sharding.Mesh | N
             embedding_stream(model, embedding_std=training.embedding_std, logit_scale=training.logit_scale)
         if training.tied_router:
             tie_router(model)
+        if training.bag_of_words:
+            std = training.embedding_std
+            bag_of_words.bag_of_words(model, weights, last, embedding_std=std, rngs=rngs)
         if training.copy_scale:
             copy_circuit(model, training.copy_scale, rngs=rngs)
         return nnx.as_pure(nnx.state(model))

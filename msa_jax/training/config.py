@@ -93,6 +93,8 @@ class TrainingConfig:
       embedding_std, logit_scale: start from a residual stream that holds embeddings of this standard deviation
         alone, with the final norm's scale at `logit_scale`; 0 keeps the random start.
       tied_router: start W_QR as W_KR, repeated over each group, so that equal hidden states match.
+      bag_of_words: start the router as one that compares bags of rare words, see `msa_jax.training.bag_of_words`;
+        in place of `tied_router`, on top of `embedding_std`, with a layer below the first router layer.
       copy_scale: start the value and output projections of router layers as a circuit that copies what is
         attended to into the residual stream, at this scale; 0 keeps the random start.
       max_targets: the most tokens of one sample that carry loss, so that only those pass the vocabulary
@@ -111,6 +113,7 @@ class TrainingConfig:
     embedding_std: float = 0.0
     logit_scale: float = 1.0
     tied_router: bool = False
+    bag_of_words: bool = False
     copy_scale: float = 0.0
     max_targets: int | None = None
     max_routing: int | None = None
@@ -122,6 +125,11 @@ class TrainingConfig:
     def __post_init__(self):
         require(self.aux_loss in AUX_LOSSES, f"aux_loss must be one of {AUX_LOSSES}, got {self.aux_loss!r}.")
         require(self.temperature > 0, f"temperature must be positive, got {self.temperature}.")
+        require(
+            not self.bag_of_words or (self.embedding_std > 0 and not self.tied_router),
+            "bag_of_words ties the router itself and weighs the embeddings of embedding_std: "
+            "set training.embedding_std above 0 and training.tied_router to False.",
+        )
         require(self.steps > 0, "phases must hold at least one step.")
         for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}.")
