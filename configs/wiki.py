@@ -53,8 +53,8 @@ def get_config() -> ConfigDict:
                 ],
                 "optimizer": {
                     "name": "muon",
-                    "learning_rate": 0.005,
-                    "adam_learning_rate": 1e-3,
+                    "learning_rate": 0.002,
+                    "adam_learning_rate": 5e-4,
                     "warmup_steps": 20,
                 },
                 "temperature": 0.05,

@@ -16,6 +16,7 @@ from flax import nnx
 from msa_jax.config import ConfigError, MSAConfig
 from msa_jax.data import Renderer, Tokenizer
 from msa_jax.data.batch import ROUTING
+from msa_jax.layers.attention import SelfAttention
 from msa_jax.model import MSATransformer
 
 _BYTES = 256
@@ -23,9 +24,10 @@ _BYTES = 256
 # held-out questions as inverse document frequencies did, within 0.03, and need no counting.
 _COMMON = 40.0
 _LEAST = 0.05
-# Of the usual token in units of the rarest one's words: with both alike the norm keeps weights nearly in proportion.
-_CONSTANT = 1.0
-_SHARPNESS = 0.1
+# Columns of the embedding that words, special tokens and the token at a question's end have to themselves.
+_WORD, _FRAME, _END, _COLUMNS = 0, 1, 2, 3
+# Attention logits in favour of special tokens, and how much of what was attended to is added to a token.
+_LOGIT, _SCALE = 10.0, 8.0
 
 
 def rarity(tokenizer: Tokenizer, size: int) -> np.ndarray:
@@ -55,51 +57,71 @@ def check(config: MSAConfig) -> None:
         )
 
 
-def _embeddings(table: jax.Array, weights: np.ndarray, last: int, std: float) -> jax.Array:
-    """Words weighted beside a constant (column 0) of the same size; the last token has neither."""
-    table = table * weights[:, None].astype(table.dtype)
-    constant = _CONSTANT * std * table.shape[1] ** 0.5
-    # Not all zeros: the norm's gradient there is without measure.
-    return table.at[:, 0].set(constant).at[last].set(0.0).at[last, 0].set(0.02 * constant)
+def _embeddings(table: jax.Array, weights: np.ndarray, end: int, std: float) -> jax.Array:
+    """Weighted words, each kind of token beside a constant of its own, as large as the rarest word."""
+    kinds = np.zeros((len(weights), _COLUMNS), np.float32)
+    kinds[np.arange(len(weights)), np.where(weights > 0, _WORD, _FRAME)] = 1.0
+    kinds[end] = np.eye(_COLUMNS)[_END]
+    words = weights * (np.arange(len(weights)) != end)
+    kinds = jnp.asarray(kinds * std * table.shape[1] ** 0.5, table.dtype)
+    return (table * words[:, None].astype(table.dtype)).at[:, :_COLUMNS].set(kinds)
+
+
+def _gather(attention: SelfAttention, config: MSAConfig, *, rngs: nnx.Rngs) -> None:
+    """Let the first of stacked layers add the mean of all words so far to the end of a question, and nothing else.
+
+    All other tokens attend to special tokens, which have no value.
+    """
+    c, dtype = config, config.storage_dtype
+    make, words = nnx.initializers.orthogonal(), c.hidden_size - _COLUMNS
+    # Of a head, the dimension that RoPE turns slowest says what is a special token.
+    slowest = c.head_dim // 2 - 1
+    query = np.zeros((c.hidden_size, c.num_heads, c.head_dim), np.float32)
+    query[:_COLUMNS, :, slowest] = np.asarray([1.0, 1.0, -1.0])[:, None]
+    key = make(rngs.params(), (words, c.router_width), jnp.float32).reshape(words, c.num_kv_heads, c.head_dim)
+    key = jnp.pad(key.at[..., slowest].set(0.0), ((_COLUMNS, 0), (0, 0), (0, 0))).at[_FRAME, :, slowest].set(1.0)
+    value = jnp.pad(make(rngs.params(), (words, c.router_width), jnp.float32), ((_COLUMNS, 0), (0, 0)))
+    heads = value.reshape(c.hidden_size, c.num_kv_heads, 1, c.head_dim)
+    heads = jnp.broadcast_to(heads, (*heads.shape[:2], c.group_size, c.head_dim)) / c.group_size
+    flat = lambda x: x.reshape(c.hidden_size, -1)  # noqa: E731
+    for projection, kernel in (
+        (attention.q_proj, flat(query)), (attention.k_proj, flat(key)), (attention.v_proj, value),
+        (attention.o_proj, _SCALE * flat(heads).T),
+    ):  # fmt: skip
+        projection.kernel[...] = projection.kernel[...].at[0].set(jnp.asarray(kernel, dtype))
+    attention.q_norm.scale[...] = attention.q_norm.scale[...].at[0].set(_LOGIT * c.head_dim**-0.5)
+
+
+def _match(attention: SelfAttention, config: MSAConfig, count: int, *, rngs: nnx.Rngs) -> None:
+    """Routing keys hold words apart and no constants; queries do too, and score less where a word stands alone.
+
+    A word's constant goes to one dimension of each head that no key uses.
+    """
+    c, dtype = config, config.storage_dtype
+    make, shape = nnx.initializers.orthogonal(), (c.hidden_size - _COLUMNS, c.num_kv_heads * (c.head_dim - 1))
+    kernel = jnp.stack([make(key, shape, jnp.float32) for key in jax.random.split(rngs.params(), count)])
+    kernel = kernel.reshape(count, shape[0], c.num_kv_heads, c.head_dim - 1)
+    keys = jnp.pad(kernel, ((0, 0), (_COLUMNS, 0), (0, 0), (0, 1)))
+    queries = jnp.repeat(keys.at[:, _WORD, :, -1].set(1.0), c.group_size, axis=2)
+    attention.router_k_proj.kernel[...] = keys.reshape(count, c.hidden_size, -1).astype(dtype)
+    attention.router_q_proj.kernel[...] = queries.reshape(count, c.hidden_size, -1).astype(dtype)
 
 
 def bag_of_words(
-    model: MSATransformer, weights: np.ndarray, last: int, *, embedding_std: float, rngs: nnx.Rngs
+    model: MSATransformer, weights: np.ndarray, end: int, *, embedding_std: float, rngs: nnx.Rngs
 ) -> None:
     """Start as a bag of words, in place, on top of `embedding_stream`.
 
-    Every token's embedding is its word times its weight beside a constant, so that the norm before a layer keeps
-    how rare it is. Layer 0 attends evenly and adds the mean of all words so far, which is nearly all that the last
-    token of a question has. In router layers W_KR keeps words apart and leaves the constant out; W_QR is W_KR, and takes
-    the constant to one dimension of each head that no key uses: it lowers the scores of single words.
+    Every embedding is its word times its weight beside a constant, so that the norm before a layer keeps how rare it
+    is. Layer 0 gives the token at the end of a question the mean of all words before it. Router layers match words.
 
     Args:
       weights: [V] float32, see `rarity`.
-      last: id of the token that ends a question's frame, see `last_routing_token`.
+      end: id of the token that ends a question's frame, see `last_routing_token`.
       embedding_std: of the rarest words' embeddings.
     """
-    c = model.config
-    orthogonal = nnx.initializers.orthogonal()
-    model.embed.embedding[...] = _embeddings(model.embed.embedding[...], weights, last, embedding_std)
-
-    lowest = model.groups[0].attention
-    shape = (c.hidden_size - 1, c.router_width)
-    value = jnp.pad(orthogonal(rngs.params(), shape, jnp.float32), ((1, 0), (0, 0)))
-    heads = value.reshape(c.hidden_size, c.num_kv_heads, 1, c.head_dim)
-    heads = jnp.broadcast_to(heads, (*heads.shape[:2], c.group_size, c.head_dim)) / c.group_size
-    dtype = c.storage_dtype
-    lowest.v_proj.kernel[...] = lowest.v_proj.kernel[...].at[0].set(value.astype(dtype))
-    lowest.o_proj.kernel[...] = lowest.o_proj.kernel[...].at[0].set(heads.reshape(c.hidden_size, -1).T.astype(dtype))
-    lowest.q_norm.scale[...] = lowest.q_norm.scale[...].at[0].set(_SHARPNESS)
-
-    for (is_router, _, count), group in zip(c.layer_groups, model.groups, strict=True):
-        if not is_router:
-            continue
-        words = (c.hidden_size - 1, c.num_kv_heads * (c.head_dim - 1))
-        kernel = jnp.stack([orthogonal(key, words, jnp.float32) for key in jax.random.split(rngs.params(), count)])
-        kernel = kernel.reshape(count, c.hidden_size - 1, c.num_kv_heads, c.head_dim - 1)
-        keys = jnp.pad(kernel, ((0, 0), (1, 0), (0, 0), (0, 1)))
-        queries = jnp.repeat(keys.at[:, 0, :, -1].set(1.0), c.group_size, axis=2)
-        attention = group.attention
-        attention.router_k_proj.kernel[...] = keys.reshape(count, c.hidden_size, -1).astype(dtype)
-        attention.router_q_proj.kernel[...] = queries.reshape(count, c.hidden_size, -1).astype(dtype)
+    model.embed.embedding[...] = _embeddings(model.embed.embedding[...], weights, end, embedding_std)
+    _gather(model.groups[0].attention, model.config, rngs=rngs)
+    for (is_router, _, count), group in zip(model.config.layer_groups, model.groups, strict=True):
+        if is_router:
+            _match(group.attention, model.config, count, rngs=rngs)
