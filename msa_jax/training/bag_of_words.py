@@ -93,9 +93,10 @@ def _gather(attention: SelfAttention, config: MSAConfig, *, rngs: nnx.Rngs) -> N
 
 
 def _match(attention: SelfAttention, config: MSAConfig, count: int, *, rngs: nnx.Rngs) -> None:
-    """Routing keys hold words apart and no constants; queries do too, and score less where a word stands alone.
+    """Routing keys hold words apart; queries do too, and score less where a word stands alone.
 
-    A word's constant goes to one dimension of each head that no key uses.
+    A query's constant goes to one dimension of each head that words in keys do not use. Special tokens have a little
+    there, with the other sign: a chunk of nothing else would have a key of zero, whose gradient is without measure.
     """
     c, dtype = config, config.storage_dtype
     make, shape = nnx.initializers.orthogonal(), (c.hidden_size - _COLUMNS, c.num_kv_heads * (c.head_dim - 1))
@@ -103,6 +104,7 @@ def _match(attention: SelfAttention, config: MSAConfig, count: int, *, rngs: nnx
     kernel = kernel.reshape(count, shape[0], c.num_kv_heads, c.head_dim - 1)
     keys = jnp.pad(kernel, ((0, 0), (_COLUMNS, 0), (0, 0), (0, 1)))
     queries = jnp.repeat(keys.at[:, _WORD, :, -1].set(1.0), c.group_size, axis=2)
+    keys = keys.at[:, _FRAME, :, -1].set(-0.1)
     attention.router_k_proj.kernel[...] = keys.reshape(count, c.hidden_size, -1).astype(dtype)
     attention.router_q_proj.kernel[...] = queries.reshape(count, c.hidden_size, -1).astype(dtype)
 
