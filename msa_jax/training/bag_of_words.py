@@ -70,7 +70,8 @@ def _embeddings(table: jax.Array, weights: np.ndarray, end: int, std: float) -> 
 def _gather(attention: SelfAttention, config: MSAConfig, *, rngs: nnx.Rngs) -> None:
     """Let the first of stacked layers add the mean of all words so far to the end of a question, and nothing else.
 
-    All other tokens attend to special tokens, which have no value.
+    All other tokens attend to special tokens, which have no value. The scale is on the values: on the output
+    projection, the first steps of training would turn into a large offset of every token.
     """
     c, dtype = config, config.storage_dtype
     make, words = nnx.initializers.orthogonal(), c.hidden_size - _COLUMNS
@@ -85,8 +86,8 @@ def _gather(attention: SelfAttention, config: MSAConfig, *, rngs: nnx.Rngs) -> N
     heads = jnp.broadcast_to(heads, (*heads.shape[:2], c.group_size, c.head_dim)) / c.group_size
     flat = lambda x: x.reshape(c.hidden_size, -1)  # noqa: E731
     for projection, kernel in (
-        (attention.q_proj, flat(query)), (attention.k_proj, flat(key)), (attention.v_proj, value),
-        (attention.o_proj, _SCALE * flat(heads).T),
+        (attention.q_proj, flat(query)), (attention.k_proj, flat(key)), (attention.v_proj, _SCALE * value),
+        (attention.o_proj, flat(heads).T),
     ):  # fmt: skip
         projection.kernel[...] = projection.kernel[...].at[0].set(jnp.asarray(kernel, dtype))
     attention.q_norm.scale[...] = attention.q_norm.scale[...].at[0].set(_LOGIT * c.head_dim**-0.5)
