@@ -98,6 +98,8 @@ def _match(attention: SelfAttention, config: MSAConfig, count: int, *, rngs: nnx
 
     A query's constant goes to one dimension of each head that words in keys do not use. Special tokens have a little
     there, with the other sign: a chunk of nothing else would have a key of zero, whose gradient is without measure.
+    W_KR is large because its first steps turn the constant of all words, which the mean over a chunk keeps, into a
+    part that all keys share; of 1 it grew over the words' own in 100 steps of Muon at 0.002, and no key was found.
     """
     c, dtype = config, config.storage_dtype
     make, shape = nnx.initializers.orthogonal(), (c.hidden_size - _COLUMNS, c.num_kv_heads * (c.head_dim - 1))
@@ -105,7 +107,7 @@ def _match(attention: SelfAttention, config: MSAConfig, count: int, *, rngs: nnx
     kernel = kernel.reshape(count, shape[0], c.num_kv_heads, c.head_dim - 1)
     keys = jnp.pad(kernel, ((0, 0), (_COLUMNS, 0), (0, 0), (0, 1)))
     queries = jnp.repeat(keys.at[:, _WORD, :, -1].set(1.0), c.group_size, axis=2)
-    keys = keys.at[:, _FRAME, :, -1].set(-0.1)
+    keys = _SCALE * keys.at[:, _FRAME, :, -1].set(-0.1)
     attention.router_k_proj.kernel[...] = keys.reshape(count, c.hidden_size, -1).astype(dtype)
     attention.router_q_proj.kernel[...] = queries.reshape(count, c.hidden_size, -1).astype(dtype)
 
