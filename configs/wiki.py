@@ -49,7 +49,7 @@ def get_config() -> ConfigDict:
             "training": {
                 "phases": [
                     {"steps": 50, "lm_weight": 0.0, "aux_weight": 1.0},
-                    {"steps": 250, "lm_weight": 0.0, "aux_weight": 1.0, "recent": 7},
+                    {"steps": 350, "lm_weight": 0.0, "aux_weight": 1.0, "recent": 7},
                 ],
                 "optimizer": {
                     "name": "muon",

@@ -107,7 +107,7 @@ def _match(attention: SelfAttention, config: MSAConfig, count: int, *, rngs: nnx
     kernel = kernel.reshape(count, shape[0], c.num_kv_heads, c.head_dim - 1)
     keys = jnp.pad(kernel, ((0, 0), (_COLUMNS, 0), (0, 0), (0, 1)))
     queries = jnp.repeat(keys.at[:, _WORD, :, -1].set(1.0), c.group_size, axis=2)
-    keys = _SCALE * keys.at[:, _FRAME, :, -1].set(-0.1)
+    keys = _SCALE * keys.at[:, _FRAME, :, -1].set(-0.01)
     attention.router_k_proj.kernel[...] = keys.reshape(count, c.hidden_size, -1).astype(dtype)
     attention.router_q_proj.kernel[...] = queries.reshape(count, c.hidden_size, -1).astype(dtype)
 
