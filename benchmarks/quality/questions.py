@@ -29,6 +29,7 @@ from msa_jax.checkpoint import Checkpoints
 from msa_jax.data import CorpusSource, Document, JsonlSource, cut_documents
 from msa_jax.evaluation.retrieval import best_passages, encode_documents, fuse, halves, part_of, recall, router_scores
 from msa_jax.memory import MemoryBank
+from msa_jax.run import make_model
 from msa_jax.trained import load_model, open_run
 
 _RECALL = (1, 5, 10, 16)
@@ -184,6 +185,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results/quality/questions.json"))
     parser.add_argument("--figure", type=pathlib.Path, help="picture to draw")
     parser.add_argument("--mean", action="store_true", help="score by the mean over routing tokens too")
+    parser.add_argument("--untrained", action="store_true", help="ask the model that the run's training starts from")
     parser.add_argument("--seed", type=int, default=1, help="of document numbers")
     args = parser.parse_args()
 
@@ -192,7 +194,8 @@ def main() -> None:
     command = "python -m benchmarks.quality.questions"
     command += f" --workdir {args.workdir.name}" if args.workdir else f" --eval_fraction {args.eval_fraction}"
     command += "" if args.distractors is None else f" --distractors {args.distractors}"
-    record = {"command": command + " --mean" * args.mean, "commit": commit(), **environment()}
+    command += " --mean" * args.mean + " --untrained" * args.untrained
+    record = {"command": command, "commit": commit(), **environment()}
     record |= {"seed": args.seed, "bm25s": bm25s.__version__}
 
     if not args.workdir:
@@ -207,6 +210,8 @@ def main() -> None:
     run = open_run(args.workdir)
     folders = [pathlib.Path(f) for f in args.folders.split(",") if f] or [pathlib.Path(f) for f in run.data.folders]
     model, renderer = load_model(run, args.workdir)
+    if args.untrained:
+        model = make_model(run, renderer.tokenizer)
     source = read_passages(folders, run.data.eval_fraction, args.distractors)
     cut = cut_documents(source, renderer.tokenizer, renderer.body_len, titles=run.data.titles)
     place = {document.id: i for i, document in enumerate(source.documents)}
@@ -217,7 +222,7 @@ def main() -> None:
     )
     seconds = time.monotonic() - begin
     with contextlib.closing(Checkpoints(args.workdir / "checkpoints")) as checkpoints:
-        steps = checkpoints.latest_step
+        steps = 0 if args.untrained else checkpoints.latest_step
     record |= {
         "steps": steps,
         "passages": len(source.documents),

@@ -5,6 +5,7 @@ import sys
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -140,7 +141,7 @@ def test_negatives_are_mined_and_a_run_goes_on_with_them(run, folders, tmp_path,
 
 
 def test_questions_become_a_table_and_a_figure(run, tmp_path, monkeypatch):
-    _, workdir, _, _ = run
+    _, workdir, tokenizer, model = run
     table, figure = tmp_path / "questions.json", tmp_path / "curve.png"
     arguments(monkeypatch, "--workdir", workdir, "--out", table, "--figure", figure)
     questions.main()
@@ -165,6 +166,15 @@ def test_questions_become_a_table_and_a_figure(run, tmp_path, monkeypatch):
     assert fewer["rows"][0]["methods"]["bm25"] == own["methods"]["bm25"]
     assert fewer["rows"][0]["methods"]["router"] == own["methods"]["router"]
     assert "bm25 + router, mean over tokens, fused" in fewer["rows"][1]["methods"]
+
+    spoilt = nnx.clone(model)
+    spoilt.embed.embedding[...] = jnp.ones_like(spoilt.embed.embedding[...])
+    monkeypatch.setattr(questions, "load_model", lambda *_: (spoilt, Renderer(tokenizer, 64)))
+    arguments(monkeypatch, "--workdir", workdir, "--out", table, "--untrained")
+    questions.main()
+    start = json.loads(table.read_text())
+    assert start["steps"] == 0 and start["command"].endswith("--untrained")
+    assert start["rows"][0]["methods"]["router"] == own["methods"]["router"]
 
 
 def test_a_router_alone_has_no_replies_to_learn(folders):
