@@ -7,11 +7,12 @@ Folders as docs/data.md describes them, those with questions.jsonl among them. N
 or a sentence asks for its passage; the rest are half of the real questions, the other half being for evaluation.
 Answers are not trained: a model of 5M parameters that has read nothing but this cannot give them. So samples end with
 the question and the loss is the router's alone. One layer below one router layer: what has to be matched first is
-words, and the stream starts as the embedding alone, with W_QR tied to W_KR, so that rare words match from step 0.
-Hence 16K tokens of vocabulary, and many short documents a batch.
+words, and training starts from a bag of them (docs/training.md), which finds 0.85 of the evidence for HotpotQA's
+questions among the first 16 of its passages. Hence 16K tokens of vocabulary, small learning rates, and many short
+documents a batch.
 
-600 steps, 20 minutes on one core. The last 200 rank among the passages of eight batches. It finds fewer passages than
-BM25; configs/wiki_hard.py goes on from it (docs/results.md).
+400 steps, 8 minutes on two cores. The last 350 rank among the passages of eight batches. Recall@16 of evidence among
+all passages: 0.73 of HotpotQA's, where the start has 0.75 and BM25 0.90 (docs/results.md).
 """
 
 from ml_collections import ConfigDict
