@@ -171,7 +171,6 @@ def make_model(run: RunConfig, tokenizer: Tokenizer, mesh: jax.sharding.Mesh | N
         return hf.load_model(run.init_from, config, seed=training.seed, mesh=mesh, shardings=shardings)
 
     if training.bag_of_words:
-        bag_of_words.check(config)
         weights = bag_of_words.rarity(tokenizer, config.vocab_size)
         last = bag_of_words.last_routing_token(tokenizer)
 

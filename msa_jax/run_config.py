@@ -212,7 +212,12 @@ class RunConfig:
         if run.data.samples == "question" and any(phase.lm_weight for phase in run.training.phases):
             raise ConfigError('data.samples "question" has no replies to learn: set lm_weight of every phase to 0.')
         if not run.init_from:  # a run that is trained needs that folder no more
-            run.model_config(vocab_size=8)
+            layers = run.model_config(vocab_size=8).router_layers
+            if run.training.bag_of_words and layers[0] == 0:
+                raise ConfigError(
+                    "training.bag_of_words sums a question's words in the layer below the first router layer, and "
+                    f"model.router_layers {layers} begin with layer 0; begin with 1, or leave bag_of_words out."
+                )
         return run
 
     def to_dict(self) -> dict[str, Any]:

@@ -26,10 +26,10 @@ from matplotlib.figure import Figure
 
 from benchmarks.measure import commit, environment, write_json
 from msa_jax.checkpoint import Checkpoints
-from msa_jax.data import CorpusSource, Document, JsonlSource, cut_documents
+from msa_jax.data import CorpusSource, Document, JsonlSource, Renderer, cut_documents
 from msa_jax.evaluation.retrieval import best_passages, encode_documents, fuse, halves, part_of, recall, router_scores
 from msa_jax.memory import MemoryBank
-from msa_jax.run import make_model
+from msa_jax.run import make_model, open_tokenizer
 from msa_jax.trained import load_model, open_run
 
 _RECALL = (1, 5, 10, 16)
@@ -209,9 +209,13 @@ def main() -> None:
 
     run = open_run(args.workdir)
     folders = [pathlib.Path(f) for f in args.folders.split(",") if f] or [pathlib.Path(f) for f in run.data.folders]
-    model, renderer = load_model(run, args.workdir)
     if args.untrained:
-        model = make_model(run, renderer.tokenizer)
+        tokenizer = open_tokenizer(run, args.workdir, train=False)
+        model, renderer, steps = make_model(run, tokenizer), Renderer(tokenizer, run.data.document_len), 0
+    else:
+        model, renderer = load_model(run, args.workdir)
+        with contextlib.closing(Checkpoints(args.workdir / "checkpoints")) as checkpoints:
+            steps = checkpoints.latest_step
     source = read_passages(folders, run.data.eval_fraction, args.distractors)
     cut = cut_documents(source, renderer.tokenizer, renderer.body_len, titles=run.data.titles)
     place = {document.id: i for i, document in enumerate(source.documents)}
@@ -221,8 +225,6 @@ def main() -> None:
         model, renderer, cut.documents, row_len=run.row_len(model.config.chunk_size), seed=args.seed
     )
     seconds = time.monotonic() - begin
-    with contextlib.closing(Checkpoints(args.workdir / "checkpoints")) as checkpoints:
-        steps = 0 if args.untrained else checkpoints.latest_step
     record |= {
         "steps": steps,
         "passages": len(source.documents),

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from msa_jax.config import ConfigError, MSAConfig
+from msa_jax.config import MSAConfig
 from msa_jax.data import Renderer, Tokenizer
 from msa_jax.data.batch import ROUTING
 from msa_jax.layers.attention import SelfAttention
@@ -46,15 +46,6 @@ def last_routing_token(tokenizer: Tokenizer) -> int:
     """Id of the token that the frame of every question ends with."""
     ids, roles = Renderer(tokenizer).prompt("")
     return max((i, token) for i, (token, role) in enumerate(zip(ids, roles, strict=True)) if role == ROUTING)[1]
-
-
-def check(config: MSAConfig) -> None:
-    """Raises ConfigError if the model has no layer below its first router layer, where words could be summed."""
-    if config.router_layers[0] == 0:
-        raise ConfigError(
-            "training.bag_of_words sums a question's words in the layer below the first router layer, and "
-            f"model.router_layers {config.router_layers} begin with layer 0; begin with 1, or leave the start out."
-        )
 
 
 def _embeddings(table: jax.Array, weights: np.ndarray, end: int, std: float) -> jax.Array:
