@@ -42,8 +42,8 @@ def get_config() -> ConfigDict:
                 "phases": [{"steps": 200, "lm_weight": 0.0, "aux_weight": 1.0, "recent": 7}],
                 "optimizer": {
                     "name": "muon",
-                    "learning_rate": 0.01,
-                    "adam_learning_rate": 2e-3,
+                    "learning_rate": 0.002,
+                    "adam_learning_rate": 5e-4,
                     "warmup_steps": 20,
                 },
                 "temperature": 0.05,
