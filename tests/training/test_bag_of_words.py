@@ -96,7 +96,7 @@ def test_the_last_token_asks_for_the_sum_of_all_words_and_no_other_token_scores_
         assert cosine.min() > 0.97, cosine
         keys = np.asarray(bank_of(model, documents).routing_keys[layer]).reshape(-1, 2, 32)[..., -1]
         aside = queries[layer].reshape(30, 12, 2, 32)[..., -1]
-        assert -0.1 < keys.min() and keys.max() == 0.0  # no word of a key is where single words of questions are
+        assert -0.2 < keys.min() and keys.max() == 0.0  # no word of a key is where single words of questions are
         assert not aside[:, -1].any() and aside[:, :-1].min() > 0.05
 
 
