@@ -151,8 +151,13 @@ def poison(args):
     return args | {n: jnp.where(held[:, None, None], args[n], jnp.nan) for n in ("bank_k", "bank_v")}
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", CASES)
+def either(name, implementation):
+    """Parameters of a test; half a minute in the interpreter of GPU kernels is for the slow ones."""
+    slow = implementation == "gpu" and name in ("several blocks of queries", "long documents")
+    return pytest.param(name, implementation, marks=[pytest.mark.slow] * slow)
+
+
+@pytest.mark.parametrize(("name", "implementation"), [either(n, i) for i in IMPLEMENTATIONS for n in CASES])
 def test_outputs_and_gradients_are_the_definition(name, implementation):
     args = make(name)
     call = supported(implementation, args)
