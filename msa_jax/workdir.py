@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+from typing import Any
 
 from msa_jax.config import ConfigError
 from msa_jax.files import write_text
@@ -11,6 +12,11 @@ from msa_jax.run_config import RunConfig
 
 # What describes the model that a run went on from.
 INIT_CONFIG = "init_config.json"
+
+
+def written_settings(workdir: pathlib.Path) -> dict[str, Any]:
+    """A run's settings as they were written when it began: the same, whatever settings runs have come to have since."""
+    return json.loads((workdir / "config.json").read_text())
 
 
 def check_workdir(run: RunConfig, workdir: pathlib.Path) -> None:

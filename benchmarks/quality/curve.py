@@ -32,6 +32,7 @@ from msa_jax.plots import token_count
 from msa_jax.run import haystack
 from msa_jax.run_config import RunConfig
 from msa_jax.trained import load_model, open_run, reconfigured
+from msa_jax.workdir import written_settings
 
 SIZES = (16_384, 65_536, 262_144, 1_048_576, 4_194_304, 16_777_216, 64_000_000, 100_000_000)
 # What the paper (arXiv 2603.23516) publishes of its 4B model: under 9 % lost from 16K to 100M tokens on MS MARCO, and
@@ -180,7 +181,7 @@ def main() -> None:
     if "ask" not in steps:
         return
     memory = GrownMemory(folder, model, renderer)
-    settings = {"seed": options.seed, "questions": options.questions, "trained": run.to_dict()}
+    settings = {"seed": options.seed, "questions": options.questions, "trained": written_settings(workdir)}
     settings |= {"memory": {"first": options.first, "documents": len(memory.numbers)}}
     command = "python -m benchmarks.quality.curve --workdir runs/curve --memory FOLDER"
     command += "".join(f" --{name} {getattr(options, name)}" for name in ("questions", "first", "seed", "steps"))

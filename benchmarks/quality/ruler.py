@@ -44,6 +44,7 @@ from msa_jax.model import MSATransformer
 from msa_jax.run import make_source
 from msa_jax.run_config import RunConfig
 from msa_jax.trained import load_model, open_run, reconfigured
+from msa_jax.workdir import written_settings
 
 _LOG = logging.getLogger(__name__)
 _REPORTED = 16
@@ -211,7 +212,7 @@ def main() -> None:
         step = checkpoints.latest_step
     source = make_source(run.data, renderer.tokenizer, "eval")
     # Folders of this machine are left out.
-    trained = run.to_dict() | {"init_from": pathlib.Path(run.init_from).name}
+    trained = written_settings(options.workdir) | {"init_from": pathlib.Path(run.init_from).name}
     trained["tokenizer"] = trained["tokenizer"] | {"path": pathlib.Path(run.tokenizer.path).name}
     settings = {
         "smallest": sizes[0], "questions": options.questions, "seed": options.seed, "steps": step, "run": trained,

@@ -1,6 +1,7 @@
 """Every field of a run can be changed by flag, and what files in configs/ return is valid."""
 
 import importlib.util
+import json
 import sys
 
 import pytest
@@ -9,6 +10,7 @@ from ml_collections import config_flags
 
 from msa_jax.config import ConfigError
 from msa_jax.run_config import RunConfig, full_config
+from msa_jax.workdir import check_workdir, written_settings
 
 
 @pytest.fixture
@@ -77,3 +79,16 @@ def test_unknown_parts_are_refused(settings, parse):
         full_config(settings | {"optimiser": {}})
     with pytest.raises(AttributeError, match="nosuch"):
         parse("--config.training.nosuch=1")
+
+
+def test_settings_stay_as_they_were_written_when_runs_come_to_have_more(settings, tmp_path):
+    run = RunConfig.from_dict(settings)
+    check_workdir(run, tmp_path)
+    path = tmp_path / "config.json"
+    written = json.loads(path.read_text())
+    assert written_settings(tmp_path) == written == json.loads(json.dumps(run.to_dict()))
+    del written["training"]["bag_of_words"]  # as before there was one
+    path.write_text(json.dumps(written))
+    check_workdir(run, tmp_path)
+    assert written_settings(tmp_path) == written != json.loads(json.dumps(run.to_dict()))
+    assert RunConfig.from_dict(written) == run
