@@ -16,7 +16,7 @@ from msa_jax.data import Renderer, Tokenizer
 from msa_jax.model import MSATransformer
 from msa_jax.run import model_skeleton, open_tokenizer
 from msa_jax.run_config import RunConfig
-from msa_jax.workdir import INIT_CONFIG
+from msa_jax.workdir import INIT_CONFIG, written_settings
 
 # Tokens of the longest document that a published checkpoint's bank takes unless told otherwise.
 _ROW_LEN = 4096
@@ -25,7 +25,7 @@ _ROW_LEN = 4096
 def open_run(workdir: str | pathlib.Path) -> RunConfig:
     """The settings of a trained run; raises ConfigError when there is none."""
     try:
-        return RunConfig.from_dict(json.loads((pathlib.Path(workdir) / "config.json").read_text()))
+        return RunConfig.from_dict(written_settings(pathlib.Path(workdir)))
     except (OSError, json.JSONDecodeError) as e:
         raise ConfigError(f"{workdir}: no trained run there ({e}).") from e
 

@@ -31,7 +31,7 @@ def check_workdir(run: RunConfig, workdir: pathlib.Path) -> None:
     mine = json.loads(json.dumps(run.to_dict()))
     if path.is_file():
         # Through the settings of today, so that what a run of yesterday could not say is the default.
-        theirs = json.loads(json.dumps(RunConfig.from_dict(json.loads(path.read_text())).to_dict()))
+        theirs = json.loads(json.dumps(RunConfig.from_dict(written_settings(workdir)).to_dict()))
         differing = [
             f"{part}.{name}"
             for part in ("model", "data", "tokenizer", "training")

@@ -18,10 +18,11 @@ from msa_jax.data import Renderer, Tokenizer
 from msa_jax.data.batch import ROUTING
 from msa_jax.layers.attention import SelfAttention
 from msa_jax.model import MSATransformer
+from msa_jax.training.init import undoing
 
 _BYTES = 256
-# Tokens of a byte-level BPE come by how often they are merged. Weights log(1 + rank / 40) found as many passages of
-# held-out questions as inverse document frequencies did, within 0.03, and need no counting.
+# Tokens of a byte-level BPE come by how often they are merged, so that log(1 + rank / 40) grows like an inverse
+# document frequency, and needs no counting.
 _COMMON = 40.0
 _LEAST = 0.05
 # Columns of the embedding that words, special tokens and the token at a question's end have to themselves.
@@ -73,12 +74,10 @@ def _gather(attention: SelfAttention, config: MSAConfig, *, rngs: nnx.Rngs) -> N
     key = make(rngs.params(), (words, c.router_width), jnp.float32).reshape(words, c.num_kv_heads, c.head_dim)
     key = jnp.pad(key.at[..., slowest].set(0.0), ((_COLUMNS, 0), (0, 0), (0, 0))).at[_FRAME, :, slowest].set(1.0)
     value = jnp.pad(make(rngs.params(), (words, c.router_width), jnp.float32), ((_COLUMNS, 0), (0, 0)))
-    heads = value.reshape(c.hidden_size, c.num_kv_heads, 1, c.head_dim)
-    heads = jnp.broadcast_to(heads, (*heads.shape[:2], c.group_size, c.head_dim)) / c.group_size
     flat = lambda x: x.reshape(c.hidden_size, -1)  # noqa: E731
     for projection, kernel in (
         (attention.q_proj, flat(query)), (attention.k_proj, flat(key)), (attention.v_proj, _SCALE * value),
-        (attention.o_proj, flat(heads).T),
+        (attention.o_proj, undoing(value, c)),
     ):  # fmt: skip
         projection.kernel[...] = projection.kernel[...].at[0].set(jnp.asarray(kernel, dtype))
     attention.q_norm.scale[...] = attention.q_norm.scale[...].at[0].set(_LOGIT * c.head_dim**-0.5)
@@ -90,7 +89,7 @@ def _match(attention: SelfAttention, config: MSAConfig, count: int, *, rngs: nnx
     A query's constant goes to one dimension of each head that words in keys do not use. Special tokens have a little
     there, with the other sign: a chunk of nothing else would have a key of zero, whose gradient is without measure.
     W_KR is large because its first steps turn the constant of all words, which the mean over a chunk keeps, into a
-    part that all keys share; of 1 it grew over the words' own in 100 steps of Muon at 0.002, and no key was found.
+    part that all keys share; in a trial with 1 it drowned the words within 100 steps of Muon at 0.002.
     """
     c, dtype = config, config.storage_dtype
     make, shape = nnx.initializers.orthogonal(), (c.hidden_size - _COLUMNS, c.num_kv_heads * (c.head_dim - 1))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from msa_jax.config import MSAConfig
 from msa_jax.model import MSATransformer
 
 
@@ -42,6 +43,14 @@ def tie_router(model: MSATransformer) -> None:
         group.attention.router_q_proj.kernel[...] = heads.reshape(count, c.hidden_size, -1)
 
 
+def undoing(value: jax.Array, config: MSAConfig) -> jax.Array:
+    """W_O [..., H * D, E] that takes what orthogonal W_V [..., E, M] made back, in equal parts of a group's heads."""
+    c = config
+    heads = value.reshape(*value.shape[:-1], c.num_kv_heads, 1, c.head_dim)
+    heads = jnp.broadcast_to(heads, (*heads.shape[:-2], c.group_size, c.head_dim)) / c.group_size
+    return jnp.swapaxes(heads.reshape(*value.shape[:-1], -1), -1, -2)
+
+
 def copy_circuit(model: MSATransformer, scale: float, *, rngs: nnx.Rngs) -> None:
     """Make value and output projections of router layers copy what is attended to, in place.
 
@@ -55,8 +64,5 @@ def copy_circuit(model: MSATransformer, scale: float, *, rngs: nnx.Rngs) -> None
         make = nnx.initializers.orthogonal()
         keys = jax.random.split(rngs.params(), count)
         value = jnp.stack([make(key, (c.hidden_size, c.router_width), jnp.float32) for key in keys])
-        heads = value.reshape(count, c.hidden_size, c.num_kv_heads, 1, c.head_dim)
-        heads = jnp.broadcast_to(heads, (*heads.shape[:3], c.group_size, c.head_dim)) / c.group_size
-        output = jnp.swapaxes(heads.reshape(count, c.hidden_size, -1), 1, 2)
         group.attention.v_proj.kernel[...] = value.astype(c.storage_dtype)
-        group.attention.o_proj.kernel[...] = (scale * output).astype(c.storage_dtype)
+        group.attention.o_proj.kernel[...] = (scale * undoing(value, c)).astype(c.storage_dtype)
