@@ -3,11 +3,12 @@
     python -m benchmarks.quality.questions --workdir runs/wiki
     python -m benchmarks.quality.questions --folders DIR,DIR,...
 
-The second form is BM25 alone. Passages and questions are those of the run's folders; asked is what its
-`eval_fraction` holds out, and training never saw. Two banks for each set of questions: the set's own passages, and
-those of all folders. Of a passage that was cut into blocks the best block counts. BM25 is bm25s as it comes (its
-defaults: Lucene's formula, k1 1.5, b 0.75, English stop words, no stemming), over whole passages with their titles,
-indexed for each bank.
+The second form is BM25 alone. Passages and questions are those of the run's folders, or of `--folders`; asked is what
+`eval_fraction` holds out, and training never saw. `--split train` asks the other questions, of which what is not
+trained must know nothing either: the start that training goes on from, and BM25. Two banks for each set of questions:
+the set's own passages, and those of all folders. Of a passage that was cut into blocks the best block counts. BM25 is
+bm25s as it comes (its defaults: Lucene's formula, k1 1.5, b 0.75, English stop words, no stemming), over whole passages
+with their titles, indexed for each bank.
 """
 
 from __future__ import annotations
@@ -17,23 +18,21 @@ import contextlib
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import bm25s
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 
 from benchmarks.measure import commit, environment, write_json
+from benchmarks.quality.questions_report import ALL_AT, RECALL_AT, draw, table
 from msa_jax.checkpoint import Checkpoints
 from msa_jax.data import CorpusSource, Document, JsonlSource, Renderer, cut_documents
+from msa_jax.data.sources.base import Split
 from msa_jax.evaluation.retrieval import best_passages, encode_documents, fuse, halves, part_of, recall, router_scores
 from msa_jax.memory import MemoryBank
 from msa_jax.run import make_model, open_tokenizer
 from msa_jax.trained import load_model, open_run
 
-_RECALL = (1, 5, 10, 16)
-_ALL_AT = 16
 _LISTED = 100
 _CURVE = (1, 2, 3, 5, 7, 10, 16, 25, 40, 64, 100)
 
@@ -64,8 +63,8 @@ def scores_of(wanted: list[set[int]], list_at: Callable[[int], list[list[int]]])
     def shares(k):
         return [recall(ranking, found, k) for ranking, found in zip(list_at(k), wanted, strict=True)]
 
-    row = {f"recall@{k}": float(np.mean(shares(k))) for k in _RECALL}
-    row[f"all@{_ALL_AT}"] = float(np.mean([share == 1 for share in shares(_ALL_AT)]))
+    row = {f"recall@{k}": float(np.mean(shares(k))) for k in RECALL_AT}
+    row[f"all@{ALL_AT}"] = float(np.mean([share == 1 for share in shares(ALL_AT)]))
     return row | {"curve": [[k, round(float(np.mean(shares(k))), 4)] for k in _CURVE]}
 
 
@@ -107,18 +106,19 @@ def add_router(case: Case, model, renderer, *, mean_over_tokens: bool) -> None:
 
 def make_cases(
     folders: list[pathlib.Path],
+    split: Split,
     eval_fraction: float,
     bank: MemoryBank | None,
     passages: np.ndarray,
     source: CorpusSource,
 ) -> Iterator[Case]:
-    """Each set's held-out questions on the bank of its own passages and on that of all; without a bank, for BM25."""
+    """Each set's questions of a split on the bank of its own passages and on that of all; without a bank, for BM25."""
     place = {document.id: i for i, document in enumerate(source.documents)}
     texts = [_text(document) for document in source.documents]
     for folder in folders:
         if not (folder / "questions.jsonl").is_file():
             continue
-        own = JsonlSource(folder, "eval", eval_fraction)
+        own = JsonlSource(folder, split, eval_fraction)
         asked = [q.question for q in own.questions]
         wanted = [{place[i] for i in q.supporting_ids} for q in own.questions]
         mine = np.array([place[d.id] for d in own.documents])
@@ -137,6 +137,11 @@ def _text(document: Document) -> str:
     return f"{document.title}: {document.text}"
 
 
+def _names(folders: Iterable[str | pathlib.Path]) -> str:
+    """The folders without where they lie on this machine."""
+    return ",".join(pathlib.Path(folder).name for folder in folders)
+
+
 def read_passages(folders: list[pathlib.Path], eval_fraction: float, distractors: int | None) -> CorpusSource:
     """Passages of all folders; of those without questions only the first `distractors`."""
     source = JsonlSource(folders, "eval", eval_fraction)
@@ -146,41 +151,12 @@ def read_passages(folders: list[pathlib.Path], eval_fraction: float, distractors
     return source.with_([d for d in source.documents if d.id in own] + others, source.questions)
 
 
-def table(rows: list[dict]) -> str:
-    names = [*(f"recall@{k}" for k in _RECALL), f"all@{_ALL_AT}"]
-    lines = [f"| questions | bank | method | {' | '.join(names)} |", "|---|---|---|" + "---:|" * len(names)]
-    for row in rows:
-        for method, scores in row["methods"].items():
-            cells = " | ".join(f"{scores[name]:.3f}" for name in names)
-            where = f"{row['set']} ({row['questions']}) | {row['bank']} ({row['passages']:,})"
-            lines.append(f"| {where} | {method} | {cells} |")
-    return "\n".join(lines)
-
-
-def draw(rows: list[dict], path: pathlib.Path) -> None:
-    """Recall@k over k on the bank of all passages, one panel a set."""
-    shown = [row for row in rows if row["bank"] == "all"]
-    figure = Figure(figsize=(3.6 * len(shown), 3.6), layout="constrained")
-    for row, axes in zip(shown, np.atleast_1d(figure.subplots(1, len(shown), sharey=True)), strict=True):
-        for style, name in zip(("o-", "s-", "^--"), ("bm25", "router", "bm25 + router, fused"), strict=True):
-            axes.plot(*zip(*row["methods"][name]["curve"], strict=True), style, label=name, markersize=4)
-        axes.set_xscale("log")
-        axes.set(title=f"{row['set']}, {row['passages']:,} passages", xlabel="k", ylim=(0, 1))
-        axes.set_xticks([1, 5, 10, 16, 40, 100], labels=["1", "5", "10", "16", "40", "100"])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("recall of supporting passages")
-    figure.axes[0].legend(frameon=False, loc="lower right", fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({"savefig.dpi": 144}):
-        figure.savefig(path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=pathlib.Path, help="of a run of configs/wiki.py; default: BM25 alone")
     parser.add_argument("--folders", default="", help="parted by commas; default: those of the run")
     parser.add_argument("--eval_fraction", type=float, default=0.5, help="share of questions asked, without a run")
+    parser.add_argument("--split", choices=("eval", "train"), default="eval", help="train: those that training asks")
     parser.add_argument("--distractors", type=int, help="passages taken of folders without questions; default: all")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results/quality/questions.json"))
     parser.add_argument("--figure", type=pathlib.Path, help="picture to draw")
@@ -191,24 +167,28 @@ def main() -> None:
 
     if not args.workdir and not args.folders:
         parser.error("give --workdir, or --folders for BM25 alone")
+    if args.split == "train" and args.workdir and not args.untrained:
+        parser.error("--split train asks what the model was trained on; add --untrained, or leave it out")
     command = "python -m benchmarks.quality.questions"
     command += f" --workdir {args.workdir.name}" if args.workdir else f" --eval_fraction {args.eval_fraction}"
+    given = [pathlib.Path(f.strip()) for f in args.folders.split(",") if f.strip()]
+    command += f" --folders {_names(given)}" * bool(given)
+    command += f" --split {args.split}" * (args.split != "eval")
     command += "" if args.distractors is None else f" --distractors {args.distractors}"
     command += " --mean" * args.mean + " --untrained" * args.untrained
     record = {"command": command, "commit": commit(), **environment()}
     record |= {"seed": args.seed, "bm25s": bm25s.__version__}
 
     if not args.workdir:
-        folders = [pathlib.Path(f) for f in args.folders.split(",")]
-        source = read_passages(folders, args.eval_fraction, args.distractors)
+        source = read_passages(given, args.eval_fraction, args.distractors)
         whole = np.arange(len(source.documents))
-        rows = [case.row for case in make_cases(folders, args.eval_fraction, None, whole, source)]
-        write_json(args.out, record | {"folders": [f.name for f in folders], "rows": rows})
+        rows = [case.row for case in make_cases(given, args.split, args.eval_fraction, None, whole, source)]
+        write_json(args.out, record | {"folders": _names(given), "rows": rows})
         print(table(rows))
         return
 
     run = open_run(args.workdir)
-    folders = [pathlib.Path(f) for f in args.folders.split(",") if f] or [pathlib.Path(f) for f in run.data.folders]
+    folders = given or [pathlib.Path(f) for f in run.data.folders]
     if args.untrained:
         tokenizer = open_tokenizer(run, args.workdir, train=False)
         model, renderer, steps = make_model(run, tokenizer), Renderer(tokenizer, run.data.document_len), 0
@@ -232,9 +212,10 @@ def main() -> None:
         "tokens": int(sum(map(len, renderer.tokenizer.encode_batch([_text(d) for d in source.documents])))),
         "chunks": int(bank.layout.num_chunks),
         "encode_seconds": seconds,
-        "config": run.to_dict() | {"data": run.to_dict()["data"] | {"folder": ",".join(f.name for f in folders)}},
+        "folders": _names(folders),
+        "config": run.to_dict() | {"data": run.to_dict()["data"] | {"folder": _names(run.data.folders)}},
     }
-    cases = list(make_cases(folders, run.data.eval_fraction, bank, passages, source))
+    cases = list(make_cases(folders, args.split, run.data.eval_fraction, bank, passages, source))
     rows = [case.row for case in cases]
     for mean in (False, True)[: 1 + args.mean]:
         for case in cases:

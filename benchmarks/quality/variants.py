@@ -30,6 +30,7 @@ _NO_WARM_UP = {
     "training.phases[0].aux_weight": 0.5,
     "training.phases[0].mean_over_tokens": False,
 }
+_LONGER = {"training.phases[1].steps": 360}
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "base": {},
@@ -57,7 +58,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "aux loss in the warm-up only": {"training.phases[1].aux_weight": 0.0},
     "labels for 10 %": {"data.label_fraction": 0.1},
     "30 % unanswerable": {"data.unanswerable": 0.3},
-    "no aux loss, no router bias": _NO_AUX | {"model.router_bias": False},
+    "no aux loss and no router bias": _NO_AUX | {"model.router_bias": False},
+    # What is not learned in the base's steps: is it learned in two and a half times as many?
+    "plain ids and 400 steps": {"tokenizer.numbers": "plain"} | _LONGER,
+    "P 32 and 400 steps": {"model.chunk_size": 32} | _LONGER,
+    "P 64 and 400 steps": {"model.chunk_size": 64} | _LONGER,
 }
 
 
@@ -103,7 +108,7 @@ def find(name: str) -> dict[str, Any]:
 
 def slug(name: str, seed: int) -> str:
     """The folder of a run."""
-    return f"{name.replace(',', '').replace(' ', '_').replace('%', 'percent')}_{seed}"
+    return f"{name.replace(' ', '_').replace('%', 'percent')}_{seed}"
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks.quality import questions
+from benchmarks.quality import documentation, questions
 from msa_jax import trained
 from msa_jax.config import ConfigError
 from msa_jax.data import Renderer, make_dataset
@@ -173,6 +173,43 @@ def test_questions_become_a_table_and_a_figure(run, tmp_path, monkeypatch):
     start = json.loads(table.read_text())
     assert start["steps"] == 0 and start["command"].endswith("--untrained")
     assert start["rows"][0]["methods"]["router"] == own["methods"]["router"]
+
+
+def test_the_other_half_of_the_questions_is_for_what_was_not_trained(run, folders, tmp_path, monkeypatch, capsys):
+    _, workdir, _, _ = run
+    out, extra = tmp_path / "questions.json", tmp_path / "documentation"
+    arguments(monkeypatch, "--out", extra, "--max_chars", 1)
+    with pytest.raises(SystemExit):
+        documentation.main()
+    assert "raise max_chars" in capsys.readouterr().err and not extra.exists()
+    arguments(monkeypatch, "--out", extra, "--max_chars", 1_000_000)
+    documentation.main()
+    added = [json.loads(line) for line in (extra / "documents.jsonl").read_text().splitlines()]
+    assert len(added) > 50 and len({row["id"] for row in added}) == len(added)
+    with pytest.raises(SystemExit):
+        documentation.main()
+    assert "exists; remove it" in capsys.readouterr().err
+
+    rows = {}
+    for split in ("eval", "train"):
+        arguments(monkeypatch, "--folders", f"{folders},{extra}", "--split", split, "--out", out)
+        questions.main()
+        record = json.loads(out.read_text())
+        rows[split] = record["rows"][0]["questions"]
+        assert record["folders"] == "asked,more,documentation"
+        assert [row["passages"] for row in record["rows"]] == [42, 60 + len(added)]
+    assert sum(rows.values()) == 20 and 0 < rows["train"] < 20
+
+    arguments(monkeypatch, "--workdir", workdir, "--split", "train", "--out", tmp_path / "never.json")
+    with pytest.raises(SystemExit):
+        questions.main()
+    assert "asks what the model was trained on" in capsys.readouterr().err and not (tmp_path / "never.json").exists()
+    arguments(monkeypatch, "--workdir", workdir, "--split", "train", "--untrained", "--out", out)
+    questions.main()
+    record = json.loads(out.read_text())
+    assert record["command"].endswith("--split train --untrained") and record["folders"] == "asked,more"
+    assert [row["questions"] for row in record["rows"]] == [rows["train"]] * 2
+    assert record["rows"][0]["methods"]["router"]["recall@16"] > 0.6
 
 
 def test_a_router_alone_has_no_replies_to_learn(folders):
