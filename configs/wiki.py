@@ -24,10 +24,10 @@ def get_config() -> ConfigDict:
     return full_config(
         {
             "model": {
-                "hidden_size": 256,
+                "hidden_size": 384,
                 "num_layers": 2,
-                "num_heads": 4,
-                "num_kv_heads": 4,
+                "num_heads": 6,
+                "num_kv_heads": 6,
                 "head_dim": 64,
                 "mlp_size": 256,
                 "router_layers": (1,),

@@ -15,6 +15,7 @@ from msa_jax import distributed, hf
 from msa_jax.config import ConfigError
 from msa_jax.data import (
     BabiSource,
+    CorpusSource,
     JsonlSource,
     NeedleSource,
     PythonDocsSource,
@@ -61,6 +62,16 @@ def _jsonl(data: DataConfig, split: str) -> JsonlSource:
     )
 
 
+def _corpus(data: DataConfig, split: str) -> CorpusSource:
+    return _jsonl(data, split) if data.source == "jsonl" else _python_docs(data, split)
+
+
+def _cut_corpus(data: DataConfig, tokenizer: Tokenizer, split: str) -> tuple[CorpusSource, Renderer]:
+    """A corpus in blocks that the renderer beside it takes."""
+    renderer = Renderer(tokenizer, data.document_len)
+    return cut_documents(_corpus(data, split), tokenizer, renderer.body_len, titles=data.titles), renderer
+
+
 def _texts(data: DataConfig) -> Iterable[str]:
     """What a tokenizer is trained on."""
     if data.source == "needles":
@@ -75,11 +86,9 @@ def make_source(data: DataConfig, tokenizer: Tokenizer | None, split: Literal["t
     if data.source == "babi":
         return BabiSource(data.folder, data.babi_tasks, split, data.eval_fraction)
     if data.source not in ("needles", "ruler"):
-        corpus = _jsonl(data, split) if data.source == "jsonl" else _python_docs(data, split)
         if tokenizer is None:
-            return corpus
-        renderer = Renderer(tokenizer, data.document_len)
-        corpus = cut_documents(corpus, tokenizer, renderer.body_len, titles=data.titles)
+            return _corpus(data, split)
+        corpus, renderer = _cut_corpus(data, tokenizer, split)
         if split == "eval":
             return corpus
         corpus = fitting_questions(
@@ -171,7 +180,8 @@ def make_model(run: RunConfig, tokenizer: Tokenizer, mesh: jax.sharding.Mesh | N
         return hf.load_model(run.init_from, config, seed=training.seed, mesh=mesh, shardings=shardings)
 
     if training.bag_of_words:
-        weights = bag_of_words.rarity(tokenizer, config.vocab_size)
+        blocks = [document.text for document in _cut_corpus(run.data, tokenizer, "train")[0].documents]
+        weights = bag_of_words.rarity(tokenizer, blocks, config.vocab_size)
         last = bag_of_words.last_routing_token(tokenizer)
 
     def create():

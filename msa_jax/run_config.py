@@ -218,6 +218,11 @@ class RunConfig:
                     "training.bag_of_words sums a question's words in the layer below the first router layer, and "
                     f"model.router_layers {layers} begin with layer 0; begin with 1, or leave bag_of_words out."
                 )
+            if run.training.bag_of_words and run.data.source not in ("jsonl", "python_docs"):
+                raise ConfigError(
+                    "training.bag_of_words weighs words by how many documents hold them, and data.source "
+                    f"{run.data.source!r} makes its documents up; take jsonl or python_docs, or leave bag_of_words out."
+                )
         return run
 
     def to_dict(self) -> dict[str, Any]:

@@ -6,9 +6,9 @@
 The second form is BM25 alone. Passages and questions are those of the run's folders, or of `--folders`; asked is what
 `eval_fraction` holds out, and training never saw. `--split train` asks the other questions, of which what is not
 trained must know nothing either: the start that training goes on from, and BM25. Two banks for each set of questions:
-the set's own passages, and those of all folders. Of a passage that was cut into blocks the best block counts. BM25 is
-bm25s as it comes (its defaults: Lucene's formula, k1 1.5, b 0.75, English stop words, no stemming), over whole passages
-with their titles, indexed for each bank.
+the set's own passages, and those of all folders; with `--beside` a third, of what these folders hold as well. Of a
+passage that was cut into blocks the best block counts. BM25 is bm25s as it comes (its defaults: Lucene's formula, k1
+1.5, b 0.75, English stop words, no stemming), over whole passages with their titles, indexed for each bank.
 """
 
 from __future__ import annotations
@@ -104,6 +104,25 @@ def add_router(case: Case, model, renderer, *, mean_over_tokens: bool) -> None:
     methods[f"bm25 + {name}, halves"] = scores_of(case.wanted, lambda k: [halves(*pair, k) for pair in both])
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A bank of the passages in `chosen`, in that order, of which `passages` [N] its documents are blocks."""
+
+    chosen: np.ndarray
+    bank: MemoryBank | None
+    passages: np.ndarray
+
+
+def choose(bank: MemoryBank | None, passages: np.ndarray, count: int, chosen: np.ndarray) -> Part:
+    """Some of `count` passages, and of a bank whose documents are blocks of `passages` [N]."""
+    if len(chosen) == count:
+        return Part(chosen, bank, passages)
+    local = np.full(count, -1)
+    local[chosen] = np.arange(len(chosen))
+    blocks = np.flatnonzero(local[passages] >= 0)
+    return Part(chosen, part_of(bank, blocks) if bank else None, local[passages[blocks]])
+
+
 def make_cases(
     folders: list[pathlib.Path],
     split: Split,
@@ -111,26 +130,29 @@ def make_cases(
     bank: MemoryBank | None,
     passages: np.ndarray,
     source: CorpusSource,
+    beside: int = 0,
 ) -> Iterator[Case]:
-    """Each set's questions of a split on the bank of its own passages and on that of all; without a bank, for BM25."""
+    """Each set's questions of a split on the bank of its own passages and on that of all; without a bank, for BM25.
+
+    The last `beside` passages are in a third bank only, of all and those.
+    """
     place = {document.id: i for i, document in enumerate(source.documents)}
     texts = [_text(document) for document in source.documents]
+    every = np.arange(len(texts))
+    shared = {"all": choose(bank, passages, len(texts), every[: len(texts) - beside])}
+    if beside:
+        shared["beside"] = choose(bank, passages, len(texts), every)
     for folder in folders:
         if not (folder / "questions.jsonl").is_file():
             continue
         own = JsonlSource(folder, split, eval_fraction)
         asked = [q.question for q in own.questions]
-        wanted = [{place[i] for i in q.supporting_ids} for q in own.questions]
-        mine = np.array([place[d.id] for d in own.documents])
-        local = np.full(len(texts), -1)
-        local[mine] = np.arange(len(mine))
-        blocks = np.flatnonzero(local[passages] >= 0)
-        part = part_of(bank, blocks) if bank else None
-        there = [{int(local[i]) for i in found} for found in wanted]
-        yield make_case(
-            folder.name, "own", part, local[passages[blocks]], [texts[i] for i in mine], asked, there
-        )
-        yield make_case(folder.name, "all", bank, passages, texts, asked, wanted)
+        mine = choose(bank, passages, len(texts), np.array([place[d.id] for d in own.documents]))
+        for kind, part in {"own": mine, **shared}.items():
+            local = {int(passage): i for i, passage in enumerate(part.chosen)}
+            wanted = [{local[place[i]] for i in q.supporting_ids} for q in own.questions]
+            chosen = [texts[i] for i in part.chosen]
+            yield make_case(folder.name, kind, part.bank, part.passages, chosen, asked, wanted)
 
 
 def _text(document: Document) -> str:
@@ -142,13 +164,21 @@ def _names(folders: Iterable[str | pathlib.Path]) -> str:
     return ",".join(pathlib.Path(folder).name for folder in folders)
 
 
-def read_passages(folders: list[pathlib.Path], eval_fraction: float, distractors: int | None) -> CorpusSource:
-    """Passages of all folders; of those without questions only the first `distractors`."""
-    source = JsonlSource(folders, "eval", eval_fraction)
+def read_passages(
+    folders: list[pathlib.Path], eval_fraction: float, distractors: int | None, beside: list[pathlib.Path]
+) -> tuple[CorpusSource, int]:
+    """Passages of all folders, of those without questions only the first `distractors`; last those of `beside` alone.
+
+    Also how many the last are.
+    """
+    source = JsonlSource([*folders, *beside], "eval", eval_fraction)
+    known = {d.id for d in JsonlSource(folders, "eval", eval_fraction).documents}
     asked = [folder for folder in folders if (folder / "questions.jsonl").is_file()]
     own = {d.id for folder in asked for d in JsonlSource(folder, "eval", eval_fraction).documents}
-    others = [d for d in source.documents if d.id not in own][:distractors]
-    return source.with_([d for d in source.documents if d.id in own] + others, source.questions)
+    unasked = known - own
+    others = [d for d in source.documents if d.id in unasked][:distractors]
+    more = [d for d in source.documents if d.id not in known]
+    return source.with_([d for d in source.documents if d.id in own] + others + more, source.questions), len(more)
 
 
 def main() -> None:
@@ -159,6 +189,7 @@ def main() -> None:
     parser.add_argument("--split", choices=("eval", "train"), default="eval", help="train: those that training asks")
     parser.add_argument("--distractors", type=int, help="passages taken of folders without questions; default: all")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results/quality/questions.json"))
+    parser.add_argument("--beside", default="", help="folders of documents, parted by commas, for a third, larger bank")
     parser.add_argument("--figure", type=pathlib.Path, help="picture to draw")
     parser.add_argument("--mean", action="store_true", help="score by the mean over routing tokens too")
     parser.add_argument("--untrained", action="store_true", help="ask the model that the run's training starts from")
@@ -171,8 +202,11 @@ def main() -> None:
         parser.error("--split train asks what the model was trained on; add --untrained, or leave it out")
     command = "python -m benchmarks.quality.questions"
     command += f" --workdir {args.workdir.name}" if args.workdir else f" --eval_fraction {args.eval_fraction}"
-    given = [pathlib.Path(f.strip()) for f in args.folders.split(",") if f.strip()]
+    given, beside = (
+        [pathlib.Path(f.strip()) for f in told.split(",") if f.strip()] for told in (args.folders, args.beside)
+    )
     command += f" --folders {_names(given)}" * bool(given)
+    command += f" --beside {_names(beside)}" * bool(beside)
     command += f" --split {args.split}" * (args.split != "eval")
     command += "" if args.distractors is None else f" --distractors {args.distractors}"
     command += " --mean" * args.mean + " --untrained" * args.untrained
@@ -180,9 +214,9 @@ def main() -> None:
     record |= {"seed": args.seed, "bm25s": bm25s.__version__}
 
     if not args.workdir:
-        source = read_passages(given, args.eval_fraction, args.distractors)
+        source, more = read_passages(given, args.eval_fraction, args.distractors, beside)
         whole = np.arange(len(source.documents))
-        rows = [case.row for case in make_cases(given, args.split, args.eval_fraction, None, whole, source)]
+        rows = [case.row for case in make_cases(given, args.split, args.eval_fraction, None, whole, source, more)]
         write_json(args.out, record | {"folders": _names(given), "rows": rows})
         print(table(rows))
         return
@@ -196,7 +230,7 @@ def main() -> None:
         model, renderer = load_model(run, args.workdir)
         with contextlib.closing(Checkpoints(args.workdir / "checkpoints")) as checkpoints:
             steps = checkpoints.latest_step
-    source = read_passages(folders, run.data.eval_fraction, args.distractors)
+    source, more = read_passages(folders, run.data.eval_fraction, args.distractors, beside)
     cut = cut_documents(source, renderer.tokenizer, renderer.body_len, titles=run.data.titles)
     place = {document.id: i for i, document in enumerate(source.documents)}
     passages = np.array([place[d.id] if d.id in place else place[d.id.rpartition("/")[0]] for d in cut.documents])
@@ -215,7 +249,7 @@ def main() -> None:
         "folders": _names(folders),
         "config": run.to_dict() | {"data": run.to_dict()["data"] | {"folder": _names(run.data.folders)}},
     }
-    cases = list(make_cases(folders, args.split, run.data.eval_fraction, bank, passages, source))
+    cases = list(make_cases(folders, args.split, run.data.eval_fraction, bank, passages, source, more))
     rows = [case.row for case in cases]
     for mean in (False, True)[: 1 + args.mean]:
         for case in cases:

@@ -1,12 +1,15 @@
 """A start at which the router ranks documents by the rare words that they share with the whole question.
 
 Routing scores a document by its best chunk for the best of the question's tokens (arXiv 2603.23516, section 3.2), and
-one token of a question is one word. Here the question's last token begins as the sum of all its words, each with a
-weight that grows with its rarity, and a chunk's key as that of its own: the cosine of two bags of words, whose vectors
-are random. Parameters only, the architecture is untouched.
+one token of a question is one word. Here the question's last token begins as the sum of all its words, each with its
+inverse document frequency (Spärck Jones, 1972) as weight, and a chunk's key as that of its own: the cosine of two bags
+of words, whose vectors are random. Parameters only, the architecture is untouched.
 """
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -20,27 +23,28 @@ from msa_jax.layers.attention import SelfAttention
 from msa_jax.model import MSATransformer
 from msa_jax.training.init import undoing
 
-_BYTES = 256
-# Tokens of a byte-level BPE come by how often they are merged, so that log(1 + rank / 40) grows like an inverse
-# document frequency, and needs no counting.
-_COMMON = 40.0
-_LEAST = 0.05
+_LEAST = 0.01
+_TEXTS_AT_ONCE = 1000
 # Columns of the embedding that words, special tokens and the token at a question's end have to themselves.
 _WORD, _FRAME, _END, _COLUMNS = 0, 1, 2, 3
 # Attention logits in favour of special tokens, and how much of what was attended to is added to a token.
 _LOGIT, _SCALE = 10.0, 8.0
 
 
-def rarity(tokenizer: Tokenizer, size: int) -> np.ndarray:
-    """[V] float32 weights of `size` tokens in 0..1, by their rank in a byte-level BPE vocabulary.
+def rarity(tokenizer: Tokenizer, texts: Iterable[str], size: int) -> np.ndarray:
+    """[V] float32 weights of `size` tokens in 0.01..1: log of the inverse share of texts that hold them.
 
-    0.05 or less for bytes; 0 for special tokens, which frames and numbers are made of.
+    1 for what no text holds; 0 for special tokens, which frames and numbers are made of.
     """
-    special = np.zeros(size, bool)
-    special[[tokenizer.token_id(token) for token in tokenizer.template.special_tokens]] = True
-    rank = np.cumsum(~special) - 1 - _BYTES
-    weights = np.maximum(np.log1p(np.maximum(rank, 0) / _COMMON), _LEAST)
-    return np.where(special, 0.0, weights / weights.max()).astype(np.float32)
+    held, count = np.zeros(size, np.int64), 0
+    for some in itertools.batched(texts, _TEXTS_AT_ONCE):
+        count += len(some)
+        for ids in tokenizer.encode_batch(some):
+            held[np.unique(np.asarray(ids, np.int64))] += 1
+    weights = np.log((count + 1) / (held + 1)) / np.log(count + 1)
+    weights = np.maximum(weights, _LEAST)
+    weights[[tokenizer.token_id(token) for token in tokenizer.template.special_tokens]] = 0.0
+    return weights.astype(np.float32)
 
 
 def last_routing_token(tokenizer: Tokenizer) -> int:

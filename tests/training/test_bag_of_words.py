@@ -152,15 +152,21 @@ def tokenizer():
     return Tokenizer.train(texts, 420, Template.compact(id_digits=3))
 
 
-def test_frequent_words_weigh_less_and_frames_nothing(tokenizer):
-    weights = bag_of_words.rarity(tokenizer, 450)
-    assert weights.shape == (450,) and weights.dtype == np.float32 and weights.max() == 1.0
+def test_words_weigh_as_their_inverse_document_frequency_and_frames_nothing(tokenizer, monkeypatch):
+    texts = ["bage dimo dimo", "bage fupa", "bage dimo", "bage", "bage gali bage"]
+    weights = bag_of_words.rarity(tokenizer, texts, 450)
+    assert weights.shape == (450,) and weights.dtype == np.float32
     special = [tokenizer.token_id(token) for token in tokenizer.template.special_tokens]
-    assert not weights[special].any()
-    bytes_ = [tokenizer.token_id(c) for c in "abz09"]
-    assert (weights[bytes_] == weights[bytes_][0]).all() and 0 < weights[bytes_][0] < 0.1
-    words = np.arange(max(*special, 256 + len(special)) + 40, tokenizer.vocab_size)
-    assert len(words) > 10 and (np.diff(weights[words]) > 0).all()
+    assert not weights[special].any() and np.delete(weights, special).min() == np.float32(0.01)
+
+    (first,) = tokenizer.encode("bage")
+    unseen = tokenizer.token_id("z")
+    assert weights[first] == np.float32(0.01) and weights[unseen] == 1.0  # in all five texts, and in none
+    for word, held in (("dimo", 2), ("fupa", 1), ("gali", 1)):
+        (token,) = tokenizer.encode(f" {word}")
+        np.testing.assert_allclose(weights[token], np.log(6 / (held + 1)) / np.log(6), rtol=1e-6)
+    monkeypatch.setattr(bag_of_words, "_TEXTS_AT_ONCE", 2)  # and none is lost where batches meet
+    np.testing.assert_array_equal(bag_of_words.rarity(tokenizer, iter(texts), 450), weights)
 
 
 @pytest.mark.parametrize("template", [Template.compact(id_digits=3), Template.paper(id_digits=3)])
@@ -179,6 +185,7 @@ def settings(**training):
             "hidden_size": 64, "num_layers": 2, "num_heads": 1, "num_kv_heads": 1, "head_dim": 64,
             "router_layers": (1,),
         },
+        "data": {"source": "python_docs", "max_chars": 1_000_000},
         "training": {"phases": [{"steps": 1}], "embedding_std": 0.5, "bag_of_words": True, **training},
     }  # fmt: skip
 
@@ -200,6 +207,14 @@ def test_a_run_starts_so(tokenizer):
 def test_what_it_needs_is_said(changes):
     with pytest.raises(ConfigError, match="bag_of_words ties the router itself"):
         RunConfig.from_dict(settings(**changes))
+
+
+@pytest.mark.parametrize("source", ["needles", "ruler", "babi"])
+def test_documents_that_are_made_up_have_no_words_to_count(source):
+    values = settings()
+    values["data"] = {"source": source, "folder": "somewhere"}
+    with pytest.raises(ConfigError, match=f"data.source '{source}' makes its documents up; take jsonl"):
+        RunConfig.from_dict(values)
 
 
 def test_a_router_in_layer_0_has_nothing_below_it():
