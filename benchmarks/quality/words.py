@@ -17,8 +17,8 @@ import numpy as np
 import scipy.sparse as sp
 
 from benchmarks.measure import commit, environment, write_json
-from benchmarks.quality.questions import read_passages
-from msa_jax.data import JsonlSource, Renderer, cut_documents
+from benchmarks.quality.questions_cases import cut_passages, read_passages
+from msa_jax.data import JsonlSource, Renderer
 from msa_jax.data.batch import ROUTING
 from msa_jax.evaluation.retrieval import recall
 from msa_jax.run import open_tokenizer
@@ -59,9 +59,8 @@ def main() -> None:
     renderer = Renderer(tokenizer, run.data.document_len)
     folders = [pathlib.Path(folder) for folder in run.data.folders]
     source, _ = read_passages(folders, run.data.eval_fraction, None, [])
-    blocks = cut_documents(source, tokenizer, renderer.body_len, titles=run.data.titles).documents
+    blocks, owner = cut_passages(source, renderer, titles=run.data.titles)
     place = {document.id: i for i, document in enumerate(source.documents)}
-    owner = [place[d.id] if d.id in place else place[d.id.rpartition("/")[0]] for d in blocks]
     weights = rarity(tokenizer, [d.text for d in blocks], tokenizer.vocab_size)
     rendered = [np.asarray(renderer.render_document(d, 0)) for d in blocks]
     sets = {
@@ -91,8 +90,9 @@ def main() -> None:
                 wanted = [{place[i] for i in question.supporting_ids} for question in asked.questions]
                 best = np.maximum.reduceat(scores, np.flatnonzero(np.diff(passages, prepend=-1)), axis=1)
                 row[f"recall@{_AT}"][name] = {}
-                for bank, some in (("own", [place[d.id] for d in asked.documents]), ("all", list(place.values()))):
-                    ranked = np.asarray(some)[np.argsort(-best[:, some], kind="stable")[:, :_AT]]
+                own = np.isin(np.arange(len(place)), [place[d.id] for d in asked.documents])
+                for bank, some in (("own", own), ("all", True)):
+                    ranked = np.argsort(np.where(some, -best, np.inf), kind="stable")[:, :_AT]
                     shares = [recall(one, found, _AT) for one, found in zip(ranked.tolist(), wanted, strict=True)]
                     row[f"recall@{_AT}"][name][bank] = float(np.mean(shares))
             record["rows"].append(row)
