@@ -1,7 +1,7 @@
 """Write the documentation of this Python and of all installed packages as a folder of documents, for larger banks.
 
-    python -m benchmarks.quality.documentation --out runs/documentation --sources
-    python -m benchmarks.quality.questions --workdir runs/wiki --folders DIR,DIR,...,runs/documentation
+    python -m benchmarks.quality.documentation --out runs/documentation --max_chars 12000000
+    python -m benchmarks.quality.questions --workdir runs/wiki_10M --beside runs/documentation
 
 Other packages give other text: what a bank holds is only the same on a machine with the same packages.
 """
