@@ -15,7 +15,6 @@ from msa_jax import distributed, hf
 from msa_jax.config import ConfigError
 from msa_jax.data import (
     BabiSource,
-    CorpusSource,
     JsonlSource,
     NeedleSource,
     PythonDocsSource,
@@ -62,16 +61,6 @@ def _jsonl(data: DataConfig, split: str) -> JsonlSource:
     )
 
 
-def _corpus(data: DataConfig, split: str) -> CorpusSource:
-    return _jsonl(data, split) if data.source == "jsonl" else _python_docs(data, split)
-
-
-def _cut_corpus(data: DataConfig, tokenizer: Tokenizer, split: str) -> tuple[CorpusSource, Renderer]:
-    """A corpus in blocks that the renderer beside it takes."""
-    renderer = Renderer(tokenizer, data.document_len)
-    return cut_documents(_corpus(data, split), tokenizer, renderer.body_len, titles=data.titles), renderer
-
-
 def _texts(data: DataConfig) -> Iterable[str]:
     """What a tokenizer is trained on."""
     if data.source == "needles":
@@ -86,9 +75,11 @@ def make_source(data: DataConfig, tokenizer: Tokenizer | None, split: Literal["t
     if data.source == "babi":
         return BabiSource(data.folder, data.babi_tasks, split, data.eval_fraction)
     if data.source not in ("needles", "ruler"):
+        corpus = _jsonl(data, split) if data.source == "jsonl" else _python_docs(data, split)
         if tokenizer is None:
-            return _corpus(data, split)
-        corpus, renderer = _cut_corpus(data, tokenizer, split)
+            return corpus
+        renderer = Renderer(tokenizer, data.document_len)
+        corpus = cut_documents(corpus, tokenizer, renderer.body_len, titles=data.titles)
         if split == "eval":
             return corpus
         corpus = fitting_questions(
@@ -163,8 +154,13 @@ def make_mesh(run: RunConfig) -> jax.sharding.Mesh | None:
     return mesh
 
 
-def make_model(run: RunConfig, tokenizer: Tokenizer, mesh: jax.sharding.Mesh | None = None) -> MSATransformer:
+def make_model(
+    run: RunConfig, tokenizer: Tokenizer, mesh: jax.sharding.Mesh | None = None, *, source: Source | None = None
+) -> MSATransformer:
     """The model at the start of training; on a mesh, every parameter is made where it stays.
+
+    Args:
+      source: that of training, if it is there already: a start as a bag of words counts words in its documents.
 
     Raises:
       ConfigError: the vocabulary does not fit the model, or the mesh does not divide the model.
@@ -180,8 +176,8 @@ def make_model(run: RunConfig, tokenizer: Tokenizer, mesh: jax.sharding.Mesh | N
         return hf.load_model(run.init_from, config, seed=training.seed, mesh=mesh, shardings=shardings)
 
     if training.bag_of_words:
-        blocks = [document.text for document in _cut_corpus(run.data, tokenizer, "train")[0].documents]
-        weights = bag_of_words.rarity(tokenizer, blocks, config.vocab_size)
+        documents = (source or make_source(run.data, tokenizer, "train")).documents
+        weights = bag_of_words.rarity(tokenizer, (document.text for document in documents), config.vocab_size)
         last = bag_of_words.last_routing_token(tokenizer)
 
     def create():
@@ -220,7 +216,7 @@ def train_run(run: RunConfig, workdir: str | pathlib.Path) -> TrainingResult:
     check_workdir(run, workdir)
     tokenizer = open_tokenizer(run, workdir, train=True)
     source = make_source(run.data, tokenizer, "train")
-    model = make_model(run, tokenizer, mesh)
+    model = make_model(run, tokenizer, mesh, source=source)
     if mesh:
         _LOG.info("mesh %s over %d processes", dict(mesh.shape), jax.process_count())
     dataset = make_dataset(

@@ -34,7 +34,8 @@ from benchmarks.quality.questions_cases import (
 )
 from benchmarks.quality.questions_report import draw, table
 from msa_jax.checkpoint import Checkpoints
-from msa_jax.data import Renderer
+from msa_jax.config import ConfigError
+from msa_jax.data import DataError, Renderer
 from msa_jax.evaluation.retrieval import best_passages, encode_documents, fuse, halves, router_scores
 from msa_jax.run import make_model, open_tokenizer
 from msa_jax.trained import load_model, open_run
@@ -112,6 +113,7 @@ def main() -> None:
 
     run = open_run(args.workdir)
     folders = given or [pathlib.Path(f) for f in run.data.folders]
+    source, more = read_passages(folders, run.data.eval_fraction, args.distractors, beside)
     if args.untrained:
         tokenizer = open_tokenizer(run, args.workdir, train=False)
         model, renderer, steps = make_model(run, tokenizer), Renderer(tokenizer, run.data.document_len), 0
@@ -119,7 +121,6 @@ def main() -> None:
         model, renderer = load_model(run, args.workdir)
         with contextlib.closing(Checkpoints(args.workdir / "checkpoints")) as checkpoints:
             steps = checkpoints.latest_step
-    source, more = read_passages(folders, run.data.eval_fraction, args.distractors, beside)
     blocks, passages = cut_passages(source, renderer, titles=run.data.titles)
     begin = time.monotonic()
     bank = encode_documents(
@@ -148,4 +149,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ConfigError, DataError) as error:
+        raise SystemExit(f"questions: {error}") from None
