@@ -23,6 +23,8 @@ REMAT_POLICIES = ("none", "dots", "full")
 DTYPES = ("float32", "bfloat16")
 # How a model runs, not what it is: these may change between a bank's encoding and its asking.
 RUNTIME_SETTINGS = ("top_k", "top_k_method", "top_k_recall", "router_bias_scale", "implementation", "remat")
+# What came after banks were first written, and the value that says what those were encoded with.
+LATER_SETTINGS = {"proportional_attention": False}
 
 
 class ConfigError(ValueError):
@@ -72,6 +74,9 @@ class AttentionConfig:
       router_bias_init: initial beta.
       router_bias_scale: multiplies beta. Above 1 when a memory of many times the documents of the training is asked:
         among more documents the best scores lie closer together, and the attention reads several as one.
+      proportional_attention: add `log P` to the logits of chunks, so that a pooled chunk weighs as much as the P tokens
+        it stands for (Token Merging, arXiv 2210.09461, section 3.2). Without it a chunk weighs as much as one
+        token, and a small model with P of 32 or more learns to read no chunk at all. Not in the paper; off for parity.
       implementation: of the operations on the bank, see `pallas_kernels`: None for the best of the platform, or
         "xla", "tpu", "gpu", which never falls back.
       dtype: compute dtype. Softmax, pooling, norms and scores are float32 whatever it is.
@@ -93,6 +98,7 @@ class AttentionConfig:
     router_bias: bool = False
     router_bias_init: float = 20.0
     router_bias_scale: float = 1.0
+    proportional_attention: bool = False
     implementation: str | None = None
     dtype: str = "float32"
     param_dtype: str = "float32"

@@ -117,6 +117,7 @@ def published_config(config: MSAConfig) -> dict[str, Any]:
         "jax_routing_score": config.routing_score,
         "jax_router_bias": config.router_bias,
         "jax_router_bias_init": config.router_bias_init,
+        "jax_proportional_attention": config.proportional_attention,
         "jax_dtype": config.dtype,
     }
     return {

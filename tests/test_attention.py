@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from msa_jax import AttentionConfig, MemorySparseAttention, MSAConfig
 from msa_jax.layers.attention import SelfAttention, pool_chunks
 from msa_jax.layers.block import DecoderBlock, scan_stack, stack
-from msa_jax.memory import DocumentLayout
+from msa_jax.memory import DocumentLayout, LayerMemory
 
 B, T, N, E, W, P = 2, 5, 4, 10, 8, 4
 CONFIG = AttentionConfig(hidden_size=E, num_heads=6, num_kv_heads=2, head_dim=4, chunk_size=P, top_k=2)
@@ -162,6 +164,26 @@ def test_the_output_trains_the_router_with_a_router_bias_alone(router_bias):
     grads = jax.jit(jax.grad(loss))(params)
     assert np.any(grads["router_q_proj"]["kernel"][...]) == router_bias
     assert not router_bias or np.any(grads["router_beta"][...])
+
+
+@settings(max_examples=10)
+@given(seed=st.integers(0, 2**31 - 1), alike=st.booleans())
+def test_a_chunk_of_equal_tokens_weighs_as_the_tokens_themselves(seed, alike):
+    # Documents whose chunks hold P equal tokens each, read as chunks and as single tokens.
+    chunks = N * W // P
+    keys, values = normal(seed, chunks, 2, 4), normal(seed + 1, chunks, 2, 4)
+    routing_keys = normal(seed + 2, chunks, 8)
+    routing_keys /= np.linalg.norm(routing_keys, axis=-1, keepdims=True)
+    config = dataclasses.replace(CONFIG, proportional_attention=True, router_bias=alike, router_bias_init=3.0)
+
+    def read(chunk_size, times, proportional=True):
+        changed = dataclasses.replace(config, chunk_size=chunk_size, proportional_attention=proportional)
+        layout = DocumentLayout.from_chunk_documents(np.repeat(np.arange(N), W // P * times), N)
+        kept = LayerMemory(*(jnp.asarray(a.repeat(times, 0)) for a in (routing_keys, keys, values)), layout=layout)
+        return call(layer=MemorySparseAttention(changed, rngs=nnx.Rngs(0)), memory=kept).out
+
+    np.testing.assert_allclose(read(P, 1), read(1, P), rtol=2e-5, atol=2e-6)
+    assert not np.allclose(read(P, 1, proportional=False), read(1, P), atol=1e-3)
 
 
 def test_dot_routing_depends_on_the_length_of_vectors():

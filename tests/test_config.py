@@ -120,6 +120,7 @@ CONFIGS = [
     MSAConfig(),
     MSAConfig.preset("qwen3_4b", dtype="bfloat16", param_dtype="bfloat16", remat="full"),
     MSAConfig(router_layers=(0, 3), routing_score="dot", router_bias=True, position_offset=3, tie_embeddings=False),
+    MSAConfig(proportional_attention=True),
 ]
 
 

@@ -144,6 +144,7 @@ def numpy_msa(layer, documents, x, positions, visible):
     for n in np.argsort(-scores)[: c.top_k]:
         if visible[n]:
             bias = c.router_bias_scale * w["router_beta"] * (scores[n] - best) if c.router_bias else np.zeros(H)
+            bias = bias + np.log(c.chunk_size) * c.proportional_attention
             parts.insert(0, (*chunks[n], np.broadcast_to(bias, (len(chunks[n][0]), H))))
     keys, values, bias = (np.concatenate(p) for p in zip(*parts, strict=True))
     read = len(keys) - len(x)
@@ -165,6 +166,8 @@ FORMS = {
     "sparse": dict(),
     "router bias": dict(router_bias=True, router_bias_init=3.0),
     "sharper router bias": dict(router_bias=True, router_bias_init=3.0, router_bias_scale=2.5),
+    "proportional": dict(proportional_attention=True),
+    "proportional, with a router bias": dict(proportional_attention=True, router_bias=True, router_bias_init=3.0),
 }
 
 

@@ -30,6 +30,7 @@ _NO_WARM_UP = {
     "training.phases[0].aux_weight": 0.5,
     "training.phases[0].mean_over_tokens": False,
 }
+_PROPORTIONAL = {"model.proportional_attention": True}
 _LONGER = {"training.phases[1].steps": 360}
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -63,6 +64,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plain ids and 400 steps": {"tokenizer.numbers": "plain"} | _LONGER,
     "P 32 and 400 steps": {"model.chunk_size": 32} | _LONGER,
     "P 64 and 400 steps": {"model.chunk_size": 64} | _LONGER,
+    # A chunk that weighs as much as its tokens.
+    "proportional": _PROPORTIONAL,
+    "P 32 proportional": {"model.chunk_size": 32} | _PROPORTIONAL,
+    "P 32 proportional and 400 steps": {"model.chunk_size": 32} | _PROPORTIONAL | _LONGER,
+    "P 64 proportional and 400 steps": {"model.chunk_size": 64} | _PROPORTIONAL | _LONGER,
+    "no original text proportional": {"data.samples": "latent"} | _PROPORTIONAL,
 }
 
 

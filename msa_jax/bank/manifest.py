@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from msa_jax.config import RUNTIME_SETTINGS
+from msa_jax.config import LATER_SETTINGS, RUNTIME_SETTINGS
 from msa_jax.data.tokenizer import Tokenizer
 from msa_jax.model import MSATransformer
 
@@ -141,7 +141,11 @@ def fingerprint_of(model: MSATransformer) -> str:
 
     What only steers how a model runs does not count.
     """
-    config = {name: value for name, value in model.config.to_dict().items() if name not in RUNTIME_SETTINGS}
+    config = {
+        name: value
+        for name, value in model.config.to_dict().items()
+        if name not in RUNTIME_SETTINGS and (name, value) not in LATER_SETTINGS.items()
+    }
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         value = variable[...]

@@ -7,6 +7,8 @@ C = R * W / P chunks, N documents, k documents selected.
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
@@ -310,8 +312,7 @@ class MemorySparseAttention(SelfAttention):
                 )
                 selection = routing.select(scores, memory.layout, **how)
             selection = selection if also is None else routing.merge(selection, also)
-        bias = routing.bias_of(selection, c.router_bias_scale * self.router_beta[...]) if c.router_bias else None
-        last = dict(bias=bias, mask=mask, implementation=implementation)
+        last = dict(bias=self._bias(selection), mask=mask, implementation=implementation)
         if memory.layout.axes is not None:
             out = sharded.attend(q, k, v, memory, selection, **last)
         else:
@@ -325,3 +326,14 @@ class MemorySparseAttention(SelfAttention):
             selection=selection,
             query=query,
         )
+
+    def _bias(self, selection: routing.Selection) -> jax.Array | None:
+        """What is added to the logits of the selected documents' chunks, [B, k, H] float32; None for nothing."""
+        c = self.config
+        if c.router_bias:
+            bias = routing.bias_of(selection, c.router_bias_scale * self.router_beta[...])
+        elif c.proportional_attention:
+            bias = jnp.zeros((*selection.lengths.shape, c.num_heads), jnp.float32)
+        else:
+            return None
+        return bias + math.log(c.chunk_size) if c.proportional_attention else bias

@@ -13,6 +13,7 @@ from msa_jax.bank.loading import load
 from msa_jax.bank.manifest import BankError, BankSpec, fingerprint_of
 from msa_jax.bank.store import ARRAYS, MemoryStore
 from msa_jax.bank.table import BankDocument
+from msa_jax.config import MSAConfig
 from msa_jax.data.batch import pack_documents
 from tests.bank.drawn import Bytes, create, rendered
 from tests.test_bank_encoder import P, close, model_of
@@ -139,11 +140,19 @@ def test_bad_documents_are_named_and_nothing_of_them_is_written(tmp_path):
             encoder_of(row_len=25)
 
 
+def test_a_bank_of_before_a_setting_was_there_is_still_its_models(monkeypatch):
+    now, later = fingerprint_of(model_of()), {"proportional_attention"}
+    known = MSAConfig.to_dict
+    monkeypatch.setattr(MSAConfig, "to_dict", lambda c: {k: v for k, v in known(c).items() if k not in later})
+    assert fingerprint_of(model_of()) == now
+
+
 def test_another_models_or_tokenizers_bank_is_refused(tmp_path):
     model = model_of()
     assert fingerprint_of(model) == fingerprint_of(model_of())
     assert fingerprint_of(model) == fingerprint_of(model_of(top_k=2, router_bias_scale=2.0))
     assert fingerprint_of(model) != fingerprint_of(model_of(router_bias_init=4.0))
+    assert fingerprint_of(model) != fingerprint_of(model_of(proportional_attention=True))
     spec = BankSpec.of(model, Bytes())
     for field, message in (("fingerprint", "made by another model .fingerprint"), ("text", "another tokenizer or doc")):
         with MemoryStore.create(tmp_path / field, dataclasses.replace(spec, **{field: "of another"})) as store:
