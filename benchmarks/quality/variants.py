@@ -32,6 +32,8 @@ _NO_WARM_UP = {
 }
 _PROPORTIONAL = {"model.proportional_attention": True}
 _LONGER = {"training.phases[1].steps": 360}
+_LONGEST = {"training.phases[1].steps": 560}
+_LOUD = {"training.copy_scale": 2.0}
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "base": {},
@@ -63,13 +65,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # What is not learned in the base's steps: is it learned in two and a half times as many?
     "plain ids and 400 steps": {"tokenizer.numbers": "plain"} | _LONGER,
     "P 32 and 400 steps": {"model.chunk_size": 32} | _LONGER,
-    "P 64 and 400 steps": {"model.chunk_size": 64} | _LONGER,
-    # A chunk that weighs as much as its tokens.
+    # A chunk that weighs as much as its tokens. With P 64 four times the copying makes up for four times the mean.
     "proportional": _PROPORTIONAL,
-    "P 32 proportional": {"model.chunk_size": 32} | _PROPORTIONAL,
     "P 32 proportional and 400 steps": {"model.chunk_size": 32} | _PROPORTIONAL | _LONGER,
-    "P 64 proportional and 400 steps": {"model.chunk_size": 64} | _PROPORTIONAL | _LONGER,
-    "no original text proportional": {"data.samples": "latent"} | _PROPORTIONAL,
+    "P 64 proportional and 600 steps": {"model.chunk_size": 64} | _PROPORTIONAL | _LOUD | _LONGEST,
+    "P 64 and 600 steps": {"model.chunk_size": 64} | _LOUD | _LONGEST,
 }
 
 
