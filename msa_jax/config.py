@@ -75,8 +75,9 @@ class AttentionConfig:
       router_bias_scale: multiplies beta. Above 1 when a memory of many times the documents of the training is asked:
         among more documents the best scores lie closer together, and the attention reads several as one.
       proportional_attention: add `log P` to the logits of chunks, so that a pooled chunk weighs as much as the P tokens
-        it stands for (Token Merging, arXiv 2210.09461, section 3.2). Without it a chunk weighs as much as one
-        token, and a small model with P of 32 or more learns to read no chunk at all. Not in the paper; off for parity.
+        it stands for (Token Merging, arXiv 2210.09461, section 3.2); also to a document's last chunk, which may hold
+        fewer. Without it a chunk weighs as much as one token, and small models with P of 32 or 64 learned to write no
+        document number (docs/results.md). Not in the paper; off for parity.
       implementation: of the operations on the bank, see `pallas_kernels`: None for the best of the platform, or
         "xla", "tpu", "gpu", which never falls back.
       dtype: compute dtype. Softmax, pooling, norms and scores are float32 whatever it is.

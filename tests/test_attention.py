@@ -167,14 +167,14 @@ def test_the_output_trains_the_router_with_a_router_bias_alone(router_bias):
 
 
 @settings(max_examples=10)
-@given(seed=st.integers(0, 2**31 - 1), alike=st.booleans())
-def test_a_chunk_of_equal_tokens_weighs_as_the_tokens_themselves(seed, alike):
+@given(seed=st.integers(0, 2**31 - 1), biased=st.booleans())
+def test_a_chunk_of_equal_tokens_weighs_as_the_tokens_themselves(seed, biased):
     # Documents whose chunks hold P equal tokens each, read as chunks and as single tokens.
     chunks = N * W // P
     keys, values = normal(seed, chunks, 2, 4), normal(seed + 1, chunks, 2, 4)
     routing_keys = normal(seed + 2, chunks, 8)
     routing_keys /= np.linalg.norm(routing_keys, axis=-1, keepdims=True)
-    config = dataclasses.replace(CONFIG, proportional_attention=True, router_bias=alike, router_bias_init=3.0)
+    config = dataclasses.replace(CONFIG, proportional_attention=True, router_bias=biased, router_bias_init=3.0)
 
     def read(chunk_size, times, proportional=True):
         changed = dataclasses.replace(config, chunk_size=chunk_size, proportional_attention=proportional)
