@@ -76,14 +76,21 @@ def find_way(name: str) -> Way:
 def bm25_numbers(memory: Memory, *, count: int, whole_keys: bool = False) -> list[list[int]]:
     """The `count` best documents for every question by BM25 over their texts, numbers best first.
 
-    No stop words are left out, since keys may be made of them. With `whole_keys` a key like `left-match` is one word,
-    which tells a searcher what a reader would have to know: that the order of its parts matters.
+    Words that every question has are left out of the questions: they tell none from another, and where documents seldom
+    hold them they outweigh a key. There are no other stop words, since keys may be made of them. With `whole_keys` a
+    key like `left-match` is one word, which tells a searcher what a reader would have to know: that the order of its
+    parts matters.
     """
     pattern = r"(?u)[\w-]+" if whole_keys else r"(?u)\b\w+\b"
-    split = lambda texts: bm25s.tokenize(texts, stopwords=None, token_pattern=pattern, show_progress=False)  # noqa: E731
+
+    def split(texts: list[str]) -> list[list[str]]:
+        return bm25s.tokenize(texts, stopwords=None, token_pattern=pattern, return_ids=False, show_progress=False)
+
     retriever = bm25s.BM25()
     retriever.index(split([memory.originals[n].text for n in memory.numbers]), show_progress=False)
     asked = split([question.question for question in memory.questions])
+    frame = set.intersection(*map(set, asked)) if len(asked) > 1 else set()
+    asked = [[word for word in words if word not in frame] for words in asked]
     found, _ = retriever.retrieve(asked, k=min(count, len(memory.numbers)), show_progress=False)
     return [[memory.numbers[place] for place in row] for row in found.tolist()]
 

@@ -21,7 +21,8 @@ from benchmarks.quality.variants import CONFIG, VARIANTS, command, load_config, 
 from msa_jax.bank import encode_bank
 from msa_jax.checkpoint import CheckpointError, Checkpoints
 from msa_jax.config import ConfigError
-from msa_jax.data import make_dataset
+from msa_jax.data import Document, Question, make_dataset
+from msa_jax.evaluation.memories import Memory
 from msa_jax.inference import AskConfig
 from msa_jax.run import make_model, make_source, open_tokenizer
 from msa_jax.trained import load_model
@@ -184,6 +185,17 @@ def test_ways_to_ask(trained, quick_compiles):
     random = given("random reader")
     assert random != [(n,) for n in wanted] and all(row[0] in memory.originals for row in random)
     assert given("generate") == given("no context") == [()] * 6
+
+
+def test_bm25_does_not_look_for_the_words_that_every_question_has():
+    """One short document of them alone would be the first for any question."""
+    texts = {1: "left-match is 5", 2: "mentioned", 3: "match-left is 7", 4: "a left match of right and left", 5: "none"}
+    questions = [Question("q", f"Which number is mentioned for {key}?", (), ()) for key in ("left-match", "match-left")]
+    originals = {n: Document(str(n), "", text) for n, text in texts.items()}
+    memory = Memory(packed=None, originals=originals, numbers=list(texts), place={}, questions=questions, tokens=0)
+    first = lambda **options: [row[0] for row in ways.bm25_numbers(memory, count=2, **options)]  # noqa: E731
+    assert first(whole_keys=True) == [1, 3]
+    assert 2 not in first()
 
 
 def test_a_checkpoint_that_is_not_there_is_named(config, trained):
