@@ -34,11 +34,17 @@ def final_params(settings, workdir):
 
 
 def command(root, config_file, workdir, *flags):
-    # One device, the program without a mesh; tests in this process run on all devices that it has.
+    # One device, the program without a mesh; tests in this process run on all devices that it has. What is compiled is
+    # kept beside the workdir, so that a run that goes on does not compile again.
+    changed = {
+        "PYTHONPATH": str(root),
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    }
     return subprocess.Popen(
         [sys.executable, root / "train.py", f"--config={config_file}", f"--workdir={workdir}", *flags],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=os.environ | {"PYTHONPATH": str(root), "XLA_FLAGS": "--xla_force_host_platform_device_count=1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | changed,
     )  # fmt: skip
 
 

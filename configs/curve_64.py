@@ -1,0 +1,35 @@
+"""The curve's needles with chunks of 64 tokens: a memory of a quarter of the size, one chunk for every document.
+
+    python train.py --config=configs/curve_64.py --workdir=runs/curve_64
+    python -m benchmarks.quality.curve --workdir runs/curve_64 --memory FOLDER \\
+        --folders wiki_passages,hotpotqa,musique --sizes 16384,262144,1048576,10000000 --top_k 16 --questions 128
+
+The recipe of configs/small.py with keys of three words, numbers of seven digits and a bank that grows to 64K tokens: in
+the last 440 steps a question is asked of its own 32 documents and of the 992 of the 31 batches before. A chunk weighs
+as much as its tokens, and is copied from four times as loudly, since it is a mean over four times as many.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.small import get_config as small
+
+
+def get_config() -> ConfigDict:
+    config = small()
+    config.data.key_format = "{a}-{b}-{n}"
+    config.data.question_len = 144
+    config.tokenizer.id_digits = 7
+    config.model.chunk_size = 64
+    config.model.proportional_attention = True
+    config.model.router_bias_init = 60.0
+    config.training.copy_scale = 2.0
+    config.training.max_targets = 40
+    config.training.max_routing = 40
+    config.training.checkpoint_every = 100
+    config.training.phases = [
+        {"steps": 40, "lm_weight": 0.1, "aux_weight": 1.0, "lr_scale": 1.0, "mean_over_tokens": True, "recent": 0},
+        {"steps": 560, "lm_weight": 1.0, "aux_weight": 0.5, "lr_scale": 1.0, "mean_over_tokens": False, "recent": 0},
+        {"steps": 160, "lm_weight": 1.0, "aux_weight": 0.5, "lr_scale": 1.0, "mean_over_tokens": False, "recent": 7},
+        {"steps": 440, "lm_weight": 1.0, "aux_weight": 0.5, "lr_scale": 1.0, "mean_over_tokens": False, "recent": 31},
+    ]
+    return config
