@@ -6,7 +6,8 @@
 
 The recipe of configs/small.py with keys of three words, numbers of seven digits and a bank that grows to 64K tokens: in
 the last 440 steps a question is asked of its own 32 documents and of the 992 of the 31 batches before. A chunk weighs
-as much as its tokens, and is copied from four times as loudly, since it is a mean over four times as many.
+as much as its tokens. What is copied from it starts eight times as loud as from one of 16 tokens, since it is a mean: with
+twice less, numbers were begun to be learned 150 steps later.
 """
 
 from ml_collections import ConfigDict
@@ -22,7 +23,7 @@ def get_config() -> ConfigDict:
     config.model.chunk_size = 64
     config.model.proportional_attention = True
     config.model.router_bias_init = 60.0
-    config.training.copy_scale = 2.0
+    config.training.copy_scale = 4.0
     config.training.max_targets = 40
     config.training.max_routing = 40
     config.training.checkpoint_every = 100
