@@ -156,6 +156,15 @@ def encode(run: RunConfig, model, renderer: Renderer, options: argparse.Namespac
     memory.fill(questions, blocks, rows_per_step=128)
 
 
+def command(options: argparse.Namespace) -> str:
+    """What was asked for, without the machine's paths."""
+    names = ",".join(pathlib.Path(folder).name for folder in options.folders.split(",") if folder)
+    words = [f"python -m benchmarks.quality.curve --workdir runs/{pathlib.Path(options.workdir).name} --memory FOLDER"]
+    words += [f"--folders {names}"] * bool(names)
+    kept = ("sizes", "top_k", "router_bias_scale", "questions", "first", "seed", "steps")
+    return " ".join(words + [f"--{name} {getattr(options, name)}" for name in kept])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", required=True, help="of the trained run")
@@ -163,6 +172,7 @@ def main() -> None:
     parser.add_argument("--folders", default="", help="folders with a documents.jsonl, more haystack; commas between")
     parser.add_argument("--sizes", default=",".join(map(str, SIZES)), help="tokens of memory")
     parser.add_argument("--top_k", default="1,16")
+    parser.add_argument("--router_bias_scale", type=float, default=1.0, help="as the model's; default %(default)s")
     parser.add_argument("--questions", type=int, default=512)
     parser.add_argument("--first", type=int, default=65_536, help="tokens in which all questions' documents lie")
     parser.add_argument("--seed", type=int, default=1)
@@ -183,13 +193,12 @@ def main() -> None:
     memory = GrownMemory(folder, model, renderer)
     settings = {"seed": options.seed, "questions": options.questions, "trained": written_settings(workdir)}
     settings |= {"memory": {"first": options.first, "documents": len(memory.numbers)}}
-    command = "python -m benchmarks.quality.curve --workdir runs/curve --memory FOLDER"
-    command += "".join(f" --{name} {getattr(options, name)}" for name in ("questions", "first", "seed", "steps"))
-    record = {"command": command, "commit": commit(), "settings": settings, "rows": []} | environment()
+    settings |= {"router_bias_scale": options.router_bias_scale}
+    record = {"command": command(options), "commit": commit(), "settings": settings, "rows": []} | environment()
     out = options.out or workdir / "curve.json"
     if out.exists():
         there = json.loads(out.read_text())
-        if there["settings"] != json.loads(json.dumps(settings)):
+        if {"router_bias_scale": 1.0} | there["settings"] != json.loads(json.dumps(settings)):
             raise DataError(f"{out} holds scores of another model, memory or number of questions; give another --out")
         record["rows"] = there["rows"]
     done = {(row["memory_tokens"], row["top_k"]) for row in record["rows"]}
@@ -198,7 +207,8 @@ def main() -> None:
             if (size, top_k) in done:
                 continue
             most = min(options.questions, _MOST.get(size, options.questions))
-            row = {"top_k": top_k} | ask(reconfigured(model, top_k=top_k), renderer, memory, size, most)
+            asked = reconfigured(model, top_k=top_k, router_bias_scale=options.router_bias_scale)
+            row = {"top_k": top_k} | ask(asked, renderer, memory, size, most)
             record |= {"encode_seconds": round(memory.seconds), "encoded_documents": memory.done}
             row["peak_resident_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
             record["rows"].append(row)

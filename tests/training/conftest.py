@@ -1,10 +1,21 @@
 """A run small enough for tests: needles in a haystack of made-up sentences, a model of two layers."""
 
+import contextlib
 import copy
+import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
+
+from msa_jax.checkpoint import Checkpoints
+from msa_jax.data import make_dataset
+from msa_jax.run import make_model, make_source, open_tokenizer
+from msa_jax.training.optimizer import make_optimizer
+from msa_jax.training.step import init_state
+from msa_jax.workdir import check_workdir
 
 WORDS = (
     "river stone cloud field paper light music garden window market winter summer bridge letter copper "
@@ -90,3 +101,31 @@ def config_file(settings, tmp_path):
     path = tmp_path / "config.py"
     write_config(path, settings)
     return path
+
+
+@pytest.fixture(scope="module")
+def quick_compiles():
+    """For tests whose time is compilation: little is optimised."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def dataset_of(run, tokenizer, **changes):
+    given = dict(
+        num_documents=run.data.num_documents, num_questions=run.data.num_questions, chunk_size=16,
+        row_len=run.row_len(16), question_len=run.data.question_len, seed=3,
+    )  # fmt: skip
+    return make_dataset(make_source(run.data, tokenizer, "train"), tokenizer, **given | changes)
+
+
+def save_start(run, workdir):
+    """A workdir with a checkpoint of step 1 that holds what training starts from: a run without the time it takes."""
+    check_workdir(run, workdir)
+    tokenizer = open_tokenizer(run, workdir, train=True)
+    params = nnx.as_pure(nnx.state(make_model(run, tokenizer)))
+    state = init_state(params, make_optimizer(run.training), run.training)
+    with contextlib.closing(Checkpoints(workdir / "checkpoints", keep=3)) as checkpoints:
+        checkpoints.save(1, dataclasses.replace(state, step=state.step + 1), iter(dataset_of(run, tokenizer)))
+        checkpoints.wait()

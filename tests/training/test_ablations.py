@@ -1,51 +1,27 @@
 """The harness of ablations and the ways to ask, on a tiny model as it starts."""
 
-import contextlib
 import copy
-import dataclasses
 import json
 import pathlib
 import shlex
 import sys
 
-import jax
 import numpy as np
 import pytest
 from absl import flags
-from flax import nnx
 from ml_collections import config_flags
 
 from benchmarks.quality import ablation_report, ablations, asked, ways
 from benchmarks.quality.asked import Results, memory_of
 from benchmarks.quality.variants import CONFIG, VARIANTS, command, load_config, make_run, slug
 from msa_jax.bank import encode_bank
-from msa_jax.checkpoint import CheckpointError, Checkpoints
+from msa_jax.checkpoint import CheckpointError
 from msa_jax.config import ConfigError
-from msa_jax.data import Document, Question, make_dataset
+from msa_jax.data import Document, Question
 from msa_jax.evaluation.memories import Memory
 from msa_jax.inference import AskConfig
-from msa_jax.run import make_model, make_source, open_tokenizer
 from msa_jax.trained import load_model
-from msa_jax.training.optimizer import make_optimizer
-from msa_jax.training.step import init_state
-from msa_jax.workdir import check_workdir
-from tests.training.conftest import SETTINGS
-
-
-def dataset_of(run, tokenizer, **changes):
-    given = dict(
-        num_documents=run.data.num_documents, num_questions=run.data.num_questions, chunk_size=16,
-        row_len=run.row_len(16), question_len=run.data.question_len, seed=3,
-    )  # fmt: skip
-    return make_dataset(make_source(run.data, tokenizer, "train"), tokenizer, **given | changes)
-
-
-@pytest.fixture(scope="module")
-def quick_compiles():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+from tests.training.conftest import SETTINGS, dataset_of, save_start
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +37,7 @@ def config(haystack, tmp_path_factory):
     )
     run = make_run(load_config(path), {}, 5)
     workdir = path.parent / "runs" / slug("base", 5)
-    check_workdir(run, workdir)
-    tokenizer = open_tokenizer(run, workdir, train=True)
-    params = nnx.as_pure(nnx.state(make_model(run, tokenizer)))
-    state = init_state(params, make_optimizer(run.training), run.training)
-    with contextlib.closing(Checkpoints(workdir / "checkpoints", keep=3)) as checkpoints:
-        checkpoints.save(1, dataclasses.replace(state, step=state.step + 1), iter(dataset_of(run, tokenizer)))
-        checkpoints.wait()
+    save_start(run, workdir)
     (workdir / "metrics.jsonl").write_text("")
     return path
 
