@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import itertools
 import json
 import logging
 import pathlib
@@ -118,13 +117,12 @@ class Memories:
         some = [pair for block in self._source.haystack(task, numbers, rng) for pair in zip(*block, strict=True)]
         return max(1, round(tokens / np.mean([len(self._renderer.render_document(d, n)) for d, n in some])))
 
-    def _grown(self, name: str, count: int, tokens: int, questions, blocks) -> GrownMemory:
-        """A memory of at most `count` documents that has so many tokens, or all its documents."""
+    def _grown(self, name: str, count: int, tokens: int | None, questions, blocks) -> GrownMemory:
+        """A memory of at most `count` documents that has so many tokens, if that is given, or all its documents."""
         made_of = self._made_of | {"of": name}
         memory = GrownMemory(self._folder / name, self._encoder, self._renderer, documents=count, of=made_of)
-        if memory.done < count and memory.tokens < tokens:
-            missing = itertools.takewhile(lambda _: memory.tokens < tokens, blocks)
-            memory.fill(questions, missing, rows_per_step=self._rows)
+        if memory.done < count and (tokens is None or memory.tokens < tokens):
+            memory.fill(questions, blocks, rows_per_step=self._rows, tokens=tokens)
         return memory
 
     def of(self, task: str) -> tuple[GrownMemory, GrownMemory]:
@@ -139,7 +137,7 @@ class Memories:
         questions, blocks = self._source.memory(
             first, self._options.questions, needles, task=task, numbers=numbers[:first]
         )
-        memory = self._grown(task, first, _LARGEST, questions, blocks)
+        memory = self._grown(task, first, None, questions, blocks)
         if kind not in self._behind:
             if haystack == "essay":
                 # Where text is gone through again its documents are shorter, and more are needed.

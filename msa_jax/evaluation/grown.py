@@ -101,14 +101,23 @@ class GrownMemory:
         path = self.folder / name
         return np.memmap(path, dtype, "r+" if path.exists() else "w+", shape=shape)
 
-    def fill(self, questions: Sequence[Question], blocks: Blocks, *, rows_per_step: int, progress: bool = True) -> None:
-        """Encode what is missing. Blocks must be the same every time; those that are there already are passed over."""
+    def fill(
+        self, questions: Sequence[Question], blocks: Blocks, *, rows_per_step: int, tokens: int | None = None,
+        progress: bool = True,
+    ) -> None:  # fmt: skip
+        """Encode what is missing, of all blocks or until there are so many tokens.
+
+        Blocks must be the same every time; those that are there already are passed over.
+        """
         self.questions, self.place = list(questions), {}
         wanted = {i for q in questions for i in q.supporting_ids}
         encoder = RowEncoder(self._model)
         row_len = -(-(self.renderer.body_len + self.renderer.document_overhead) // self._chunk) * self._chunk
         first = 0
-        with tqdm(total=len(self.numbers), desc="encode", unit="doc", mininterval=5.0, disable=not progress) as bar:
+        total, unit = (len(self.numbers), "doc") if tokens is None else (tokens, "tok")
+        with tqdm(
+            total=total, desc="encode", unit=unit, unit_scale=True, mininterval=5.0, disable=not progress
+        ) as bar:  # fmt: skip
             for documents, numbers in blocks:
                 last = first + len(documents)
                 self.place |= {d.id: first + i for i, d in enumerate(documents) if d.id in wanted}
@@ -120,8 +129,10 @@ class GrownMemory:
                 if len(self.place) == len(wanted) and not self._known.exists():
                     asked = [dataclasses.asdict(q) for q in self.questions]
                     write_text(self._known, json.dumps({"questions": asked, "place": self.place}))
-                bar.update(last - first)
+                bar.update((last if tokens is None else min(self.tokens, tokens)) - bar.n)
                 first = last
+                if tokens is not None and self.tokens >= tokens:
+                    break
         missing = wanted - self.place.keys()
         if missing:
             raise DataError(f"the memory lacks {len(missing)} documents that its questions need")

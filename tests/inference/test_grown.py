@@ -58,6 +58,20 @@ def memory(tmp_path_factory, renderer):
     return GrownMemory(folder, model_of(), renderer)
 
 
+def test_it_fills_until_there_are_so_many_tokens(tmp_path, renderer, memory, capsys):
+    """And shows how many of those there are; what is there already is passed over, and counts."""
+    half = int(memory.token_ends[3])
+    some = GrownMemory(tmp_path, model_of(), renderer, documents=len(NUMBERS))
+    some.fill(QUESTIONS[:2], blocks(stop=6), rows_per_step=2, tokens=half)
+    assert some.done == 6 and int(memory.token_ends[2]) < half <= some.tokens
+    again = GrownMemory(tmp_path, model_of(), renderer, documents=len(NUMBERS))
+    again.fill(QUESTIONS, blocks(), rows_per_step=2, tokens=some.tokens + 1)
+    assert again.done == len(NUMBERS) and again.tokens == memory.tokens
+    shown = capsys.readouterr().err
+    for wanted in (half, some.tokens + 1):
+        assert f"100%|██████████| {wanted:.1f}/{wanted:.1f} [" in shown
+
+
 def test_every_part_is_the_bank_of_its_documents(memory, renderer):
     texts = [renderer.render_document(d, n) for d, n in zip(documents(), NUMBERS, strict=True)]
     sizes = np.cumsum([len(t) for t in texts])
