@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 
 import bm25s
 import numpy as np
 
+from benchmarks.quality.bm25 import rank
 from benchmarks.quality.questions_report import ALL_AT, RECALL_AT
 from msa_jax.data import CorpusSource, Document, JsonlSource, Renderer, cut_documents
 from msa_jax.data.sources.base import Split
@@ -46,10 +48,8 @@ def cut_passages(source: CorpusSource, renderer: Renderer, *, titles: bool) -> t
 
 def rank_bm25(texts: list[str], questions: list[str], count: int) -> list[list[int]]:
     """The best passages for each question by BM25, best first."""
-    index = bm25s.BM25()
-    index.index(bm25s.tokenize(texts, show_progress=False), show_progress=False)
-    asked = bm25s.tokenize(questions, show_progress=False)
-    return index.retrieve(asked, k=min(count, len(texts)), show_progress=False).documents.tolist()
+    split = functools.partial(bm25s.tokenize, show_progress=False)
+    return rank(split(texts), split(questions), count)
 
 
 def scores_of(wanted: list[set[int]], list_at: Callable[[int], list[list[int]]]) -> dict:

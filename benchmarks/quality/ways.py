@@ -9,6 +9,7 @@ from typing import Any, Literal
 import bm25s
 import numpy as np
 
+from benchmarks.quality.bm25 import rank
 from msa_jax.bank.quantization import quantize
 from msa_jax.config import ConfigError
 from msa_jax.data import Renderer
@@ -86,13 +87,11 @@ def bm25_numbers(memory: Memory, *, count: int, whole_keys: bool = False) -> lis
     def split(texts: list[str]) -> list[list[str]]:
         return bm25s.tokenize(texts, stopwords=None, token_pattern=pattern, return_ids=False, show_progress=False)
 
-    retriever = bm25s.BM25()
-    retriever.index(split([memory.originals[n].text for n in memory.numbers]), show_progress=False)
     asked = split([question.question for question in memory.questions])
     frame = set.intersection(*map(set, asked)) if len(asked) > 1 else set()
     asked = [[word for word in words if word not in frame] for words in asked]
-    found, _ = retriever.retrieve(asked, k=min(count, len(memory.numbers)), show_progress=False)
-    return [[memory.numbers[place] for place in row] for row in found.tolist()]
+    found = rank(split([memory.originals[n].text for n in memory.numbers]), asked, count)
+    return [[memory.numbers[place] for place in row] for row in found]
 
 
 def recall(found: Sequence[Sequence[int]], memory: Memory, n: int) -> float:
