@@ -7,7 +7,10 @@
 The recipe of configs/small.py with keys of three words, numbers of seven digits and a bank that grows to 64K tokens: in
 the last 440 steps a question is asked of its own 32 documents and of the 992 of the 31 batches before. A chunk weighs
 as much as its tokens, and what is copied from it starts eight times as loud as in the curve, since it is a mean of
-more: with `copy_scale` 2 numbers had not begun to be learned at step 510, with 4 they had at step 350 (one seed).
+more: with `copy_scale` 2 numbers had not begun to be learned at step 510, with 4 they do at step 340 to 430.
+
+1,200 steps, 13 to 15 minutes on one core beside a busy one. Exact match, mean of seeds 0, 1, 2: 0.995 at 16K tokens of
+memory, 0.990 at 1M, 0.961 at 10M, there 0.977 with the router bias doubled in asking (docs/results.md).
 """
 
 from ml_collections import ConfigDict
