@@ -130,7 +130,7 @@ def test_a_run_learns_and_survives_every_interruption(root, settings, config_fil
         train_run(RunConfig.from_dict(settings), cut)
 
 
-def test_moving_average_is_kept_and_used(settings, tmp_path):
+def test_moving_average_is_kept_and_used(settings, tmp_path, quick_compiles):
     settings["training"]["phases"] = [{"steps": 2}]
     settings["training"]["optimizer"]["ema_decay"] = 0.75
     run = RunConfig.from_dict(settings)
