@@ -45,6 +45,15 @@ def programs_are_not_kept(monkeypatch):
     monkeypatch.setattr("msa_jax.compilation.keep_programs", lambda folder: None)
 
 
+@pytest.fixture(scope="module")
+def quick_compiles():
+    """Compile with little optimisation: of tiny models, most of the time is compilation."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="session")
 def root() -> pathlib.Path:
     """The root of the repository."""

@@ -2,22 +2,12 @@
 
 import contextlib
 
-import jax
 import pytest
 
 from msa_jax.bank import MemoryStore
 from msa_jax.inference import Session
 from tests.inference.sessions import BASE, SINGLE
 from tests.inference.small import ASK, encoder, model_of, renderer
-
-
-@pytest.fixture(scope="module")
-def quick_compiles():
-    """Compile with little optimisation: of tiny models, most of the time is compilation."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture

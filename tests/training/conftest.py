@@ -5,7 +5,6 @@ import copy
 import dataclasses
 import json
 
-import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -101,15 +100,6 @@ def config_file(settings, tmp_path):
     path = tmp_path / "config.py"
     write_config(path, settings)
     return path
-
-
-@pytest.fixture(scope="module")
-def quick_compiles():
-    """For tests whose time is compilation: little is optimised."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def dataset_of(run, tokenizer, **changes):

@@ -14,20 +14,14 @@ from msa_jax.data import Renderer, make_dataset
 from msa_jax.run import make_model, make_source, open_tokenizer
 from msa_jax.run_config import RunConfig
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 @pytest.fixture
 def run(settings):
     settings["training"] |= {"phases": [{"steps": 4}], "checkpoint_every": 2, "log_every": 2}
     settings["data"] |= {"num_documents": 6, "num_questions": 3, "document_len": 77}
     return RunConfig.from_dict(settings)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @jax.jit
