@@ -82,9 +82,11 @@ def test_a_run_learns_and_survives_every_interruption(root, settings, config_fil
     cut = tmp_path / "cut"
     process = command(root, config_file, cut)
     wait_for_step(process, cut, 16)
+    process.send_signal(signal.SIGSTOP)  # else it might end before it has been refused here
     with pytest.raises(ConfigError, match="another training process"):
         train_run(run, cut)
     process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGCONT)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     assert "'finished': False" in output
@@ -93,6 +95,7 @@ def test_a_run_learns_and_survives_every_interruption(root, settings, config_fil
     wait_for_step(process, cut, 63)
     process.kill()
     process.communicate()
+    assert process.returncode == -signal.SIGKILL and logged(cut)[-1]["step"] < 120
     process = command(root, config_file, cut)
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
