@@ -22,6 +22,7 @@ from matplotlib.ticker import NullLocator
 from tqdm import tqdm
 
 from benchmarks.measure import commit, environment, write_json
+from msa_jax.config import ConfigError
 from msa_jax.data import DataError, JsonlSource, NeedleSource, PythonDocsSource, Renderer, frequent_words
 from msa_jax.evaluation.evaluate import means, score
 from msa_jax.evaluation.grown import GrownMemory, Part
@@ -184,6 +185,11 @@ def main() -> None:
     workdir = pathlib.Path(options.workdir)
     run = open_run(workdir)
     model, renderer = load_model(run, workdir)
+    ks = [int(k) for k in options.top_k.split(",")]
+    try:
+        asked = {k: reconfigured(model, top_k=k, router_bias_scale=options.router_bias_scale) for k in ks}
+    except ConfigError as error:
+        raise SystemExit(f"curve: {error}") from None
     folder = pathlib.Path(options.memory)
     steps = options.steps.split(",")
     if "encode" in steps:
@@ -199,16 +205,16 @@ def main() -> None:
     if out.exists():
         there = json.loads(out.read_text())
         if {"router_bias_scale": 1.0} | there["settings"] != json.loads(json.dumps(settings)):
-            raise DataError(f"{out} holds scores of another model, memory or number of questions; give another --out")
+            of = "another model, memory, router bias or number of questions"
+            raise DataError(f"{out} holds scores of {of}; give another --out")
         record["rows"] = there["rows"]
     done = {(row["memory_tokens"], row["top_k"]) for row in record["rows"]}
     for size in sizes:
-        for top_k in map(int, options.top_k.split(",")):
+        for top_k in ks:
             if (size, top_k) in done:
                 continue
             most = min(options.questions, _MOST.get(size, options.questions))
-            asked = reconfigured(model, top_k=top_k, router_bias_scale=options.router_bias_scale)
-            row = {"top_k": top_k} | ask(asked, renderer, memory, size, most)
+            row = {"top_k": top_k} | ask(asked[top_k], renderer, memory, size, most)
             record |= {"encode_seconds": round(memory.seconds), "encoded_documents": memory.done}
             row["peak_resident_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
             record["rows"].append(row)

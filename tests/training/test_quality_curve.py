@@ -56,7 +56,7 @@ def test_sizes_are_asked_once_and_told_apart(workdir, quick_compiles, monkeypatc
 
     monkeypatch.setattr(curve, "ask", None)  # what is there already is not asked again
     assert told(monkeypatch, workdir)["rows"] == record["rows"]
-    with pytest.raises(DataError, match="scores of another model, memory or number of questions; give another --out"):
+    with pytest.raises(DataError, match="scores of another model, .* router bias .*; give another --out"):
         told(monkeypatch, workdir, "--router_bias_scale", "2")
 
 
@@ -71,3 +71,13 @@ def test_the_bias_is_scaled_in_what_is_asked(workdir, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         told(monkeypatch, workdir, "--router_bias_scale", "2.5")
     assert asked == [(2.5, 2)]
+
+
+@pytest.mark.parametrize(
+    "flag, statement",
+    [("--router_bias_scale=0", "router_bias_scale must be positive"), ("--top_k=0", "top_k must be an integer of at least 1")],
+)
+def test_what_cannot_be_asked_is_said_before_anything_is_encoded(workdir, monkeypatch, flag, statement):
+    monkeypatch.setattr(curve, "encode", None)
+    with pytest.raises(SystemExit, match=f"curve: {statement}"):
+        told(monkeypatch, workdir, flag)
