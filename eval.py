@@ -8,10 +8,10 @@ from absl import flags
 from ml_collections import config_flags
 
 from msa_jax import distributed
-from msa_jax.command import run_command
-from msa_jax.config import ConfigError
+from msa_jax.cli.command import run_command
+from msa_jax.errors import ConfigError
 from msa_jax.evaluation import evaluate, write_results
-from msa_jax.run_config import RunConfig
+from msa_jax.runs.config import RunConfig
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config().", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.")

@@ -7,9 +7,9 @@ resumes a run that was interrupted.
 from absl import flags
 from ml_collections import config_flags
 
-from msa_jax.command import run_command
-from msa_jax.run import train_run
-from msa_jax.run_config import RunConfig
+from msa_jax.cli.command import run_command
+from msa_jax.runs.build import train_run
+from msa_jax.runs.config import RunConfig
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config().", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, tokenizer, logs.")

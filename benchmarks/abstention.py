@@ -26,12 +26,12 @@ from msa_jax.bank import encode_bank
 from msa_jax.data import Document, Question, Renderer, Source
 from msa_jax.evaluation.evaluate import ask, means, score
 from msa_jax.evaluation.memories import Memory, build_memory
+from msa_jax.evaluation.plots import token_count
 from msa_jax.inference.answer import Answer
 from msa_jax.model import MSATransformer
-from msa_jax.plots import token_count
-from msa_jax.run import make_source
-from msa_jax.run_config import RunConfig
-from msa_jax.trained import load_model, open_run
+from msa_jax.runs.build import make_source
+from msa_jax.runs.config import RunConfig
+from msa_jax.runs.open import load_model, open_run
 
 QUANTILES = (0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1)
 IN, OUT = "in memory", "not in memory"

@@ -21,8 +21,8 @@ from msa_jax import MSATransformer
 from msa_jax.bank import encode_bank
 from msa_jax.evaluation.memories import build_memory
 from msa_jax.inference import AskConfig, Budget, Engine, EngineConfig, FixedLibrary
-from msa_jax.run import make_source
-from msa_jax.trained import load_model, open_run
+from msa_jax.runs.build import make_source
+from msa_jax.runs.open import load_model, open_run
 
 LENGTHS = (24, 48, 64, 96, 128, 160, 192, 256)
 _COMPILED = "/jax/core/compile/backend_compile_duration"

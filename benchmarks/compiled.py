@@ -26,7 +26,7 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
-from msa_jax.compilation import for_other_chips  # noqa: E402
+from msa_jax.cli.compilation import for_other_chips
 from pallas_kernels import chunk_scores, gather_attention  # noqa: E402
 
 TPUS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}

@@ -31,11 +31,11 @@ from matplotlib.ticker import FuncFormatter
 
 from msa_jax.config import MSAConfig
 from msa_jax.data.batch import Batch, DocumentBatch, QuestionBatch
+from msa_jax.evaluation.plots import token_count
 from msa_jax.memory import DocumentLayout, MemoryBank
 from msa_jax.model import MSATransformer
 from msa_jax.plan import programs
 from msa_jax.plan.settings import Bank, Sizes
-from msa_jax.plots import token_count
 from msa_jax.sharding import MeshConfig
 from msa_jax.training import step
 from msa_jax.training.config import Phase, TrainingConfig

@@ -31,9 +31,9 @@ from msa_jax.evaluation.evaluate import means, score
 from msa_jax.evaluation.memories import Memory, build_memory
 from msa_jax.memory import MemoryBank
 from msa_jax.model import MSATransformer
-from msa_jax.run import make_source
-from msa_jax.run_config import RunConfig
-from msa_jax.trained import load_model, open_run
+from msa_jax.runs.build import make_source
+from msa_jax.runs.config import RunConfig
+from msa_jax.runs.open import load_model, open_run
 
 BEST, BATCH = 16, 32
 

@@ -27,11 +27,11 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from flax import nnx  # noqa: E402
 
-from msa_jax import tiers  # noqa: E402
 from msa_jax.bank import BankDocument, BankSpec, MemoryStore, load  # noqa: E402
+from msa_jax.bank.change import Encoded  # noqa: E402
 from msa_jax.bank.manifest import fingerprint_of  # noqa: E402
-from msa_jax.bank.store import Encoded  # noqa: E402
 from msa_jax.config import MSAConfig  # noqa: E402
+from msa_jax.memory import tiers  # noqa: E402
 from msa_jax.model import MSATransformer  # noqa: E402
 
 CHUNK, TOP_K, CHUNKS_EACH, T = 16, 16, 8, 64

@@ -13,12 +13,11 @@ from benchmarks import compiled as programs  # before JAX, whose platform it set
 import jax  # noqa: E402  isort: skip
 from flax import nnx  # noqa: E402
 
-from msa_jax import tiers  # noqa: E402
-from msa_jax.compilation import for_other_chips  # noqa: E402
+from msa_jax.cli.compilation import for_other_chips
 from msa_jax.config import MSAConfig  # noqa: E402
-from msa_jax.memory import ContentSource, DocumentLayout, MemoryBank, StoredContent  # noqa: E402
+from msa_jax.memory import ContentSource, DocumentLayout, MemoryBank, StoredContent, tiers  # noqa: E402
+from msa_jax.memory.selection import Selection
 from msa_jax.model import KeyValues, MSATransformer  # noqa: E402
-from msa_jax.routing import Selection  # noqa: E402
 
 # Chips of the smallest machine that holds 100M tokens with content in host memory, and 64 chunks (4K tokens) as the
 # longest document.

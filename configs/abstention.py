@@ -1,7 +1,7 @@
 """The demo's model, taught in few further steps to say that the memory does not hold the answer.
 
     python train.py --config=configs/demo.py --workdir=runs/demo
-    python -c "from msa_jax import hf; from msa_jax.trained import open_model
+    python -c "from msa_jax import hf; from msa_jax.runs.open import open_model
     model, tokenizer, _ = open_model(workdir='runs/demo')
     hf.save_model(model, 'runs/demo_saved'); tokenizer.save('runs/demo_saved')"
     python train.py --config=configs/abstention.py --workdir=runs/abstention
@@ -12,7 +12,7 @@ Three minutes on one core. It refuses none of 64 unanswerable questions and answ
 
 from ml_collections import ConfigDict
 
-from msa_jax.run_config import full_config
+from msa_jax.runs.config import full_config
 
 SAVED = "runs/demo_saved"
 

@@ -6,7 +6,7 @@
 
 from ml_collections import ConfigDict
 
-from msa_jax.run_config import full_config
+from msa_jax.runs.config import full_config
 
 
 def get_config() -> ConfigDict:

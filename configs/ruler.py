@@ -14,7 +14,7 @@ questions are of the two tasks that four documents answer, so few of a batch's l
 
 from ml_collections import ConfigDict
 
-from msa_jax.run_config import full_config
+from msa_jax.runs.config import full_config
 
 SINGLE = ("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3")
 # Tasks are asked in turn: all of a batch's nine questions by their places here.

@@ -8,7 +8,7 @@ router ranks the right document first in every question of the batch.
 
 from ml_collections import ConfigDict
 
-from msa_jax.run_config import full_config
+from msa_jax.runs.config import full_config
 
 TASKS = ("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3")
 

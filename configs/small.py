@@ -10,7 +10,7 @@ more (`--config.training.phases[1].steps=160`, seed 0) both are 0.984 of 128 que
 
 from ml_collections import ConfigDict
 
-from msa_jax.run_config import full_config
+from msa_jax.runs.config import full_config
 
 
 def get_config() -> ConfigDict:

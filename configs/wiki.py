@@ -18,7 +18,7 @@ among all 33,833 passages: 0.82 of HotpotQA's (seeds 1 and 2: 0.81 and 0.80), wh
 
 from ml_collections import ConfigDict
 
-from msa_jax.run_config import full_config
+from msa_jax.runs.config import full_config
 
 
 def get_config() -> ConfigDict:

@@ -1,6 +1,6 @@
 """Retrieval of real questions, second stage: the wrong passages that the first stage's router ranks highest.
 
-    python -m msa_jax.training.mine --workdir runs/wiki --out runs/wiki/negatives.jsonl \\
+    python -m msa_jax.evaluation.mine --workdir runs/wiki --out runs/wiki/negatives.jsonl \\
         --export runs/wiki/export
     python train.py --config=configs/wiki_hard.py --config.data.folder=DIR,DIR,... --workdir=runs/wiki_hard
     python -m benchmarks.quality.questions --workdir runs/wiki_hard
@@ -13,7 +13,7 @@ to 0.88 among its own passages and from 0.82 to 0.81 among all (docs/results.md)
 
 from ml_collections import ConfigDict
 
-from msa_jax.run_config import full_config
+from msa_jax.runs.config import full_config
 
 FIRST = "runs/wiki"
 

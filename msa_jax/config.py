@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
+from msa_jax.errors import ConfigError, require
 from pallas_kernels.dispatch import IMPLEMENTATIONS
 
 ROUTING_SCORES = ("cosine", "dot")
@@ -25,16 +26,6 @@ DTYPES = ("float32", "bfloat16")
 RUNTIME_SETTINGS = ("top_k", "top_k_method", "top_k_recall", "router_bias_scale", "implementation", "remat")
 # What came after banks were first written, and the value that says what those were encoded with.
 LATER_SETTINGS = {"proportional_attention": False}
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot work; the message names the field and the remedy."""
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise `ConfigError` with the message unless the condition holds."""
-    if not condition:
-        raise ConfigError(message)
 
 
 def _is_int(value: Any) -> bool:
@@ -307,7 +298,7 @@ class MSAConfig(AttentionConfig):
         # Files by Transformers 5 say `dtype`. A dtype that is not stored here (float16) is read as float32.
         stored = raw.get("torch_dtype") or raw.get("dtype")
         values["param_dtype"] = values["dtype"] = stored if stored in DTYPES else "float32"
-        # What the published form has no name for, `msa_jax.published` writes under a prefix.
+        # What the published form has no name for, `msa_jax.checkpoints.published` writes under a prefix.
         values |= {name.removeprefix("jax_"): msa[name] for name in msa if name.startswith("jax_")}
         unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
         require(not unknown, f"{where}: msa_config has settings unknown to this version: {unknown}.")

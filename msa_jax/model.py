@@ -17,7 +17,8 @@ from msa_jax import routing
 from msa_jax.config import MSAConfig
 from msa_jax.layers.block import DecoderBlock, layers_of, scan_stack, stack
 from msa_jax.layers.norm import RMSNorm
-from msa_jax.memory import ChunkStates, DocumentLayout, LayerMemory, MemoryBank
+from msa_jax.memory import ChunkStates, DocumentLayout, LayerMemory, MemoryBank, Selection
+from msa_jax.memory.selection import reads_alike
 from msa_jax.sharding import Shardings, constrain
 
 
@@ -54,7 +55,7 @@ class ModelOutput:
     hidden: jax.Array
     own: KeyValues
     document_scores: jax.Array | None = None
-    selection: routing.Selection | None = None
+    selection: Selection | None = None
     same: jax.Array | None = None
     all_hidden: jax.Array | None = None
     queries: jax.Array | None = None
@@ -185,9 +186,9 @@ class MSATransformer(nnx.Module):
         bank: MemoryBank | None = None,
         route: jax.Array | None = None,
         visible: jax.Array | None = None,
-        selection: routing.Selection | None = None,
-        also: routing.Selection | None = None,
-        resume: routing.Selection | None = None,
+        selection: Selection | None = None,
+        also: Selection | None = None,
+        resume: Selection | None = None,
         mean_over_tokens: bool | jax.Array = False,
         max_routing: int | None = None,
         bank_gradients: bool = False,
@@ -281,7 +282,7 @@ class MSATransformer(nnx.Module):
                 alike = None
                 if reads_bank and stands is not None:
                     # What the last layer reads reaches no key or value of another token.
-                    alike = xs["last"] | routing.reads_alike(result.selection, xs["before"], biased=c.router_bias)
+                    alike = xs["last"] | reads_alike(result.selection, xs["before"], biased=c.router_bias)
                     stands = stands & alike
                 ys = (own_now, result.document_scores, result.selection, query, x if return_hidden else None, alike)
                 return (spread(y), caches if cached else None, stands), ys

@@ -15,7 +15,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from msa_jax.config import ConfigError, MSAConfig, require
+from msa_jax.config import MSAConfig
+from msa_jax.errors import ConfigError, require
 
 DATA, MEMORY, MODEL = AXES = ("data", "memory", "model")
 

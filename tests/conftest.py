@@ -42,7 +42,7 @@ def programs_are_compiled_once(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def programs_are_not_kept(monkeypatch):
     """A command that is called here would have all that is compiled from then on kept in the user's folder."""
-    monkeypatch.setattr("msa_jax.compilation.keep_programs", lambda folder: None)
+    monkeypatch.setattr("msa_jax.cli.compilation.keep_programs", lambda folder: None)
 
 
 @pytest.fixture(scope="module")

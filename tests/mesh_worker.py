@@ -13,9 +13,9 @@ from flax import nnx
 
 from msa_jax.data import LossWeights
 from msa_jax.data.batch import Batch, QuestionBatch, pack_parts
-from msa_jax.data.records import DataError
-from msa_jax.run import make_model
-from msa_jax.run_config import DataConfig, EvalConfig, RunConfig, TokenizerConfig
+from msa_jax.errors import DataError
+from msa_jax.runs.build import make_model
+from msa_jax.runs.config import DataConfig, EvalConfig, RunConfig, TokenizerConfig
 from msa_jax.sharding import MeshConfig, Shardings
 from msa_jax.training.config import OptimizerConfig, Phase, TrainingConfig
 from msa_jax.training.optimizer import make_optimizer

@@ -7,8 +7,9 @@ import jax
 import pytest
 from flax import nnx
 
-from msa_jax import AttentionConfig, ConfigError, MSAConfig, MSATransformer
+from msa_jax import AttentionConfig, MSAConfig, MSATransformer
 from msa_jax.config import PRESETS
+from msa_jax.errors import ConfigError
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from msa_jax import ConfigError, MSAConfig
-from msa_jax.hf import CheckpointError, load_model, save_model
-from msa_jax.published import published_tensors, skeleton, to_published
+from msa_jax import MSAConfig
+from msa_jax.checkpoints.pretrained import CheckpointError, load_model, save_model
+from msa_jax.checkpoints.published import published_tensors, skeleton, to_published
+from msa_jax.errors import ConfigError
 from msa_jax.sharding import MeshConfig, Shardings
 
 CONFIG = MSAConfig(
@@ -157,7 +158,7 @@ def test_qwen3_gets_a_router_and_says_so(saved, caplog):
     del config["msa_config"]
     (saved / "config.json").write_text(json.dumps(config))
     changes = dict(chunk_size=4, top_k=3, router_layers=(1, 2, 4), router_bias=True, router_bias_init=9.0)
-    with caplog.at_level(logging.INFO, logger="msa_jax.hf"):
+    with caplog.at_level(logging.INFO, logger="msa_jax.checkpoints.pretrained"):
         model = load_model(saved, seed=1, **changes)
     fresh = [m for m in caplog.messages if "router" in m]
     assert len(fresh) == 1 and "model.layers.4.self_attn.router_q_proj.0.weight" in fresh[0]
@@ -271,7 +272,7 @@ def test_save_is_whole_or_absent(tmp_path, monkeypatch):
     model = make()
     target = tmp_path / "model"
     with monkeypatch.context() as patch:
-        patch.setattr("msa_jax.hf.published_config", lambda config: {}["disk full"])
+        patch.setattr("msa_jax.checkpoints.pretrained.published_config", lambda config: {}["disk full"])
         with pytest.raises(KeyError):
             save_model(model, target)
     assert list(tmp_path.iterdir()) == []

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from msa_jax.metrics import RunLog, exact_match, f1, normalise_answer, precision_recall, string_match
-from msa_jax.plots import plot_curve, token_count
+from msa_jax.evaluation.plots import plot_curve, token_count
+from msa_jax.evaluation.scores import exact_match, f1, normalise_answer, precision_recall, string_match
+from msa_jax.training.log import RunLog
 
 
 def test_answers_are_normalised():

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from msa_jax.checkpoints.published import published_config
 from msa_jax.config import MSAConfig
+from msa_jax.errors import DataError
 from msa_jax.parity.__main__ import check, main
-from msa_jax.parity.recording import ParityError, document_chunks, pack, take
+from msa_jax.parity.recording import document_chunks, pack, take
 from msa_jax.parity.report import Report
 from msa_jax.parity.training import split_samples
-from msa_jax.published import published_config
 
 
 @pytest.fixture
@@ -203,7 +204,7 @@ def test_unusable_recordings(copy_of, file, damage, match):
     else:
         values = json.loads((folder / file).read_text())
         (folder / file).write_text(json.dumps(values | damage))
-    with pytest.raises(ParityError, match=match):
+    with pytest.raises(DataError, match=match):
         check(str(folder))
 
 
@@ -222,10 +223,10 @@ def test_samples_are_split_by_roles_wherever_padding_lies():
     np.testing.assert_array_equal(batch.visible, [[True, True, False], [False, False, True]])
     for wrong in ([0, 1, 1, 0], [1, 0, 1, 0], [0, 0, -1, -1]):
         with pytest.raises(
-            ParityError, match="doc_ids of sample 0 must be a template prefix, documents, then"
+            DataError, match="doc_ids of sample 0 must be a template prefix, documents, then"
         ):
             split_samples(np.array([wrong]), np.ones((1, 4), bool), chunk_size=4, where="here")
-    with pytest.raises(ParityError, match="here: no token follows the documents"):
+    with pytest.raises(DataError, match="here: no token follows the documents"):
         split_samples(np.array([[-2, 1, 1]]), np.ones((1, 3), bool), chunk_size=4, where="here")
 
 

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from msa_jax import MSAConfig, MSATransformer
-from msa_jax.config import ConfigError
+from msa_jax.errors import ConfigError
 from msa_jax.plan import choose, estimate, measure, programs, report, settings, topologies
 from msa_jax.plan.__main__ import main
 from msa_jax.plan.measure import Usage

@@ -9,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from msa_jax import MSAConfig, MSATransformer
-from msa_jax.data import CorpusSource, DataError, Document, Question, Renderer, Template, Tokenizer
+from msa_jax.data import CorpusSource, Document, Question, Renderer, Template, Tokenizer
 from msa_jax.data.batch import Batch, pack_documents, pack_questions
 from msa_jax.data.sources.base import draw_numbers
+from msa_jax.errors import DataError
+from msa_jax.evaluation.mine import mine
 from msa_jax.evaluation.retrieval import (
     best_passages,
     encode_documents,
@@ -21,7 +23,6 @@ from msa_jax.evaluation.retrieval import (
     recall,
     router_scores,
 )
-from msa_jax.training.mine import mine
 from msa_jax.training.step import forward
 
 TEXTS = [

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from msa_jax import routing
 from msa_jax.memory import DocumentLayout
+from msa_jax.memory.selection import Selection, bias_of
 from msa_jax.routing import NO_SCORE
 
 B, T, N, C, H, K, D = 2, 3, 5, 23, 6, 2, 4
@@ -143,7 +144,7 @@ def test_gradients_reach_scores_through_the_selection_and_the_bias():
     np.put_along_axis(want, order[:, :2], 1, axis=1)
     np.testing.assert_array_equal(kept, want)
     # d/ds of beta * (s_d - max s): the best document's own gap is always 0, and it pushes the others down.
-    bias = lambda s: routing.bias_of(routing.select(s, layout, top_k=2), beta)[:, :, 0].sum()  # noqa: E731
+    bias = lambda s: bias_of(routing.select(s, layout, top_k=2), beta)[:, :, 0].sum()  # noqa: E731
     np.put_along_axis(want, order[:, :1], -2, axis=1)
     np.put_along_axis(want, order[:, 1:2], 2, axis=1)
     np.testing.assert_allclose(jax.grad(bias)(scores), want)
@@ -153,12 +154,12 @@ def test_bias_is_the_gap_to_the_best_times_beta():
     scores = jnp.asarray([[0.9, 0.4, NO_SCORE], [NO_SCORE] * 3], jnp.float32)
     lengths = jnp.asarray([[2, 1, 0], [0, 0, 0]])
     zeros = jnp.zeros((B, 3), jnp.int32)
-    selection = routing.Selection(documents=zeros, scores=scores, starts=zeros, lengths=lengths)
+    selection = Selection(documents=zeros, scores=scores, starts=zeros, lengths=lengths)
     beta = jnp.asarray([20.0, -3.0])
     want = np.zeros((B, 3, 2))
     want[0, 1] = [-0.5 * 20, 0.5 * 3]
-    np.testing.assert_allclose(routing.bias_of(selection, beta), want, rtol=1e-6)
-    total = lambda s, b: routing.bias_of(selection.replace(scores=s), b).sum()  # noqa: E731
+    np.testing.assert_allclose(bias_of(selection, beta), want, rtol=1e-6)
+    total = lambda s, b: bias_of(selection.replace(scores=s), b).sum()  # noqa: E731
     grads = jax.grad(total, argnums=(0, 1))(scores, beta)
     assert all(np.isfinite(g).all() for g in grads) and not np.any(grads[0][1])
 

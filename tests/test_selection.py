@@ -12,9 +12,10 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msa_jax import AttentionConfig, ConfigError, MemorySparseAttention, routing
+from msa_jax import AttentionConfig, MemorySparseAttention, routing
+from msa_jax.errors import ConfigError
 from msa_jax.memory import ChunkStates, DocumentLayout
-from msa_jax.routing import NO_SCORE
+from msa_jax.routing import NO_SCORE, exact
 from tests.test_routing import B, C, N, T, normal, owners
 
 seeds = st.integers(0, 2**31)
@@ -29,9 +30,9 @@ def layout_of(owners):
     ("reads", "a_pass"), [(99, 16), (99, 2), (0, 16)], ids=["ranges", "ranges in passes", "scatter"]
 )
 def test_the_document_max_and_its_gradient_in_every_form(reads, a_pass, monkeypatch):
-    monkeypatch.setattr(routing, "_MOST_RANGE_READS", reads)
-    monkeypatch.setattr(routing, "_CHUNKS_A_PASS", a_pass)
-    document_max = jax.jit(lambda x, layout: routing._document_max(x, layout))  # traced anew for each form
+    monkeypatch.setattr(exact, "_MOST_RANGE_READS", reads)
+    monkeypatch.setattr(exact, "_CHUNKS_A_PASS", a_pass)
+    document_max = jax.jit(lambda x, layout: exact._document_max(x, layout))  # traced anew for each form
     program = str(jax.make_jaxpr(document_max)(jnp.zeros((B, C)), layout_of(np.full(C, N))))
     assert ("scatter" in program) == (reads == 0) and ("scan[" in program) == (a_pass == 2)
     pull_back = jax.jit(lambda x, layout, grad: jax.vjp(lambda x: document_max(x, layout), x)[1](grad)[0])
@@ -60,7 +61,7 @@ def test_the_document_max_and_its_gradient_in_every_form(reads, a_pass, monkeypa
 def test_of_equal_chunks_the_first_gets_the_gradient():
     layout = layout_of(np.array([N, 0, 0, 0, 2, 2] + [N] * (C - 6)))
     scores = jnp.zeros((1, C)).at[0, 1].set(-1.0)
-    grad = jax.grad(lambda s: routing._document_max(s, layout)[0, jnp.array([0, 2])] @ jnp.array([3.0, 5.0]))(scores)
+    grad = jax.grad(lambda s: exact._document_max(s, layout)[0, jnp.array([0, 2])] @ jnp.array([3.0, 5.0]))(scores)
     np.testing.assert_array_equal(grad[0], np.eye(C)[2] * 3 + np.eye(C)[4] * 5)
 
 
@@ -76,8 +77,8 @@ def tied_scores(draw):
 
 @pytest.mark.parametrize("k", [1, 3, 7])
 def test_exact_top_k_is_that_of_jax_ties_included(k, monkeypatch):
-    monkeypatch.setattr(routing, "_TWO_LEVELS_FROM", 1)
-    exact = jax.jit(lambda s: routing.top_k_indices(s, k))
+    monkeypatch.setattr(exact, "_TWO_LEVELS_FROM", 1)
+    selected = jax.jit(lambda s: routing.top_k_indices(s, k))
 
     def widths(jaxpr):
         inner = (p for e in jaxpr.eqns for p in e.params.values() if hasattr(p, "jaxpr"))
@@ -85,12 +86,12 @@ def test_exact_top_k_is_that_of_jax_ties_included(k, monkeypatch):
         return own + sum((widths(p.jaxpr) for p in inner), [])
 
     # Two selections, neither from all N.
-    assert [w < 3001 // 7 for w in widths(jax.make_jaxpr(exact)(jnp.zeros((1, 3001))).jaxpr)] == [True, True]
+    assert [w < 3001 // 7 for w in widths(jax.make_jaxpr(selected)(jnp.zeros((1, 3001))).jaxpr)] == [True, True]
 
     @settings(max_examples=60)
     @given(tied_scores())
     def check(scores):
-        np.testing.assert_array_equal(exact(scores), jax.lax.top_k(scores, k)[1])
+        np.testing.assert_array_equal(selected(scores), jax.lax.top_k(scores, k)[1])
 
     check()
 

@@ -192,20 +192,3 @@ def test_what_is_imported_is_declared(root):
         for name in imported.keys() - OWN - sys.stdlib_module_names:
             names = {each.lower().replace("_", "-") for each in distributions.get(name, [name])}
             assert names & declared, f"{imported[name]} imports {name}, which setup.cfg does not name for it"
-
-
-# What each part must not know of msa_jax: kernels <- layers <- model <- bank, inference, training.
-UPWARD = {
-    "pallas_kernels": "",
-    "msa_jax/data": "layers model bank inference training",
-    "msa_jax/layers": "model bank inference training data",
-    "msa_jax/bank": "inference training",
-}
-
-
-@pytest.mark.parametrize("part", UPWARD)
-def test_imports_go_one_way(root, part):
-    imported = imports(root.glob(f"{part}/**/*.py"), root)
-    assert imported
-    banned = tuple(f"msa_jax.{name}." for name in UPWARD[part].split()) or ("msa_jax.",)
-    assert {name: file for name, file in imported.items() if f"{name}.".startswith(banned)} == {}

@@ -9,9 +9,9 @@ import sys
 import pytest
 
 from benchmarks.collectives import collectives, compile_encode, compile_step, small_config
-from msa_jax.config import ConfigError
-from msa_jax.run import make_mesh
-from msa_jax.run_config import RunConfig
+from msa_jax.errors import ConfigError
+from msa_jax.runs.build import make_mesh
+from msa_jax.runs.config import RunConfig
 from msa_jax.sharding import MeshConfig
 
 HERE = pathlib.Path(__file__).parent

@@ -8,10 +8,10 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from msa_jax import MSAConfig, MSATransformer, tiers
+from msa_jax import MSAConfig, MSATransformer
 from msa_jax.bank.quantization import quantize
-from msa_jax.memory import DocumentLayout, MemoryBank
-from msa_jax.routing import Selection
+from msa_jax.memory import DocumentLayout, MemoryBank, tiers
+from msa_jax.memory.selection import Selection
 from msa_jax.sharding import MeshConfig, Shardings
 
 LAYERS, CHUNKS, DOCUMENTS, TOKENS = 2, 11, 5, 7  # chunks and documents of a device

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from msa_jax.plots import token_count
+from msa_jax.evaluation.plots import token_count
 
 Run = dict[str, Any]
 

@@ -18,9 +18,9 @@ import sys
 from benchmarks.quality import ablation_report
 from benchmarks.quality.asked import Key, Results, ask_run
 from benchmarks.quality.variants import CONFIG, find, load_config, make_run, slug
-from msa_jax.compilation import add_flag, keep_programs
-from msa_jax.config import ConfigError
-from msa_jax.run import train_run
+from msa_jax.cli.compilation import add_flag, keep_programs
+from msa_jax.errors import ConfigError
+from msa_jax.runs.build import train_run
 
 OUT = pathlib.Path("benchmarks/results/quality/ablations.json")
 THRESHOLDS = (("recall@1", 0.95), ("lm_loss", 1.0), ("lm_loss", 0.1))

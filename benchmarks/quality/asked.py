@@ -15,11 +15,11 @@ import jax
 from benchmarks.measure import commit, environment, write_json
 from benchmarks.quality.ways import answers, find_way, scores
 from msa_jax.bank import encode_bank
-from msa_jax.data import DataError
+from msa_jax.errors import DataError
 from msa_jax.evaluation.memories import Memory, build_memory
-from msa_jax.run import make_source
-from msa_jax.run_config import RunConfig
-from msa_jax.trained import load_model
+from msa_jax.runs.build import make_source
+from msa_jax.runs.config import RunConfig
+from msa_jax.runs.open import load_model
 
 Key = tuple[int, str, int]
 

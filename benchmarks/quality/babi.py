@@ -21,15 +21,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from benchmarks.measure import commit, environment, write_json
-from msa_jax.data import DataError
 from msa_jax.data.sources.babi import BabiSource, Story, read_stories
+from msa_jax.errors import DataError
+from msa_jax.evaluation.scores import exact_match
 from msa_jax.evaluation.stories import StoryLibrary
 from msa_jax.inference.answer import Answer
 from msa_jax.inference.engine import Engine
 from msa_jax.inference.settings import AskConfig, Budget, EngineConfig
-from msa_jax.metrics import exact_match
-from msa_jax.run_config import RunConfig
-from msa_jax.trained import load_model, open_run
+from msa_jax.runs.config import RunConfig
+from msa_jax.runs.open import load_model, open_run
 
 ENGINE = EngineConfig(slots=64, context=112, lengths=(16, 48, 80), prefill_rows=32, decode_steps=6)
 WAYS = {"interleave": "generate", "constrained": "constrained", "one_routing": "router"}

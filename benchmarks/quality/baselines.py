@@ -20,11 +20,11 @@ import sys
 from benchmarks.quality.ablation_report import spread
 from benchmarks.quality.asked import Results, ask_run, memory_of
 from benchmarks.quality.ways import bm25_numbers, recall
-from msa_jax.compilation import add_flag, keep_programs
-from msa_jax.config import ConfigError
-from msa_jax.plots import token_count
-from msa_jax.run_config import RunConfig
-from msa_jax.trained import load_model, open_run
+from msa_jax.cli.compilation import add_flag, keep_programs
+from msa_jax.errors import ConfigError
+from msa_jax.evaluation.plots import token_count
+from msa_jax.runs.config import RunConfig
+from msa_jax.runs.open import load_model, open_run
 
 OUT = pathlib.Path("benchmarks/results/quality/baselines.json")
 WAYS = (

@@ -22,18 +22,18 @@ from matplotlib.ticker import NullLocator
 from tqdm import tqdm
 
 from benchmarks.measure import commit, environment, write_json
-from msa_jax.config import ConfigError
-from msa_jax.data import DataError, JsonlSource, NeedleSource, PythonDocsSource, Renderer, frequent_words
+from msa_jax.data import JsonlSource, NeedleSource, PythonDocsSource, Renderer, frequent_words
+from msa_jax.errors import ConfigError, DataError
 from msa_jax.evaluation.evaluate import means, score
 from msa_jax.evaluation.grown import GrownMemory, Part
+from msa_jax.evaluation.plots import token_count
 from msa_jax.inference.engine import Engine
 from msa_jax.inference.library import FixedLibrary
 from msa_jax.inference.settings import AskConfig, Budget, EngineConfig
-from msa_jax.plots import token_count
-from msa_jax.run import haystack
-from msa_jax.run_config import RunConfig
-from msa_jax.trained import load_model, open_run, reconfigured
-from msa_jax.workdir import written_settings
+from msa_jax.runs.build import haystack
+from msa_jax.runs.config import RunConfig
+from msa_jax.runs.open import load_model, open_run, reconfigured
+from msa_jax.runs.workdir import written_settings
 
 SIZES = (16_384, 65_536, 262_144, 1_048_576, 4_194_304, 16_777_216, 64_000_000, 100_000_000)
 # What the paper (arXiv 2603.23516) publishes of its 4B model: under 9 % lost from 16K to 100M tokens on MS MARCO, and

@@ -29,20 +29,20 @@ from benchmarks.measure import commit
 from benchmarks.quality.asked import Results, memory_of
 from benchmarks.quality.variants import CONFIG, load_config, make_run
 from benchmarks.quality.ways import Way, answers, scores
-from msa_jax.checkpoint import Checkpoints
-from msa_jax.compilation import add_flag, keep_programs
+from msa_jax.checkpoints.run import Checkpoints
+from msa_jax.cli.compilation import add_flag, keep_programs
 from msa_jax.data import Renderer, make_dataset
 from msa_jax.data.batch import Batch
 from msa_jax.evaluation.memories import Memory
-from msa_jax.metrics import RunLog
 from msa_jax.model import MSATransformer
-from msa_jax.run import make_model, make_source, open_tokenizer
-from msa_jax.run_config import RunConfig
-from msa_jax.trained import load_model, reconfigured
+from msa_jax.runs.build import make_model, make_source, open_tokenizer
+from msa_jax.runs.config import RunConfig
+from msa_jax.runs.open import load_model, reconfigured
+from msa_jax.runs.workdir import check_workdir
+from msa_jax.training.log import RunLog
 from msa_jax.training.losses import lm_loss
 from msa_jax.training.optimizer import make_optimizer
 from msa_jax.training.step import init_state
-from msa_jax.workdir import check_workdir
 
 OUT = pathlib.Path("benchmarks/results/quality/baselines.json")
 

@@ -12,7 +12,8 @@ import argparse
 import json
 import pathlib
 
-from msa_jax.data import DataError, PythonDocsSource
+from msa_jax.data import PythonDocsSource
+from msa_jax.errors import DataError
 from msa_jax.files import write_text
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 import pathlib
 
-from msa_jax import hf
-from msa_jax.trained import load_model, open_run
+from msa_jax.checkpoints import pretrained
+from msa_jax.runs.open import load_model, open_run
 
 
 def main() -> None:
@@ -19,7 +19,7 @@ def main() -> None:
     options = parser.parse_args()
     run = open_run(options.workdir)
     model, renderer = load_model(run, options.workdir)
-    hf.save_model(model, options.out)
+    pretrained.save_model(model, options.out)
     renderer.tokenizer.save(options.out)
 
 

@@ -33,12 +33,12 @@ from benchmarks.quality.questions_cases import (
     text_of,
 )
 from benchmarks.quality.questions_report import draw, table
-from msa_jax.checkpoint import Checkpoints
-from msa_jax.config import ConfigError
-from msa_jax.data import DataError, Renderer
+from msa_jax.checkpoints.run import Checkpoints
+from msa_jax.data import Renderer
+from msa_jax.errors import MSAError
 from msa_jax.evaluation.retrieval import best_passages, encode_documents, fuse, halves, router_scores
-from msa_jax.run import make_model, open_tokenizer
-from msa_jax.trained import load_model, open_run
+from msa_jax.runs.build import make_model, open_tokenizer
+from msa_jax.runs.open import load_model, open_run
 
 
 def rank_router(model, renderer, bank, passages, questions, *, mean_over_tokens) -> list[list[list[int]]]:
@@ -151,5 +151,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ConfigError, DataError) as error:
+    except MSAError as error:
         raise SystemExit(f"questions: {error}") from None

@@ -25,8 +25,8 @@ from msa_jax.bank import encode_bank
 from msa_jax.evaluation.evaluate import ask, means, score
 from msa_jax.evaluation.memories import build_memory
 from msa_jax.inference.answer import Answer
-from msa_jax.run import make_source
-from msa_jax.trained import load_model, open_run
+from msa_jax.runs.build import make_source
+from msa_jax.runs.open import load_model, open_run
 
 
 def refused(answers: Sequence[Answer], says: str) -> np.ndarray:

@@ -27,23 +27,24 @@ import numpy as np
 from benchmarks.measure import commit, environment, write_json
 from benchmarks.quality.ruler_report import plot, sizes_of, table
 from msa_jax.bank.capacity import capacity_for
-from msa_jax.checkpoint import Checkpoints
-from msa_jax.compilation import keep_programs
-from msa_jax.data import DataError, Question, Renderer, RulerSource
+from msa_jax.checkpoints.run import Checkpoints
+from msa_jax.cli.compilation import keep_programs
+from msa_jax.data import Question, Renderer, RulerSource
 from msa_jax.data.sources.base import draw_numbers
 from msa_jax.data.sources.ruler_tasks import TASKS, check_tasks
+from msa_jax.errors import DataError
 from msa_jax.evaluation.evaluate import means
 from msa_jax.evaluation.grown import GrownMemory, Part
+from msa_jax.evaluation.scores import precision_recall, string_match
 from msa_jax.inference.answer import Answer
 from msa_jax.inference.engine import Engine
 from msa_jax.inference.library import FixedLibrary
 from msa_jax.inference.settings import AskConfig, Budget, EngineConfig
-from msa_jax.metrics import precision_recall, string_match
 from msa_jax.model import MSATransformer
-from msa_jax.run import make_source
-from msa_jax.run_config import RunConfig
-from msa_jax.trained import load_model, open_run, reconfigured
-from msa_jax.workdir import written_settings
+from msa_jax.runs.build import make_source
+from msa_jax.runs.config import RunConfig
+from msa_jax.runs.open import load_model, open_run, reconfigured
+from msa_jax.runs.workdir import written_settings
 
 _LOG = logging.getLogger(__name__)
 _REPORTED = 16

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from msa_jax.data.sources.ruler_tasks import TASKS
-from msa_jax.plots import token_count
+from msa_jax.evaluation.plots import token_count
 
 
 def sizes_of(rows: Sequence[dict[str, Any]]) -> list[int]:

@@ -18,8 +18,8 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_path
 
-from msa_jax.config import ConfigError
-from msa_jax.run_config import RunConfig
+from msa_jax.errors import ConfigError
+from msa_jax.runs.config import RunConfig
 
 CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "small.py"
 

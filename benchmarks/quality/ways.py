@@ -11,15 +11,15 @@ import numpy as np
 
 from benchmarks.quality.bm25 import rank
 from msa_jax.bank.quantization import quantize
-from msa_jax.config import ConfigError
 from msa_jax.data import Renderer
+from msa_jax.errors import ConfigError
 from msa_jax.evaluation.evaluate import means, score
 from msa_jax.evaluation.memories import Memory
 from msa_jax.inference import Answer, AskConfig, Budget, Engine, EngineConfig, FixedLibrary
 from msa_jax.inference.settings import Mode
 from msa_jax.memory import MemoryBank
 from msa_jax.model import MSATransformer
-from msa_jax.trained import reconfigured
+from msa_jax.runs.open import reconfigured
 
 Retriever = Literal["router", "bm25", "supporting", "random"]
 _CONTEXT_MULTIPLE = 64

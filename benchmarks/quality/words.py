@@ -21,8 +21,8 @@ from benchmarks.quality.questions_cases import cut_passages, read_passages
 from msa_jax.data import JsonlSource, Renderer
 from msa_jax.data.batch import ROUTING
 from msa_jax.evaluation.retrieval import recall
-from msa_jax.run import open_tokenizer
-from msa_jax.trained import open_run
+from msa_jax.runs.build import open_tokenizer
+from msa_jax.runs.open import open_run
 from msa_jax.training.bag_of_words import rarity
 
 _AT = 16

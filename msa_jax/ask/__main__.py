@@ -18,15 +18,11 @@ import pathlib
 import sys
 from collections.abc import Iterator, Sequence
 
-from msa_jax.ask.loading import add_flags, changes_of, loading_of
 from msa_jax.ask.prompt import Prompt, answer_one, width
 from msa_jax.ask.show import as_json, clean, write_end, write_explanation
-from msa_jax.bank.manifest import BankError
 from msa_jax.bank.reader import BankReader
-from msa_jax.checkpoint import CheckpointError
-from msa_jax.config import ConfigError
-from msa_jax.data import DataError
-from msa_jax.inference import QuestionError
+from msa_jax.cli.loading import add_flags, changes_of, loading_of
+from msa_jax.errors import BankError, ConfigError, DataError, MSAError
 from msa_jax.inference.answer import Answer
 from msa_jax.inference.settings import MODES, AskConfig, Budget, EngineConfig, Sampling
 
@@ -236,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Who read the answers has enough. What is left of them goes nowhere, or the interpreter fails at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (BankError, CheckpointError, ConfigError, DataError, OSError, QuestionError) as e:
+    except (MSAError, OSError) as e:
         print(f"ask: {' '.join(str(e).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -19,19 +19,16 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from msa_jax.bank.jsonl import count_lines, read_documents
-from msa_jax.bank.manifest import BankError
 from msa_jax.bank.stats import DEVICES, stats
 from msa_jax.bank.store import MemoryStore
 from msa_jax.bank.table import DEFAULT_NAMESPACE
-from msa_jax.checkpoint import CheckpointError
-from msa_jax.config import ConfigError
-from msa_jax.data import DataError
+from msa_jax.errors import BankError, MSAError
 
 
 def _encoder(options):
     # Here, because a model takes seconds to import and most commands need none.
     from msa_jax.bank.document_encoder import DocumentEncoder
-    from msa_jax.trained import open_model
+    from msa_jax.runs.open import open_model
 
     model, tokenizer, row_len = open_model(workdir=options.workdir or "", checkpoint=options.checkpoint or "")
     row_len = options.row_len or row_len
@@ -172,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _show(value, options.json or lines)
     except BrokenPipeError:
         return 0
-    except (BankError, CheckpointError, ConfigError, DataError, OSError) as e:
+    except (MSAError, OSError) as e:
         print(f"bank: {' '.join(str(e).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from msa_jax.bank.manifest import BankError, BankSpec
+from msa_jax.bank.manifest import BankSpec
 from msa_jax.bank.quantization import quantize_content, quantize_keys
 from msa_jax.bank.reader import ARRAYS
 from msa_jax.bank.transfer import Field
+from msa_jax.errors import BankError
 
 HOST = "pinned_host"
 Sharding = jax.sharding.SingleDeviceSharding | jax.sharding.NamedSharding

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
 
 from msa_jax.bank import folder
 from msa_jax.bank.change import commit, make_database
 from msa_jax.bank.copying import blocks, copy_chunks, copy_rows, moved
-from msa_jax.bank.manifest import BankError
-
-if TYPE_CHECKING:
-    from msa_jax.bank.store import MemoryStore
+from msa_jax.bank.writer import BankWriter
+from msa_jax.errors import BankError
 
 
-def compact(store: MemoryStore, *, progress: bool = False) -> dict[str, Any]:
+def compact(store: BankWriter, *, progress: bool = False) -> dict[str, Any]:
     """Reclaim the place of deleted documents and of earlier versions, which cannot be opened any more.
 
     The live documents are copied into a new database, which takes the place of the old one in one step; killed

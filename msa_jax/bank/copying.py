@@ -8,9 +8,9 @@ import numpy as np
 
 from msa_jax.bank.change import Change
 from msa_jax.bank.database import Database, reason_of
-from msa_jax.bank.manifest import BankError
 from msa_jax.bank.reader import ARRAYS, BankReader
 from msa_jax.bank.table import LENGTH, NAMESPACE, PLACE, START, body_key, unpack
+from msa_jax.errors import BankError
 
 _BLOCK_BYTES = 1 << 26
 _ROWS_AT_ONCE = 8192

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from msa_jax.bank.manifest import BankError
+from msa_jax.errors import BankError
 
 
 def url_of(path: str | pathlib.Path) -> str:

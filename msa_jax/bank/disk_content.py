@@ -1,13 +1,13 @@
-"""Content that stays in the bank on disk: the reader that `msa_jax.tiers` calls for what a question selected."""
+"""Content that stays in the bank on disk: the reader that `msa_jax.memory.tiers` calls for what a question selected."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from msa_jax import tiers
 from msa_jax.bank.database import reason_of
 from msa_jax.bank.reader import BankReader
-from msa_jax.memory import StoredContent
+from msa_jax.errors import BankError
+from msa_jax.memory import StoredContent, tiers
 
 
 class DiskContent:
@@ -26,13 +26,13 @@ class DiskContent:
         """Content k and v [n, K, D] of `chunks` [n] of a router layer.
 
         Raises:
-          tiers.ContentError: the disk fails, or what it holds is damaged; the bank is named.
+          BankError: the disk fails, or what it holds is damaged; the bank is named.
         """
         try:
             pending = [array[layer, self._source[chunks]].read() for array in self._arrays]
             return tuple(read.result() for read in pending)
         except (OSError, ValueError) as error:
-            raise tiers.ContentError(f"{self._where}: {reason_of(error)}") from error
+            raise BankError(f"{self._where}: {reason_of(error)}") from error
 
     def stored(self) -> StoredContent:
         """What a `MemoryBank` without content arrays has in their place."""

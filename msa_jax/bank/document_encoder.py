@@ -8,12 +8,12 @@ import numpy as np
 
 from msa_jax.bank.change import Encoded
 from msa_jax.bank.encoder import RowEncoder
-from msa_jax.bank.manifest import BankError, BankSpec
+from msa_jax.bank.manifest import BankSpec
 from msa_jax.bank.table import BankDocument
 from msa_jax.data.batch import pack_documents
-from msa_jax.data.records import DataError
 from msa_jax.data.samples import Renderer
 from msa_jax.data.tokenizer import Tokenizer
+from msa_jax.errors import BankError, DataError
 from msa_jax.model import MSATransformer
 
 # Rows are shorter by this factor, down to this many tokens.

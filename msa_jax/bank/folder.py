@@ -17,7 +17,7 @@ import time
 import tensorstore as ts
 
 from msa_jax.bank.database import folder_of, reason_of, remove_stale_locks, url_of
-from msa_jax.bank.manifest import BankError
+from msa_jax.errors import BankError
 
 FIRST = "bank-0"
 COUNTER = "NUMBERS"

@@ -9,18 +9,17 @@ import queue
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from msa_jax.bank.document_encoder import DocumentEncoder
-from msa_jax.bank.manifest import BankError, BankSpec
+from msa_jax.bank.manifest import BankSpec
 from msa_jax.bank.numbers import Numbers
 from msa_jax.bank.table import TEXT_KEY, BankDocument, Key
-
-if TYPE_CHECKING:
-    from msa_jax.bank.store import MemoryStore
+from msa_jax.bank.writer import BankWriter
+from msa_jax.errors import BankError
 
 # Texts given to the tokenizer together: it takes them in parallel.
 _TOKENIZED_AT_ONCE = 64
@@ -101,7 +100,7 @@ class _Batch:
 
 
 def ingest(
-    store: MemoryStore,
+    store: BankWriter,
     documents: Iterable[BankDocument],
     encoder: DocumentEncoder,
     numbers: Numbers,

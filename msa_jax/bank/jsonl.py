@@ -7,8 +7,8 @@ import json
 import sys
 from collections.abc import Iterator
 
-from msa_jax.bank.manifest import BankError
 from msa_jax.bank.table import BankDocument
+from msa_jax.errors import BankError
 
 
 def read_documents(path: str) -> Iterator[BankDocument]:

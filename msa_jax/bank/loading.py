@@ -10,14 +10,14 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from msa_jax import tiers
 from msa_jax.bank import transfer
 from msa_jax.bank.arrays import HOST, empty, fields_of, resize
 from msa_jax.bank.disk_content import DiskContent
-from msa_jax.bank.manifest import BankError, BankSpec
+from msa_jax.bank.manifest import BankSpec
 from msa_jax.bank.placement import Placement
 from msa_jax.bank.reader import BankReader
-from msa_jax.memory import DocumentLayout, MemoryBank
+from msa_jax.errors import BankError
+from msa_jax.memory import DocumentLayout, MemoryBank, tiers
 from msa_jax.sharding import Shardings, put
 
 _LOG = logging.getLogger(__name__)

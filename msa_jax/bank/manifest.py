@@ -14,15 +14,12 @@ from flax import nnx
 
 from msa_jax.config import LATER_SETTINGS, RUNTIME_SETTINGS
 from msa_jax.data.tokenizer import Tokenizer
+from msa_jax.errors import BankError
 from msa_jax.model import MSATransformer
 
 FORMAT = 2
 # Elements of each parameter that its fingerprint looks at: enough that no training step leaves it as it was.
 _SAMPLED = 1024
-
-
-class BankError(ValueError):
-    """A bank that cannot be used, or a request it cannot meet; the message says what, where and how to mend it."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ import tensorstore as ts
 
 from msa_jax.bank import folder
 from msa_jax.bank.database import reason_of, url_of
-from msa_jax.bank.manifest import BankError
+from msa_jax.errors import BankError
 
 _COUNTER, _RECORD = folder.COUNTER, "CLAIMED"
 # Besides what is asked for, a claim takes this part of what was taken so far: claims become rare, and waste is small.

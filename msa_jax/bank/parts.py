@@ -14,11 +14,11 @@ from msa_jax.bank import folder
 from msa_jax.bank.copying import copy_chunks, copy_rows, moved
 from msa_jax.bank.document_encoder import DocumentEncoder
 from msa_jax.bank.ingest import Report, ingest
-from msa_jax.bank.manifest import BankError
 from msa_jax.bank.numbers import Numbers
 from msa_jax.bank.reader import BankReader
 from msa_jax.bank.store import MemoryStore
 from msa_jax.bank.table import ID_KEY, NUMBER, PLACE, TEXT_KEY, BankDocument, Key
+from msa_jax.errors import BankError
 
 _WAIT_SECONDS = 24 * 3600.0
 

@@ -15,7 +15,7 @@ import tensorstore as ts
 
 from msa_jax.bank import folder
 from msa_jax.bank.database import Database, reason_of
-from msa_jax.bank.manifest import BankError, BankSpec, Manifest
+from msa_jax.bank.manifest import BankSpec, Manifest
 from msa_jax.bank.table import (
     ALIVE,
     COLUMNS,
@@ -27,6 +27,7 @@ from msa_jax.bank.table import (
     key_of,
     unpack,
 )  # fmt: skip
+from msa_jax.errors import BankError
 
 ARRAYS = ("routing_keys", "content_k", "content_v")
 

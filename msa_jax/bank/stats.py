@@ -6,8 +6,9 @@ import os
 from typing import Any
 
 from msa_jax.bank.database import folder_of
-from msa_jax.bank.manifest import BankError, BankSpec
+from msa_jax.bank.manifest import BankSpec
 from msa_jax.bank.reader import BankReader
+from msa_jax.errors import BankError
 
 # Accelerator memory in GiB, as the makers state it.
 DEVICES = {

@@ -21,8 +21,8 @@ import tensorstore as ts
 from tqdm import tqdm
 
 from msa_jax.bank.database import reason_of
-from msa_jax.bank.manifest import BankError
 from msa_jax.bank.reader import BankReader
+from msa_jax.errors import BankError
 
 # Bytes on disk of one piece, of one layer: enough for the disk's pace, little beside any bank.
 _PIECE_BYTES = 2 << 20

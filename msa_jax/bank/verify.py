@@ -8,10 +8,10 @@ import numpy as np
 from tqdm import tqdm
 
 from msa_jax.bank.database import reason_of
-from msa_jax.bank.manifest import BankError
 from msa_jax.bank.numbers import next_of
 from msa_jax.bank.reader import ARRAYS, BankReader
 from msa_jax.bank.table import ID_KEY, LENGTH, NUMBER, START, TEXT_KEY, TOKENS
+from msa_jax.errors import BankError
 
 _CHUNKS_AT_ONCE = 4096
 _ROWS_AT_ONCE = 1024

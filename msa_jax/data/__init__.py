@@ -3,7 +3,7 @@
 from msa_jax.data.batch import Batch, DocumentBatch, QuestionBatch, pack_documents, pack_questions
 from msa_jax.data.chunker import split_text
 from msa_jax.data.pipeline import make_dataset
-from msa_jax.data.records import DataError, Document, Episode, Question
+from msa_jax.data.records import Document, Episode, Question
 from msa_jax.data.samples import LossWeights, Renderer
 from msa_jax.data.sources import (
     BabiSource,
@@ -21,6 +21,7 @@ from msa_jax.data.sources import (
 )
 from msa_jax.data.templates import Template
 from msa_jax.data.tokenizer import Tokenizer
+from msa_jax.errors import DataError
 
 __all__ = [
     "BabiSource",

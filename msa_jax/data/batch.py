@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from msa_jax.data.records import DataError
+from msa_jax.errors import DataError
 
 ROUTING, REPLY, TEMPLATE = 0, -1, -2
 """Roles of tokens: a question token attends and routes, the two others only attend."""

@@ -4,8 +4,8 @@ import re
 
 import numpy as np
 
-from msa_jax.data.records import DataError
 from msa_jax.data.tokenizer import Tokenizer
+from msa_jax.errors import DataError
 
 # A sentence ends after its closing punctuation and the white space behind it, or after an empty line.
 _END = re.compile(r"""[.!?]["')\]]*\s+(?=["'(\[]?[A-Z0-9])|\n[^\S\n]*\n\s*""")

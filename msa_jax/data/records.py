@@ -4,9 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-
-class DataError(ValueError):
-    """Bad data or a request that the data cannot meet; the message says what, where and how to mend it."""
+from msa_jax.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +26,7 @@ class Question:
     """A question, the answers that count as right (the first is trained on), and the documents to find.
 
     No answers means retrieval only: the reply then ends where retrieval ends. `wanted` are the values that an answer
-    must all name, where it asks for several; see `msa_jax.metrics.string_match`.
+    must all name, where it asks for several; see `msa_jax.evaluation.scores.string_match`.
     `hidden` is text of its document that gives it away, such as the very sentence that asks: episodes leave it out.
     """
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from msa_jax.data.batch import REPLY, ROUTING, TEMPLATE, Sample
-from msa_jax.data.records import DataError, Document, Question
+from msa_jax.data.records import Document, Question
 from msa_jax.data.templates import FIELD
 from msa_jax.data.tokenizer import Tokenizer
+from msa_jax.errors import DataError
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from msa_jax.data.records import DataError
+from msa_jax.errors import DataError
 
 FIELD = re.compile(r"\{(id|text|question|answer)\}")
 _ANY_FIELD = re.compile(r"\{(\w+)\}")  # misspelt ones included

@@ -10,9 +10,9 @@ import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
-from msa_jax.data.records import DataError
 from msa_jax.data.templates import Template
 from msa_jax.data.uuids import word_pattern
+from msa_jax.errors import DataError
 from msa_jax.files import write_text
 
 _MODEL_FILE, _TEMPLATE_FILE = "tokenizer.json", "msa_template.json"

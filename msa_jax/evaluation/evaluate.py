@@ -20,19 +20,19 @@ from msa_jax.bank import encode_bank
 from msa_jax.bank.spread import spread
 from msa_jax.data import Question, Renderer
 from msa_jax.evaluation.memories import Memory, build_memory
+from msa_jax.evaluation.plots import plot_curve
+from msa_jax.evaluation.scores import exact_match, f1, precision_recall
 from msa_jax.files import write_text
 from msa_jax.inference.answer import Answer
 from msa_jax.inference.engine import Engine
 from msa_jax.inference.library import FixedLibrary
 from msa_jax.inference.settings import AskConfig, Budget, EngineConfig
 from msa_jax.memory import MemoryBank
-from msa_jax.metrics import exact_match, f1, precision_recall
 from msa_jax.model import MSATransformer
-from msa_jax.plots import plot_curve
-from msa_jax.run import make_source
-from msa_jax.run_config import RunConfig
+from msa_jax.runs.build import make_source
+from msa_jax.runs.config import RunConfig
+from msa_jax.runs.open import load_model
 from msa_jax.sharding import Shardings, check_model, placed
-from msa_jax.trained import load_model
 
 _LOG = logging.getLogger(__name__)
 _RECALL = (1, 5, 10, 16)

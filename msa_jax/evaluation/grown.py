@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from msa_jax.bank.encoder import RowEncoder
 from msa_jax.bank.quantization import quantize_content
-from msa_jax.data import DataError, Document, Question, Renderer, pack_documents
+from msa_jax.data import Document, Question, Renderer, pack_documents
+from msa_jax.errors import DataError
 from msa_jax.evaluation.parts import Part, Piece, part_of
 from msa_jax.files import write_text
 from msa_jax.model import MSATransformer

@@ -6,8 +6,9 @@ import dataclasses
 
 import numpy as np
 
-from msa_jax.data import DataError, Document, Question, Renderer, Source, pack_documents
+from msa_jax.data import Document, Question, Renderer, Source, pack_documents
 from msa_jax.data.batch import DocumentBatch
+from msa_jax.errors import DataError
 
 # Documents whose mean length tells how many make up a memory.
 _SAMPLE = 512

@@ -10,7 +10,8 @@ import numpy as np
 from msa_jax.bank import encode_bank
 from msa_jax.data import Renderer, pack_documents
 from msa_jax.data.sources.babi import Story
-from msa_jax.inference.library import Original, QuestionError, View
+from msa_jax.errors import QuestionError
+from msa_jax.inference.library import Original, View
 from msa_jax.inference.rows import Visibility
 from msa_jax.model import MSATransformer
 

@@ -1,10 +1,11 @@
 """Asking the memory: an engine that answers many questions at once, and the session that people and programs use."""
 
+from msa_jax.errors import QuestionError
 from msa_jax.inference.abstention import Threshold, choose_threshold
 from msa_jax.inference.answer import Answer, Citation, Event, Outcome, Round, StreamEvent
 from msa_jax.inference.engine import Engine
 from msa_jax.inference.explanation import Explained, Explanation, LayerMatch
-from msa_jax.inference.library import FixedLibrary, QuestionError
+from msa_jax.inference.library import FixedLibrary
 from msa_jax.inference.pending import Pending
 from msa_jax.inference.session import Session
 from msa_jax.inference.settings import AskConfig, Budget, EngineConfig, Sampling

@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 
 from msa_jax.data.batch import ROUTING
 from msa_jax.data.samples import Renderer
+from msa_jax.errors import QuestionError
 from msa_jax.inference.answer import Citation, Event, Outcome, Round
-from msa_jax.inference.library import Original, QuestionError
+from msa_jax.inference.library import Original
 from msa_jax.inference.reply import Reply
 from msa_jax.inference.routed import Routed
 from msa_jax.inference.settings import AskConfig

@@ -16,18 +16,19 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from msa_jax import tiers
 from msa_jax.data.samples import Renderer
+from msa_jax.errors import QuestionError
 from msa_jax.inference import batching
 from msa_jax.inference.answer import Answer
 from msa_jax.inference.candidates import candidates_of
 from msa_jax.inference.conversation import Conversation
-from msa_jax.inference.library import Library, QuestionError
+from msa_jax.inference.library import Library
 from msa_jax.inference.pending import Listener, Pending
 from msa_jax.inference.programs import Turn, Written, decode, take_turn
 from msa_jax.inference.routed import no_routing, routed_of
 from msa_jax.inference.rows import empty_rows, settled
 from msa_jax.inference.settings import AskConfig, EngineConfig, Sampling
+from msa_jax.memory import tiers
 from msa_jax.model import MSATransformer
 
 # Decoding is compiled for these numbers of rows and for all of them: few questions do not pay for empty rows.

@@ -9,8 +9,9 @@ import numpy as np
 
 from msa_jax.data.records import Document
 from msa_jax.data.samples import Renderer
+from msa_jax.errors import QuestionError
 from msa_jax.inference.explain import explain_question
-from msa_jax.inference.library import Library, QuestionError, View
+from msa_jax.inference.library import Library, View
 from msa_jax.model import MSATransformer
 
 _TORN = "\N{REPLACEMENT CHARACTER}"

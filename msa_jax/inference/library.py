@@ -10,14 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from msa_jax.data.records import Document
+from msa_jax.errors import QuestionError
 from msa_jax.inference.rows import Visibility
 from msa_jax.memory import MemoryBank
 
 DEFAULT_NAMESPACE = "default"
-
-
-class QuestionError(ValueError):
-    """A question that cannot be asked; the message says why and how to mend it."""
 
 
 @dataclasses.dataclass(frozen=True)

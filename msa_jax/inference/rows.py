@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from msa_jax import tiers
-from msa_jax.memory import MemoryBank
+from msa_jax.memory import MemoryBank, tiers
+from msa_jax.memory.selection import Selection
 from msa_jax.model import KeyValues, MSATransformer
-from msa_jax.routing import NO_SCORE, Selection, top_k_indices
+from msa_jax.routing import NO_SCORE, top_k_indices
 
 
 @struct.dataclass

@@ -13,12 +13,12 @@ import jax
 
 from msa_jax.bank.document_encoder import DocumentEncoder
 from msa_jax.bank.ingest import Report
-from msa_jax.bank.manifest import BankError
 from msa_jax.bank.store import MemoryStore
 from msa_jax.bank.table import DEFAULT_NAMESPACE, BankDocument
 from msa_jax.data.records import Document
 from msa_jax.data.samples import Renderer
 from msa_jax.data.tokenizer import Tokenizer
+from msa_jax.errors import BankError
 from msa_jax.inference.answer import Answer, StreamEvent
 from msa_jax.inference.engine import Engine
 from msa_jax.inference.explanation import Explanation, explanation_of
@@ -30,8 +30,8 @@ from msa_jax.inference.stored import StoredLibrary
 from msa_jax.inference.worker import Worker
 from msa_jax.memory import MemoryBank
 from msa_jax.model import MSATransformer
+from msa_jax.runs.open import open_model, reconfigured
 from msa_jax.sharding import Shardings, check_model, placed
-from msa_jax.trained import open_model, reconfigured
 
 
 class Session:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Literal
 
-from msa_jax.config import require
+from msa_jax.errors import require
 
 MODES = ("generate", "constrained", "router", "latent")
 Mode = Literal["generate", "constrained", "router", "latent"]

@@ -12,7 +12,8 @@ from msa_jax.bank import load
 from msa_jax.bank.reader import BankReader
 from msa_jax.bank.table import NUMBER, BankDocument
 from msa_jax.data.records import Document
-from msa_jax.inference.library import Original, QuestionError, View
+from msa_jax.errors import QuestionError
+from msa_jax.inference.library import Original, View
 from msa_jax.inference.rows import Visibility
 
 # Namespaces are counted up to a multiple of this, so that a new one seldom changes a shape.

@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 
-from msa_jax import routing, tiers
+from msa_jax import routing
 from msa_jax.config import AttentionConfig
 from msa_jax.layers import sharded
 from msa_jax.layers.linear import linear
 from msa_jax.layers.norm import RMSNorm
 from msa_jax.layers.rope import rope
-from msa_jax.memory import ChunkStates, DocumentLayout, LayerMemory
+from msa_jax.memory import ChunkStates, DocumentLayout, LayerMemory, Selection, tiers
+from msa_jax.memory.selection import bias_of, merge
 from pallas_kernels import gather_attention
 
 
@@ -39,7 +40,7 @@ class AttentionOutput:
     k: jax.Array
     v: jax.Array
     document_scores: jax.Array | None = None
-    selection: routing.Selection | None = None
+    selection: Selection | None = None
     query: jax.Array | None = None
 
 
@@ -241,8 +242,8 @@ class MemorySparseAttention(SelfAttention):
         memory: LayerMemory | None = None,
         route: jax.Array | None = None,
         visible: jax.Array | None = None,
-        selection: routing.Selection | None = None,
-        also: routing.Selection | None = None,
+        selection: Selection | None = None,
+        also: Selection | None = None,
         mean_over_tokens: bool | jax.Array = False,
         max_routing: int | None = None,
         mask: jax.Array | None = None,
@@ -311,7 +312,7 @@ class MemorySparseAttention(SelfAttention):
                     query, memory.routing_keys, memory.layout, key_scale=memory.key_scale, layer=memory.index, **what
                 )
                 selection = routing.select(scores, memory.layout, **how)
-            selection = selection if also is None else routing.merge(selection, also)
+            selection = selection if also is None else merge(selection, also)
         last = dict(bias=self._bias(selection), mask=mask, implementation=implementation)
         if memory.layout.axes is not None:
             out = sharded.attend(q, k, v, memory, selection, **last)
@@ -327,11 +328,11 @@ class MemorySparseAttention(SelfAttention):
             query=query,
         )
 
-    def _bias(self, selection: routing.Selection) -> jax.Array | None:
+    def _bias(self, selection: Selection) -> jax.Array | None:
         """What is added to the logits of the selected documents' chunks, [B, k, H] float32; None for nothing."""
         c = self.config
         if c.router_bias:
-            bias = routing.bias_of(selection, c.router_bias_scale * self.router_beta[...])
+            bias = bias_of(selection, c.router_bias_scale * self.router_beta[...])
         elif c.proportional_attention:
             bias = jnp.zeros((*selection.lengths.shape, c.num_heads), jnp.float32)
         else:

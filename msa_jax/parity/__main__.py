@@ -24,7 +24,7 @@ def check(path: str, implementation: str | None = None) -> Report:
       implementation: of the operations on the bank, see `pallas_kernels`; interpreted on a machine without it.
 
     Raises:
-      ValueError: the folder holds no usable recording (`ParityError`, `ConfigError`, `CheckpointError`).
+      ValueError: the folder holds no usable recording (`DataError`, `ConfigError`, `CheckpointError`).
     """
     recording = Recording(path, implementation=implementation)
     with jax.default_matmul_precision("highest"), dispatch.interpreting(implementation):

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from msa_jax.errors import DataError
 from msa_jax.inference.programs import Current, Turn, decode, take_turn
 from msa_jax.inference.rows import Visibility, empty_rows
 from msa_jax.inference.sampling import from_settings
 from msa_jax.inference.settings import Sampling
 from msa_jax.memory import ChunkStates, DocumentLayout, MemoryBank
 from msa_jax.model import KeyValues
-from msa_jax.parity.recording import TEMPLATE, ParityError, Recording, compiled, document_chunks, pack, take
+from msa_jax.parity.recording import TEMPLATE, Recording, compiled, document_chunks, pack, take
 from msa_jax.parity.report import Report
 from msa_jax.routing import l2_normalise
 
@@ -45,7 +46,7 @@ def check_inference(recording: Recording) -> Report:
 def _ids(recording, name, vocab_size, *shape):
     ids = recording.array(name, *shape)
     if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
-        raise ParityError(f"{recording.path / 'io.npz'}: {name} must be below {vocab_size}.")
+        raise DataError(f"{recording.path / 'io.npz'}: {name} must be below {vocab_size}.")
     return ids
 
 
@@ -63,7 +64,7 @@ def _check_documents(report, recording, model) -> tuple[KeyValues | None, Memory
     numbers = np.unique(roles[roles > 0])
     template = np.flatnonzero(roles == TEMPLATE)
     if not len(numbers) or len(template) + np.sum(roles > 0) != ids.size:
-        raise ParityError(f"{recording.path / 'io.npz'}: docs/doc_ids must be template tokens and documents.")
+        raise DataError(f"{recording.path / 'io.npz'}: docs/doc_ids must be template tokens and documents.")
 
     rows = pack([np.flatnonzero(roles == n) for n in numbers], multiple=config.chunk_size)
     encode = _jit(model, lambda model, **kwargs: model.encode_documents(return_hidden=True, **kwargs))
@@ -120,7 +121,7 @@ def _check_questions(report, recording, model, past, bank) -> None:
     )
     exists = exists == 1
     if np.any(roles[exists] > 0) or not exists.any(1).all():
-        raise ParityError(f"{recording.path / 'io.npz'}: each question needs a token, and no document token.")
+        raise DataError(f"{recording.path / 'io.npz'}: each question needs a token, and no document token.")
     run = _jit(model, lambda model, **kwargs: _with_logits(model, model(return_hidden=True, **kwargs)))
     output, logits = run(
         tokens=ids, positions=positions, mask=_with_prefix(past, exists), past=past, bank=bank,

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from msa_jax.config import MSAConfig
-from msa_jax.parity.recording import ParityError, Recording
+from msa_jax.errors import DataError
+from msa_jax.parity.recording import Recording
 from msa_jax.training.losses import recall_at, router_loss
 
 METHODS = {
@@ -51,17 +52,17 @@ class Objective:
         """From `aux_labels` of scalars.json, a list of 0 and 1 for each sample's documents.
 
         Raises:
-          ParityError: the labels do not fit the documents.
+          DataError: the labels do not fit the documents.
         """
         samples = len(visible)
         relevant = np.zeros_like(visible)
         if not isinstance(labels, list) or len(labels) != samples:
-            raise ParityError(f"{recording.path / 'scalars.json'}: aux_labels must have {samples} lists.")
+            raise DataError(f"{recording.path / 'scalars.json'}: aux_labels must have {samples} lists.")
         for sample, row in enumerate(labels):
             # The published code lines labels up with the documents that a sample has.
             mine = np.flatnonzero(visible[sample])
             if row and len(row) != len(mine):
-                raise ParityError(
+                raise DataError(
                     f"{recording.path / 'scalars.json'}: aux_labels has {len(row)} for sample {sample} "
                     f"with {len(mine)} documents."
                 )

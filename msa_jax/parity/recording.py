@@ -12,15 +12,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from msa_jax.checkpoints.pretrained import load_model
 from msa_jax.config import MSAConfig
-from msa_jax.hf import load_model
+from msa_jax.errors import DataError
 from msa_jax.model import MSATransformer
 
 TEMPLATE = -2
-
-
-class ParityError(ValueError):
-    """A folder that holds no usable recording; the message says what is wrong with which file."""
 
 
 def _read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -28,9 +25,9 @@ def _read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
     except FileNotFoundError as e:
-        raise ParityError(f"{path}: no such file; a recording has one.") from e
+        raise DataError(f"{path}: no such file; a recording has one.") from e
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as e:
-        raise ParityError(f"{path}: not a readable npz file ({e}).") from e
+        raise DataError(f"{path}: not a readable npz file ({e}).") from e
 
 
 class Recording:
@@ -45,14 +42,14 @@ class Recording:
       msa: the `msa_config` of config.json.
 
     Raises:
-      ParityError, ConfigError: config.json or io.npz is missing or unreadable.
+      DataError, ConfigError: config.json or io.npz is missing or unreadable.
     """
 
     def __init__(self, path: str | os.PathLike, *, implementation: str | None = None):
         self.path = pathlib.Path(path)
         self._implementation = implementation
         if not self.path.is_dir():
-            raise ParityError(f"{self.path}: no such folder.")
+            raise DataError(f"{self.path}: no such folder.")
         MSAConfig.from_checkpoint(self.path)  # refuses what is no object of the right fields
         self.msa: dict[str, Any] = json.loads((self.path / "config.json").read_text()).get("msa_config") or {}
         self._arrays = _read_arrays(self.path / "io.npz")
@@ -72,17 +69,17 @@ class Recording:
           *shape: what its shape must be, None for any size; nothing is checked without one.
 
         Raises:
-          ParityError: there is none, or it has another shape.
+          DataError: there is none, or it has another shape.
         """
         if name not in self._arrays:
-            raise ParityError(f"{self.path / 'io.npz'}: lacks {name}, which such a recording has.")
+            raise DataError(f"{self.path / 'io.npz'}: lacks {name}, which such a recording has.")
         value = self._arrays[name]
         fits = len(shape) == value.ndim and all(
             n in (None, m) for n, m in zip(shape, value.shape, strict=True)
         )
         if shape and not fits:
             want = ", ".join("any" if n is None else str(n) for n in shape)
-            raise ParityError(f"{self.path / 'io.npz'}: {name} has shape {value.shape}, must be ({want}).")
+            raise DataError(f"{self.path / 'io.npz'}: {name} has shape {value.shape}, must be ({want}).")
         return value.astype(np.int32) if np.issubdtype(value.dtype, np.integer) else value
 
     def gradients(self) -> dict[str, np.ndarray]:
@@ -94,11 +91,11 @@ class Recording:
         try:
             value = json.loads(path.read_text())
         except FileNotFoundError as e:
-            raise ParityError(f"{path}: no such file; a training recording has one.") from e
+            raise DataError(f"{path}: no such file; a training recording has one.") from e
         except (json.JSONDecodeError, UnicodeDecodeError) as e:
-            raise ParityError(f"{path}: not valid JSON ({e}).") from e
+            raise DataError(f"{path}: not valid JSON ({e}).") from e
         if not isinstance(value, dict):
-            raise ParityError(f"{path}: must hold an object.")
+            raise DataError(f"{path}: must hold an object.")
         return value
 
     def model(self, **config_changes: Any) -> MSATransformer:

@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from msa_jax.checkpoints.published import published_tensors, to_published
+from msa_jax.errors import DataError
 from msa_jax.memory import DocumentLayout
 from msa_jax.model import MSATransformer
 from msa_jax.parity.objective import GRADIENT_METHOD, METHODS, Objective
-from msa_jax.parity.recording import TEMPLATE, ParityError, Recording, compiled, document_chunks, pack, take
+from msa_jax.parity.recording import TEMPLATE, Recording, compiled, document_chunks, pack, take
 from msa_jax.parity.report import Report
-from msa_jax.published import published_tensors, to_published
 from msa_jax.training.losses import lm_loss
 
 LOSSES = ("loss", "lm_loss", "aux_loss")
@@ -56,7 +57,7 @@ def split_samples(roles: np.ndarray, exists: np.ndarray, chunk_size: int, where:
     `where` is where they come from, for messages.
 
     Raises:
-      ParityError: a sample is not template, documents, active context, in this order.
+      DataError: a sample is not template, documents, active context, in this order.
     """
     prefix, documents, active, owner, number = [], [], [], [], []
     for sample, (role, mask) in enumerate(zip(roles, exists, strict=True)):
@@ -66,7 +67,7 @@ def split_samples(roles: np.ndarray, exists: np.ndarray, chunk_size: int, where:
         is_document = kinds > 0
         in_memory = np.flatnonzero(is_document)
         if not len(in_memory) or np.any(~is_prefix[: in_memory[-1]] & ~is_document[: in_memory[-1]]):
-            raise ParityError(
+            raise DataError(
                 f"{where}: doc_ids of sample {sample} must be a template prefix, documents, then the rest."
             )
         prefix.append(sample * roles.shape[1] + places[is_prefix])
@@ -76,7 +77,7 @@ def split_samples(roles: np.ndarray, exists: np.ndarray, chunk_size: int, where:
             owner.append(sample)
             number.append(n)
     if not sum(map(len, active)):
-        raise ParityError(f"{where}: no token follows the documents, so there is nothing to compute.")
+        raise DataError(f"{where}: no token follows the documents, so there is nothing to compute.")
     return Batch(
         prefix=pack(prefix),
         documents=pack(documents, multiple=chunk_size),
@@ -137,7 +138,7 @@ def check_training(recording: Recording) -> Report:
     recording.array("position_ids", *ids.shape)
     exists = exists == 1
     if ids.min() < 0 or ids.max() >= config.vocab_size or labels.max() >= config.vocab_size:
-        raise ParityError(f"{recording.path / 'io.npz'}: token ids must be below {config.vocab_size}.")
+        raise DataError(f"{recording.path / 'io.npz'}: token ids must be below {config.vocab_size}.")
     scalars = _scalars(recording)
     batch = split_samples(roles, exists, config.chunk_size, str(recording.path / "io.npz"))
     objective = Objective.of(recording, config, batch.visible, scalars.get("aux_labels"))
@@ -181,7 +182,7 @@ def _scalars(recording: Recording) -> dict[str, Any]:
             [entry.get(n) for n in LOSSES] + list(recall.values()) if isinstance(recall, dict) else [None]
         )
         if not all(isinstance(n, int | float) for n in numbers):
-            raise ParityError(
+            raise DataError(
                 f"{recording.path / 'scalars.json'}: scalars must give the numbers loss, lm_loss, aux_loss "
                 f"and recall for {method}."
             )

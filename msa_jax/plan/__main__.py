@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import jax
 
-from msa_jax.config import ConfigError
+from msa_jax.errors import ConfigError
 from msa_jax.plan import choose, report, settings
 from msa_jax.plan.topologies import Topology
 

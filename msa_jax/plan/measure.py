@@ -10,7 +10,7 @@ import time
 import jax
 import numpy as np
 
-from msa_jax.compilation import for_other_chips
+from msa_jax.cli.compilation import for_other_chips
 from msa_jax.plan.programs import Program
 
 GIB = 2**30

@@ -20,9 +20,9 @@ from msa_jax.bank.encoder import _encode_rows
 from msa_jax.config import TEMPLATE_LEN, MSAConfig
 from msa_jax.data.batch import Batch, DocumentBatch, QuestionBatch
 from msa_jax.memory import ContentSource, DocumentLayout, MemoryBank, StoredContent
+from msa_jax.memory.selection import Selection
 from msa_jax.model import KeyValues, MSATransformer
 from msa_jax.plan.settings import Bank, Sizes
-from msa_jax.routing import Selection
 from msa_jax.sharding import DATA, MEMORY, MODEL, MeshConfig, Shardings
 from msa_jax.training.config import OptimizerConfig, Phase, TrainingConfig
 from msa_jax.training.optimizer import make_optimizer

@@ -10,7 +10,8 @@ import re
 import jax
 
 from msa_jax.bank.placement import capacity_for
-from msa_jax.config import PRESETS, ConfigError, MSAConfig, require
+from msa_jax.config import PRESETS, MSAConfig
+from msa_jax.errors import ConfigError, require
 from msa_jax.sharding import AXES, MeshConfig, check_model
 
 PROGRAMS = ("question", "decode", "encode", "train")

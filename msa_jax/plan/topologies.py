@@ -10,7 +10,7 @@ import re
 
 import jax
 
-from msa_jax.config import ConfigError
+from msa_jax.errors import ConfigError
 from msa_jax.sharding import AXES, MeshConfig
 
 # Chips by grid, as libtpu names them. Those of v5e and v6e count chips.
@@ -45,11 +45,7 @@ KINDS = {
 }
 
 
-class TopologyError(ConfigError):
-    """No such machine, or nothing here that compiles for it."""
-
-
-class GridError(TopologyError):
+class GridError(ConfigError):
     """A mesh that does not lie on the grid of chips."""
 
 
@@ -72,7 +68,7 @@ class Topology:
         """Of a name such as "v5e-16" or "8xh100".
 
         Raises:
-          TopologyError: nobody knows it.
+          ConfigError: nobody knows it.
         """
         found = re.fullmatch(r"(?:(\d+)x([a-z]\w+)|([a-z]\w+)-(\d+))", name.strip().lower())
         kind = found and (found[2] or found[3])
@@ -80,19 +76,19 @@ class Topology:
         if kind not in KINDS or gpu != (KINDS[kind].sizes is None):
             tpus = ", ".join(k for k, v in KINDS.items() if v.sizes)
             gpus = ", ".join(k for k, v in KINDS.items() if not v.sizes)
-            raise TopologyError(
+            raise ConfigError(
                 f"--topology {name!r} is no machine known here: write KIND-NUMBER with a TPU ({tpus}), such as v5e-16, "
                 f"or NUMBERxKIND with a GPU ({gpus}), such as 8xh100."
             )
         number = int(found[1] or found[4])
         if gpu:
             if not 1 <= number <= 4096:
-                raise TopologyError(f"--topology {name!r}: give 1 to 4096 GPUs.")
+                raise ConfigError(f"--topology {name!r}: give 1 to 4096 GPUs.")
             return cls(name, kind, number)
         sizes = KINDS[kind].sizes
         if number not in sizes:
             counted = " (TensorCores, two a chip)" if kind == "v5p" else ""
-            raise TopologyError(
+            raise ConfigError(
                 f"--topology {name!r}: {kind} comes in slices of {', '.join(map(str, sorted(sizes)))}{counted}."
             )
         return cls(name, kind, number // 2 if kind == "v5p" else number)
@@ -123,7 +119,7 @@ class Topology:
           config: sizes that make up the number of chips.
 
         Raises:
-          TopologyError: the compiler is not installed.
+          ConfigError: the compiler is not installed.
           GridError: the mesh does not lie on the grid of chips.
         """
         if self.is_tpu:
@@ -140,7 +136,7 @@ class Topology:
 @functools.cache
 def _devices(kind: str, grid: str) -> list[jax.Device]:
     if importlib.util.find_spec("libtpu") is None:
-        raise TopologyError("the compiler for TPUs, libtpu, is not installed: `make tpu` adds it to .venv.")
+        raise ConfigError("the compiler for TPUs, libtpu, is not installed: `make tpu` adds it to .venv.")
     # There is no metadata server to ask what machine this is, other processes may compile too, and its log is long.
     for name, value in dict(
         TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_MIN_LOG_LEVEL="4", TPU_STDERR_LOG_LEVEL="4",

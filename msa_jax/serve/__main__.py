@@ -18,14 +18,11 @@ import sys
 import threading
 from collections.abc import Sequence
 
-from msa_jax.ask.loading import add_flags, changes_of, loading_of
-from msa_jax.bank.manifest import BankError
-from msa_jax.checkpoint import CheckpointError
-from msa_jax.config import ConfigError, require
-from msa_jax.data import DataError
+from msa_jax.cli.loading import add_flags, changes_of, loading_of
+from msa_jax.errors import ConfigError, MSAError, require
 from msa_jax.inference.session import Session
 from msa_jax.inference.settings import MODES, AskConfig, Budget, EngineConfig, Sampling
-from msa_jax.serve.keys import KeyFileError, Keys
+from msa_jax.serve.keys import Keys
 from msa_jax.serve.limits import Limits
 from msa_jax.serve.running import bind, serve
 from msa_jax.serve.service import Service
@@ -34,7 +31,7 @@ log = logging.getLogger("msa_jax.serve")
 
 # For the session to close; it has nothing to do any more.
 _CLOSE_SECONDS = 10.0
-REFUSALS = (BankError, CheckpointError, ConfigError, DataError, KeyFileError, OSError)
+REFUSALS = (MSAError, OSError)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -94,7 +91,7 @@ def make_service(options: argparse.Namespace) -> tuple[Service, EngineConfig]:
     """What the flags ask for, still without a session.
 
     Raises:
-      ConfigError, KeyFileError: one sentence.
+      ConfigError: one sentence.
     """
     require(options.row_len is None or options.row_len > 0, f"--row_len must be above 0, got {options.row_len}.")
     require(0 <= options.port < 1 << 16, f"--port must be from 0 to 65535, got {options.port}.")

@@ -6,7 +6,7 @@ import dataclasses
 import secrets
 from typing import Any
 
-from msa_jax.config import ConfigError
+from msa_jax.errors import ConfigError
 from msa_jax.inference.settings import AskConfig
 from msa_jax.serve.errors import ApiError, shown
 from msa_jax.serve.fields import Fields

@@ -14,8 +14,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from msa_jax.bank.ingest import Report
-from msa_jax.bank.manifest import BankError
 from msa_jax.bank.table import DEFAULT_NAMESPACE, BankDocument
+from msa_jax.errors import BankError
 from msa_jax.serve.errors import ApiError, shown
 from msa_jax.serve.fields import Fields
 from msa_jax.serve.keys import Access

@@ -6,8 +6,8 @@ from typing import Any
 
 from starlette.requests import Request
 
+from msa_jax.errors import QuestionError
 from msa_jax.inference.explanation import Explained
-from msa_jax.inference.library import QuestionError
 from msa_jax.serve.completion import finite
 from msa_jax.serve.errors import ApiError
 from msa_jax.serve.fields import Fields

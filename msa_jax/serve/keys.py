@@ -21,13 +21,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from msa_jax.errors import ConfigError
 from msa_jax.serve.errors import ApiError, shown
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-
-
-class KeyFileError(ValueError):
-    """A key file that cannot be used; the message says what, where and how to mend it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +94,7 @@ class Keys:
         """Read a file.
 
         Raises:
-          KeyFileError: no such file, or not as the module describes.
+          ConfigError: no such file, or not as the module describes.
         """
         return cls({digest: _access(value, str(path)) for digest, value in _read(path).items()})
 
@@ -124,17 +121,17 @@ def _read(path: str | pathlib.Path) -> dict[str, Any]:
     try:
         values = json.loads(pathlib.Path(path).read_text("utf-8"))
     except OSError as e:
-        raise KeyFileError(f"{path}: {e.strerror}: name a file that `python -m msa_jax.serve.keys add` made.") from e
+        raise ConfigError(f"{path}: {e.strerror}: name a file that `python -m msa_jax.serve.keys add` made.") from e
     except (ValueError, RecursionError) as e:
-        raise KeyFileError(f"{path}: not JSON ({e}): restore it, or make keys anew.") from e
+        raise ConfigError(f"{path}: not JSON ({e}): restore it, or make keys anew.") from e
     if not isinstance(values, dict) or not all(map(_DIGEST.fullmatch, values)):
-        raise KeyFileError(
+        raise ConfigError(
             f"{path}: must be an object whose names are SHA-256 hashes, 64 hexadecimal digits; a key itself has no "
             "place in it: `python -m msa_jax.serve.keys add` makes one."
         )
     names = [_access(value, f"{path}, {digest[:8]}...").name for digest, value in values.items()]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise KeyFileError(f"{path}: more than one key is named {', '.join(sorted(twice))}: rename all but one.")
+        raise ConfigError(f"{path}: more than one key is named {', '.join(sorted(twice))}: rename all but one.")
     return values
 
 
@@ -144,7 +141,7 @@ def _access(value: Any, where: str) -> Access:
     good = good and isinstance(value["name"], str) and value["name"] and isinstance(value["write"], bool)
     spaces = value["namespaces"] if good else None
     if not good or not (spaces == "*" or (isinstance(spaces, list) and all(isinstance(s, str) for s in spaces))):
-        raise KeyFileError(f"{where}: must be {need}, got {shown(value)}.")
+        raise ConfigError(f"{where}: must be {need}, got {shown(value)}.")
     return Access(value["name"], None if spaces == "*" else tuple(dict.fromkeys(spaces)), value["write"])
 
 
@@ -156,18 +153,18 @@ def _write(path: str, values: Mapping[str, Any]) -> None:
             json.dump(values, file, indent=1, ensure_ascii=False)
         os.replace(aside, path)
     except OSError as e:
-        raise KeyFileError(f"{path}: {e.strerror}: choose a place that can be written.") from e
+        raise ConfigError(f"{path}: {e.strerror}: choose a place that can be written.") from e
 
 
 def add_key(path: str, name: str, namespaces: Sequence[str] | None, write: bool) -> str:
     """Make a key, add it to a file (made if there is none) and return it. `namespaces` None means all.
 
     Raises:
-      KeyFileError: a bad file, or a name that is taken.
+      ConfigError: a bad file, or a name that is taken.
     """
     values = _read(path) if os.path.exists(path) else {}
     if not name or any(value["name"] == name for value in values.values()):
-        raise KeyFileError(f"{path}: the name {name!r} is empty or taken: give another one.")
+        raise ConfigError(f"{path}: the name {name!r} is empty or taken: give another one.")
     key = f"msa-{secrets.token_urlsafe(32)}"
     spaces = "*" if namespaces is None else list(namespaces)
     _write(path, values | {digest_of(key): {"name": name, "namespaces": spaces, "write": write}})
@@ -200,9 +197,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         kept = {digest: value for digest, value in values.items() if value["name"] != options.name}
         if len(kept) == len(values):
-            raise KeyFileError(f"{options.file}: no key is named {options.name!r}: `list` shows those there are.")
+            raise ConfigError(f"{options.file}: no key is named {options.name!r}: `list` shows those there are.")
         _write(options.file, kept)
-    except KeyFileError as e:
+    except ConfigError as e:
         print(f"keys: {e}", file=sys.stderr)
         return 1
     return 0

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
-from msa_jax.config import require
+from msa_jax.errors import require
 from msa_jax.serve.errors import ApiError, ClientGone
 
 # Larger bodies are parsed in a thread, so that other requests go on.

@@ -12,8 +12,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
+from msa_jax.errors import QuestionError
 from msa_jax.inference.answer import Answer, StreamEvent
-from msa_jax.inference.library import QuestionError
 from msa_jax.inference.pending import Pending
 from msa_jax.inference.settings import AskConfig
 from msa_jax.serve.chat import ChatRequest

@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 import uvicorn
 
-from msa_jax.config import ConfigError
+from msa_jax.errors import ConfigError
 from msa_jax.serve.app import Application
-from msa_jax.serve.keys import KeyFileError, Keys
+from msa_jax.serve.keys import Keys
 from msa_jax.serve.service import Service
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ async def serve(service: Service, bound: socket.socket, load: Callable[[], None]
         try:
             service.keys = Keys.load(keys_file)
             log.info("keys read anew")
-        except KeyFileError as e:
+        except ConfigError as e:
             log.error("the keys stay as they were: %s", e)
 
     async def cancel_late():

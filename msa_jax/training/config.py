@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-from msa_jax.config import ConfigError, require
+from msa_jax.errors import ConfigError, require
 
 AUX_LOSSES = ("infonce", "infonce_decoupled", "infonce_focal", "infonce_decoupled_focal")
 OPTIMIZERS = ("adamw", "muon")

@@ -16,21 +16,17 @@ from flax import nnx
 from tqdm import tqdm
 
 from msa_jax import distributed
-from msa_jax.checkpoint import Checkpoints
-from msa_jax.config import ConfigError
+from msa_jax.checkpoints.run import Checkpoints
 from msa_jax.data.batch import ROUTING
-from msa_jax.metrics import RunLog
+from msa_jax.errors import ConfigError, TrainingDiverged
 from msa_jax.model import MSATransformer
 from msa_jax.training.config import TrainingConfig
+from msa_jax.training.log import RunLog
 from msa_jax.training.optimizer import make_optimizer
 from msa_jax.training.schedule import phase_at, phase_values
 from msa_jax.training.step import empty_recent, init_state, make_step, spread_batch
 
 _LOG = logging.getLogger(__name__)
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss is no longer a number; the message names the step."""
 
 
 @dataclasses.dataclass(frozen=True)

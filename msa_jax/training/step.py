@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx, struct
 
-from msa_jax.config import require
 from msa_jax.data.batch import ROUTING, Batch, DocumentBatch, QuestionBatch
+from msa_jax.errors import require
 from msa_jax.memory import DocumentLayout, MemoryBank
 from msa_jax.model import ModelOutput, MSATransformer
 from msa_jax.sharding import Shardings, put

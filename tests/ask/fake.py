@@ -6,7 +6,7 @@ import dataclasses
 import numpy as np
 
 from msa_jax.ask import __main__ as command
-from msa_jax.inference import QuestionError
+from msa_jax.errors import QuestionError
 from msa_jax.inference.answer import Answer, Citation, Event, Round, StreamEvent
 from msa_jax.inference.explanation import Explained, Explanation, LayerMatch
 

@@ -5,10 +5,10 @@ import argparse
 import jax
 import pytest
 
-from msa_jax import compilation
-from msa_jax.ask.loading import add_flags, changes_of, loading_of
-from msa_jax.compilation import keep_programs
-from msa_jax.config import ConfigError
+from msa_jax.cli import compilation
+from msa_jax.cli.compilation import keep_programs
+from msa_jax.cli.loading import add_flags, changes_of, loading_of
+from msa_jax.errors import ConfigError
 
 
 def options(*flags):

@@ -4,8 +4,10 @@ import zlib
 
 import numpy as np
 
+from msa_jax.bank.change import Encoded
 from msa_jax.bank.manifest import BankSpec
-from msa_jax.bank.store import ARRAYS, Encoded, MemoryStore
+from msa_jax.bank.reader import ARRAYS
+from msa_jax.bank.store import MemoryStore
 from msa_jax.bank.table import BankDocument
 from msa_jax.data.templates import Template
 from tests.test_bank_encoder import V, model_of

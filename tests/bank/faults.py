@@ -4,9 +4,9 @@ import multiprocessing
 import os
 import traceback
 
-from msa_jax.bank.manifest import BankError
 from msa_jax.bank.store import MemoryStore
 from msa_jax.bank.table import BankDocument
+from msa_jax.errors import BankError
 from tests.bank.test_store import put
 
 # Children start from a server that has imported everything.

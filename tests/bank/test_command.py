@@ -9,10 +9,10 @@ from flax import nnx
 from msa_jax import MSAConfig, MSATransformer
 from msa_jax.bank import __main__ as command
 from msa_jax.bank.jsonl import count_lines
-from msa_jax.bank.manifest import BankError
 from msa_jax.bank.store import MemoryStore
+from msa_jax.checkpoints.pretrained import save_model
 from msa_jax.data.tokenizer import Tokenizer
-from msa_jax.hf import save_model
+from msa_jax.errors import BankError
 from tests.bank.test_ingest_and_load import TEXTS, encoder_of
 
 LINES = [{"id": str(i), "text": text, "title": f"Title {i}"} for i, text in enumerate(TEXTS)]

@@ -7,9 +7,9 @@ import pytest
 
 from msa_jax.bank import compaction, copying, folder
 from msa_jax.bank.compaction import compact
-from msa_jax.bank.manifest import BankError
 from msa_jax.bank.store import MemoryStore
 from msa_jax.bank.table import BankDocument
+from msa_jax.errors import BankError
 from tests.bank.test_store import SPEC, check, put
 
 

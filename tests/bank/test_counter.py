@@ -8,9 +8,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from msa_jax.bank.manifest import BankError
 from msa_jax.bank.numbers import Numbers, next_of
 from msa_jax.bank.table import BankDocument
+from msa_jax.errors import BankError
 from tests.bank import faults
 from tests.bank.drawn import create
 from tests.bank.object_store import serving

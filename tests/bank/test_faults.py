@@ -12,9 +12,9 @@ import time
 import pytest
 
 from msa_jax.bank import manifest as manifests
-from msa_jax.bank.manifest import BankError
 from msa_jax.bank.store import MemoryStore
 from msa_jax.bank.table import BankDocument
+from msa_jax.errors import BankError
 from tests.bank import faults
 from tests.bank.test_store import SPEC, check, put
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from msa_jax.bank import change, transfer
 from msa_jax.bank.loading import load
-from msa_jax.bank.manifest import BankError
 from msa_jax.bank.quantization import quantize_content, quantize_keys
 from msa_jax.bank.store import MemoryStore
+from msa_jax.errors import BankError
 from msa_jax.sharding import MeshConfig
 from tests.bank.drawn import L, chunks_of, create, put
 from tests.test_bank_encoder import B, _forward, close, forward

@@ -10,11 +10,13 @@ from msa_jax.bank import document_encoder, ingest
 from msa_jax.bank.document_encoder import DocumentEncoder
 from msa_jax.bank.encoder import encode_bank
 from msa_jax.bank.loading import load
-from msa_jax.bank.manifest import BankError, BankSpec, fingerprint_of
-from msa_jax.bank.store import ARRAYS, MemoryStore
+from msa_jax.bank.manifest import BankSpec, fingerprint_of
+from msa_jax.bank.reader import ARRAYS
+from msa_jax.bank.store import MemoryStore
 from msa_jax.bank.table import BankDocument
 from msa_jax.config import MSAConfig
 from msa_jax.data.batch import pack_documents
+from msa_jax.errors import BankError
 from tests.bank.drawn import Bytes, create, rendered
 from tests.test_bank_encoder import P, close, model_of
 

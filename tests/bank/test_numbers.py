@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 
 from msa_jax.bank import table as tables
 from msa_jax.bank.document_encoder import DocumentEncoder
-from msa_jax.bank.manifest import BankError
 from msa_jax.bank.numbers import Numbers, next_of
 from msa_jax.bank.store import MemoryStore
 from msa_jax.bank.table import ALIVE, COLUMNS, NAMESPACE, NUMBER, TEXT_KEY, BankDocument, Table
-from msa_jax.data.records import DataError, Document
+from msa_jax.data.records import Document
 from msa_jax.data.samples import Renderer
 from msa_jax.data.templates import Template
 from msa_jax.data.tokenizer import Tokenizer
+from msa_jax.errors import BankError, DataError
 from tests.bank.drawn import Bytes, create, put
 from tests.bank.test_ingest_and_load import encoder_of
 from tests.test_bank_encoder import P, model_of

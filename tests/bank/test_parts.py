@@ -5,10 +5,10 @@ import concurrent.futures
 import pytest
 
 from msa_jax.bank import parts
-from msa_jax.bank.manifest import BankError
 from msa_jax.bank.parts import add_part, merge
 from msa_jax.bank.store import MemoryStore
 from msa_jax.bank.table import NUMBER, PLACE, BankDocument
+from msa_jax.errors import BankError
 from tests.bank.drawn import create, rendered
 from tests.bank.test_ingest_and_load import direct, documents, encoder_of
 from tests.test_bank_encoder import close

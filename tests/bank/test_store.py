@@ -9,10 +9,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from msa_jax.bank.change import Encoded
 from msa_jax.bank.compaction import compact
-from msa_jax.bank.manifest import BankError, BankSpec
-from msa_jax.bank.store import ARRAYS, Encoded, MemoryStore
+from msa_jax.bank.manifest import BankSpec
+from msa_jax.bank.reader import ARRAYS
+from msa_jax.bank.store import MemoryStore
 from msa_jax.bank.table import LENGTH, START, BankDocument
+from msa_jax.errors import BankError
 
 SPEC = BankSpec(
     "of a model", "of a tokenizer", chunk_size=16, layers=2, width=6, kv_heads=2, head_dim=3, dtype="bfloat16"

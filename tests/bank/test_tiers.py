@@ -10,16 +10,18 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msa_jax import MemoryBank, MemorySparseAttention, MSAConfig, MSATransformer, tiers
+from msa_jax import MemoryBank, MemorySparseAttention, MSAConfig, MSATransformer
 from msa_jax.bank.disk_content import DiskContent
 from msa_jax.bank.loading import load
 from msa_jax.bank.quantization import quantize
+from msa_jax.errors import BankError
 from msa_jax.inference.programs import Current, Turn, decode, take_turn
 from msa_jax.inference.rows import Visibility, empty_rows
 from msa_jax.inference.sampling import from_settings
 from msa_jax.inference.settings import Sampling
-from msa_jax.memory import DocumentLayout
-from msa_jax.routing import NO_SCORE, Selection, bias_of
+from msa_jax.memory import DocumentLayout, tiers
+from msa_jax.memory.selection import Selection, bias_of
+from msa_jax.routing import NO_SCORE
 from tests.bank import drawn
 
 B, T, V, N, LAYERS, HEADS, WIDTH = 3, 5, 41, 7, 2, 2, 6
@@ -277,7 +279,7 @@ class Broken:
     ],
 )
 def test_a_failing_disk_is_one_exception_that_says_why(result, message):
-    with pytest.raises(tiers.ContentError, match=f"^content of {message}[^\n]*$"), tiers.content_errors():
+    with pytest.raises(BankError, match=f"^content of {message}[^\n]*$"), tiers.content_errors():
         jax.block_until_ready(run(on_disk(bank_of(), Broken(result))))
 
 
@@ -320,7 +322,7 @@ def test_a_damaged_store_is_named(store):
     elsewhere = left_on_disk(loaded, store)
     for file in store.path.rglob("d/*"):
         file.unlink()
-    with pytest.raises(tiers.ContentError, match=f"^content of router layer 1 cannot .* disk: {store.path}: NOT_FOUND"):
+    with pytest.raises(BankError, match=f"^content of router layer 1 cannot .* disk: {store.path}: NOT_FOUND"):
         with tiers.content_errors():
             ranges = np.array([[0]]), np.array([[2]])
             jax.block_until_ready(_content_of(elsewhere, jnp.int32(1), *ranges))

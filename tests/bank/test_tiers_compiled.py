@@ -12,7 +12,7 @@ import jax  # noqa: E402
 
 from benchmarks import compiled as programs  # noqa: E402
 from benchmarks import tiers_compiled  # noqa: E402
-from msa_jax.compilation import for_other_chips  # noqa: E402
+from msa_jax.cli.compilation import for_other_chips
 
 MIB = 2**20
 CHUNKS = 262_144

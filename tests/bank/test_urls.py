@@ -2,11 +2,11 @@
 
 import pytest
 
-from msa_jax.bank.manifest import BankError
 from msa_jax.bank.numbers import next_of
 from msa_jax.bank.parts import add_part
 from msa_jax.bank.store import MemoryStore
 from msa_jax.bank.table import BankDocument
+from msa_jax.errors import BankError
 from tests.bank.object_store import serving
 from tests.bank.test_ingest_and_load import create, documents, encoder_of, load, same_bank
 from tests.bank.test_store import SPEC, check, put

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from msa_jax.data import BabiSource, DataError, Renderer, Template, Tokenizer, make_dataset
+from msa_jax.data import BabiSource, Renderer, Template, Tokenizer, make_dataset
 from msa_jax.data.sources.babi import read_stories
+from msa_jax.errors import DataError
 
 PEOPLE, PLACES = ("Mary", "John", "Sandra"), ("garden", "office", "kitchen")
 

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from msa_jax.data import DataError, split_text
+from msa_jax.data import split_text
 from msa_jax.data.chunker import sentences
+from msa_jax.errors import DataError
 
 PIECES = [
     "Baco di fu. ",

@@ -6,8 +6,9 @@ import re
 import numpy as np
 import pytest
 
-from msa_jax.data import CorpusSource, DataError, Document, JsonlSource, Question
+from msa_jax.data import CorpusSource, Document, JsonlSource, Question
 from msa_jax.data.sources.base import in_split, stable_hash
+from msa_jax.errors import DataError
 
 
 def rng(seed=0):

@@ -4,7 +4,8 @@ import logging
 
 import pytest
 
-from msa_jax.data import CorpusSource, DataError, Document, Question, Renderer, cut_documents, fitting_questions
+from msa_jax.data import CorpusSource, Document, Question, Renderer, cut_documents, fitting_questions
+from msa_jax.errors import DataError
 
 
 def corpus():

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from msa_jax.data.batch import Batch, Sample, pack_documents, pack_parts, pack_questions, rows_needed
-from msa_jax.data.records import DataError
+from msa_jax.errors import DataError
 
 PAD = 999
 

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from msa_jax.data import DataError, JsonlSource, Renderer, Template, Tokenizer, make_dataset
+from msa_jax.data import JsonlSource, Renderer, Template, Tokenizer, make_dataset
+from msa_jax.errors import DataError
 
 SIZES = {
     "num_documents": 13,

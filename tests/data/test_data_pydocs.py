@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from msa_jax.data import DataError, PythonDocsSource
+from msa_jax.data import PythonDocsSource
 from msa_jax.data.sources.python_files import package_files, read_objects, standard_library_files
+from msa_jax.errors import DataError
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,12 @@ import sys
 import numpy as np
 import pytest
 
-from msa_jax.data import DataError, Renderer, RulerSource, Tokenizer
+from msa_jax.data import Renderer, RulerSource, Tokenizer
 from msa_jax.data.episodes import render_episode
 from msa_jax.data.sources.ruler_documents import RulerDocuments
 from msa_jax.data.sources.ruler_tasks import DEPTHS, NOISE, TASKS, ruler_words
 from msa_jax.data.uuids import draw_uuids
+from msa_jax.errors import DataError
 
 UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
 NEEDLE = re.compile(r"One of the special magic (numbers|uuids) for (.+?) is: ([0-9a-f-]+)\.")

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from msa_jax.data import DataError, Document, LossWeights, Question, Renderer
+from msa_jax.data import Document, LossWeights, Question, Renderer
+from msa_jax.errors import DataError
 
 DOCUMENT = Document("a", "Title", "Bacodi fuge. Limo 12!")
 OTHER = Document("b", "", "Nupa rose")

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from msa_jax.data import DataError, Document, Renderer, Template, Tokenizer
+from msa_jax.data import Document, Renderer, Template, Tokenizer
 from msa_jax.data.batch import ROUTING, TEMPLATE
-from msa_jax.run_config import TokenizerConfig
+from msa_jax.errors import DataError
+from msa_jax.runs.config import TokenizerConfig
 
 SHIPPED = {"compact": Template.compact(), "paper": Template.paper(), "chinese": Template.chinese()}
 QUESTION, ANSWER = "青山河流向哪里？Which way, 1984?", "向北 (north)"

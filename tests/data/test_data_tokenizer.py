@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
 
-from msa_jax.data import DataError, Template, Tokenizer
+from msa_jax.data import Template, Tokenizer
 from msa_jax.data.samples import Renderer
+from msa_jax.errors import DataError
 
 
 @pytest.fixture(params=["place", "plain"])

@@ -11,8 +11,9 @@ from msa_jax import MSAConfig, MSATransformer
 from msa_jax.bank import BankDocument, DocumentEncoder, encode_bank
 from msa_jax.bank.quantization import quantize
 from msa_jax.data import Document, Renderer, Template, Tokenizer, pack_documents
+from msa_jax.errors import QuestionError
 from msa_jax.inference import AskConfig, Budget, EngineConfig
-from msa_jax.inference.library import FixedLibrary, Original, QuestionError, View
+from msa_jax.inference.library import FixedLibrary, Original, View
 
 FEW = (4, 7)
 P, ROW, CONTEXT = 4, 48, 96

@@ -14,8 +14,8 @@ from msa_jax.bank import encode_bank
 from msa_jax.data import Document, NeedleSource, Question, Renderer, Tokenizer, frequent_words, training_texts
 from msa_jax.evaluation.memories import build_memory
 from msa_jax.inference import AskConfig, Budget, Engine, EngineConfig, FixedLibrary, Round, Threshold, choose_threshold
-from msa_jax.run import make_model
-from msa_jax.run_config import RunConfig
+from msa_jax.runs.build import make_model
+from msa_jax.runs.config import RunConfig
 
 # Few values, so that ties are common, and some that have nothing in between.
 SCORES = st.one_of(

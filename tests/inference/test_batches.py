@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msa_jax.config import ConfigError
-from msa_jax.inference import AskConfig, Budget, EngineConfig, QuestionError, Sampling
+from msa_jax.errors import ConfigError, QuestionError
+from msa_jax.inference import AskConfig, Budget, EngineConfig, Sampling
 from msa_jax.inference import pending as pending_module
 from msa_jax.inference.batching import turn_of
 from msa_jax.inference.engine import Engine

@@ -5,12 +5,12 @@ import pytest
 
 from msa_jax.bank import encode_bank
 from msa_jax.bank.quantization import LARGEST
-from msa_jax.config import ConfigError
-from msa_jax.data import DataError, Document, Question, Renderer, pack_documents
+from msa_jax.data import Document, Question, Renderer, pack_documents
+from msa_jax.errors import ConfigError, DataError
 from msa_jax.evaluation.grown import GrownMemory
 from msa_jax.inference import AskConfig, Budget, Engine, EngineConfig
 from msa_jax.inference.library import FixedLibrary
-from msa_jax.trained import reconfigured
+from msa_jax.runs.open import reconfigured
 from tests.inference.small import TEXTS, model_of
 from tests.inference.small import renderer as whole_texts
 

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from msa_jax.bank import BankError, MemoryStore
-from msa_jax.config import ConfigError
+from msa_jax.bank import MemoryStore
+from msa_jax.errors import BankError, ConfigError
 from msa_jax.inference import Budget, Session
 from msa_jax.inference import session as session_module
 from tests.inference.sessions import BASE, LATENT, LIMIT, READ, SINGLE, Held, stored, told

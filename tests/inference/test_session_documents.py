@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from msa_jax.bank import BankError
-from msa_jax.inference import Budget, QuestionError
+from msa_jax.errors import BankError, QuestionError
+from msa_jax.inference import Budget
 from tests.inference.sessions import BASE, LATENT, LIMIT, READ, Held, cited, in_thread, meanwhile, stored, told
 from tests.inference.small import ASK, ENGINE, QUESTIONS, TEXTS
 

@@ -8,12 +8,12 @@ import pytest
 from benchmarks.quality import babi
 from msa_jax.data import Document, Question
 from msa_jax.data.sources.babi import Story
+from msa_jax.errors import QuestionError
 from msa_jax.evaluation import stories
 from msa_jax.evaluation.stories import StoryLibrary
 from msa_jax.inference import AskConfig, Budget, EngineConfig
 from msa_jax.inference.answer import Event
 from msa_jax.inference.engine import Engine
-from msa_jax.inference.library import QuestionError
 from tests.inference.small import TEXTS, model_of, renderer
 
 LINES = {"a": [1, 2, 4, 5], "b": [1, 3, 4]}

@@ -16,7 +16,7 @@ import jax  # noqa: E402
 from flax import nnx  # noqa: E402
 
 from benchmarks import compiled as programs  # noqa: E402
-from msa_jax.compilation import for_other_chips  # noqa: E402
+from msa_jax.cli.compilation import for_other_chips
 from msa_jax.config import MSAConfig  # noqa: E402
 from msa_jax.memory import DocumentLayout, MemoryBank  # noqa: E402
 from msa_jax.model import MSATransformer  # noqa: E402

@@ -16,8 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from msa_jax.bank import BankDocument
 from msa_jax.bank.ingest import Report
-from msa_jax.bank.manifest import BankError
-from msa_jax.inference import QuestionError
+from msa_jax.errors import BankError, QuestionError
 from msa_jax.inference.answer import Answer, Citation, Event, Round, StreamEvent
 from msa_jax.inference.explanation import Explained, Explanation, LayerMatch
 from msa_jax.inference.settings import AskConfig

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msa_jax.bank import BankDocument
+from msa_jax.errors import ConfigError
 from msa_jax.inference.answer import Citation
 from msa_jax.serve import keys as module
 from msa_jax.serve.errors import ApiError
-from msa_jax.serve.keys import Access, KeyFileError, Keys, add_key, digest_of, main
+from msa_jax.serve.keys import Access, Keys, add_key, digest_of, main
 from tests.serve.fakes import FakeSession, events_of, serving
 
 
@@ -65,7 +66,7 @@ GOOD = {"name": "n", "namespaces": ["a"], "write": False}
 def test_bad_files_are_refused(tmp_path, capsys, text, said):
     file = tmp_path / "keys.json"
     file.write_text(text)
-    with pytest.raises(KeyFileError, match=re.escape(said)) as caught:
+    with pytest.raises(ConfigError, match=re.escape(said)) as caught:
         Keys.load(file)
     assert str(file) in str(caught.value)
     assert run(capsys, "list", file)[0] == run(capsys, "add", file, "--name", "x", "--all")[0] == 1
@@ -73,7 +74,7 @@ def test_bad_files_are_refused(tmp_path, capsys, text, said):
 
 
 def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(KeyFileError, match="No such file"):
+    with pytest.raises(ConfigError, match="No such file"):
         Keys.load(tmp_path / "none")
 
 
@@ -242,5 +243,5 @@ def test_what_keys_may(server):
 def test_add_key_to_a_new_file(tmp_path):
     key = add_key(str(tmp_path / "keys"), "n", None, False)
     assert Keys.load(tmp_path / "keys").access(f"Bearer {key}") == Access("n", None, False)
-    with pytest.raises(KeyFileError, match="choose a place"):
+    with pytest.raises(ConfigError, match="choose a place"):
         add_key(str(tmp_path / "no/such/folder/keys"), "n", None, False)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msa_jax.config import ConfigError
+from msa_jax.errors import ConfigError
 from msa_jax.inference.settings import AskConfig
 from msa_jax.serve.chat import ChatRequest, read_chat
 from msa_jax.serve.errors import ApiError

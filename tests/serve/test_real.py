@@ -13,8 +13,8 @@ from flax import nnx
 
 from msa_jax import MSAConfig, MSATransformer
 from msa_jax.bank import BankDocument, BankSpec, DocumentEncoder, MemoryStore
+from msa_jax.checkpoints.pretrained import save_model
 from msa_jax.data.tokenizer import Tokenizer
-from msa_jax.hf import save_model
 from msa_jax.inference import EngineConfig, Session
 from msa_jax.serve.keys import Access, Keys, digest_of
 from tests.serve.fakes import events_of, eventually, serving

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from msa_jax.checkpoint import Checkpoints
+from msa_jax.checkpoints.run import Checkpoints
 from msa_jax.data import make_dataset
-from msa_jax.run import make_model, make_source, open_tokenizer
+from msa_jax.runs.build import make_model, make_source, open_tokenizer
+from msa_jax.runs.workdir import check_workdir
 from msa_jax.training.optimizer import make_optimizer
 from msa_jax.training.step import init_state
-from msa_jax.workdir import check_workdir
 
 WORDS = (
     "river stone cloud field paper light music garden window market winter summer bridge letter copper "

@@ -15,12 +15,11 @@ from benchmarks.quality import ablation_report, ablations, asked, ways
 from benchmarks.quality.asked import Results, memory_of
 from benchmarks.quality.variants import CONFIG, VARIANTS, command, load_config, make_run, slug
 from msa_jax.bank import encode_bank
-from msa_jax.checkpoint import CheckpointError
-from msa_jax.config import ConfigError
 from msa_jax.data import Document, Question
+from msa_jax.errors import CheckpointError, ConfigError
 from msa_jax.evaluation.memories import Memory
 from msa_jax.inference import AskConfig
-from msa_jax.trained import load_model
+from msa_jax.runs.open import load_model
 from tests.training.conftest import SETTINGS, dataset_of, save_start
 
 
@@ -32,7 +31,7 @@ def config(haystack, tmp_path_factory):
     settings["training"] |= {"phases": [{"steps": 1}], "keep_checkpoints": 3}
     path = tmp_path_factory.mktemp("ablations") / "tiny.py"
     path.write_text(
-        "from msa_jax.run_config import full_config\n\n\n"
+        "from msa_jax.runs.config import full_config\n\n\n"
         f"def get_config():\n    return full_config({settings!r})\n"
     )
     run = make_run(load_config(path), {}, 5)

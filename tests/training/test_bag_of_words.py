@@ -9,10 +9,10 @@ from flax import nnx
 
 from msa_jax import MSAConfig, MSATransformer
 from msa_jax.bank import encode_bank
-from msa_jax.config import ConfigError
 from msa_jax.data import Renderer, Template, Tokenizer, pack_documents
-from msa_jax.run import make_model
-from msa_jax.run_config import RunConfig
+from msa_jax.errors import ConfigError
+from msa_jax.runs.build import make_model
+from msa_jax.runs.config import RunConfig
 from msa_jax.training import bag_of_words
 from msa_jax.training.init import embedding_stream, tie_router
 

@@ -11,8 +11,8 @@ from flax import nnx
 from benchmarks.quality import dense
 from benchmarks.quality.asked import memory_of
 from msa_jax.data import Renderer, make_dataset
-from msa_jax.run import make_model, make_source, open_tokenizer
-from msa_jax.run_config import RunConfig
+from msa_jax.runs.build import make_model, make_source, open_tokenizer
+from msa_jax.runs.config import RunConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

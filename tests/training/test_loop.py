@@ -13,14 +13,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from msa_jax.checkpoint import CheckpointError, Checkpoints
-from msa_jax.config import ConfigError
+from msa_jax.checkpoints.run import Checkpoints
+from msa_jax.errors import CheckpointError, ConfigError, TrainingDiverged
 from msa_jax.evaluation import evaluate, write_results
-from msa_jax.run import make_model, open_tokenizer, train_run
-from msa_jax.run_config import RunConfig
+from msa_jax.runs.build import make_model, open_tokenizer, train_run
+from msa_jax.runs.config import RunConfig
+from msa_jax.runs.open import load_model
 from msa_jax.sharding import MeshConfig
-from msa_jax.trained import load_model
-from msa_jax.training.loop import TrainingDiverged
 from tests.training.conftest import write_config
 
 

@@ -26,7 +26,7 @@ def config(settings, tmp_path):
     settings["evaluation"] |= {"batch_size": 3, "max_new_tokens": 4}
     path = tmp_path / "config.py"
     path.write_text(
-        "from msa_jax.run_config import full_config\n\n\n"
+        "from msa_jax.runs.config import full_config\n\n\n"
         f"def get_config():\n    return full_config({settings!r})\n"
     )
     return f"--config={path}"

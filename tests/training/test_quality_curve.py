@@ -9,8 +9,8 @@ import types
 import pytest
 
 from benchmarks.quality import curve
-from msa_jax.data import DataError
-from msa_jax.run_config import RunConfig
+from msa_jax.errors import DataError
+from msa_jax.runs.config import RunConfig
 from tests.training.conftest import SETTINGS, save_start
 
 FLAGS = ["--memory", "memory", "--sizes", "1024,3072", "--top_k", "2", "--questions", "5", "--first", "1024"]

@@ -8,8 +8,8 @@ import pytest
 from flax import nnx
 
 from msa_jax import MSAConfig, MSATransformer
-from msa_jax.config import ConfigError
 from msa_jax.data.batch import Batch, Sample, pack_documents, pack_questions
+from msa_jax.errors import ConfigError
 from msa_jax.training.config import OptimizerConfig, Phase, TrainingConfig
 from msa_jax.training.loop import _check_limits
 from msa_jax.training.optimizer import make_optimizer

@@ -10,16 +10,16 @@ import pytest
 from flax import nnx
 
 from benchmarks.quality import documentation, questions, words
-from msa_jax import trained
-from msa_jax.config import ConfigError
 from msa_jax.data import Renderer, make_dataset
 from msa_jax.data.batch import REPLY
-from msa_jax.run import make_model, make_source, open_tokenizer, train_run
-from msa_jax.run_config import RunConfig
-from msa_jax.training import mine
+from msa_jax.errors import ConfigError
+from msa_jax.evaluation import mine
+from msa_jax.runs import open as opening
+from msa_jax.runs.build import make_model, make_source, open_tokenizer, train_run
+from msa_jax.runs.config import RunConfig
+from msa_jax.runs.workdir import check_workdir
 from msa_jax.training.schedule import phase_at, phase_values
 from msa_jax.training.step import loss_and_metrics
-from msa_jax.workdir import check_workdir
 
 WORDS = [a + b + c for a in ("ba", "co", "di", "fu") for b in ("ge", "li", "mo") for c in ("nu", "pa", "ro", "se")]
 
@@ -131,8 +131,8 @@ def test_negatives_are_mined_and_a_run_goes_on_with_them(run, folders, tmp_path,
     check_workdir(run, tmp_path / "further")
     export.rename(tmp_path / "moved")
     stored = types.SimpleNamespace(restore_params=lambda *_, **__: nnx.as_pure(nnx.state(model)), close=lambda: None)
-    monkeypatch.setattr(trained, "Checkpoints", lambda *_, **__: stored)
-    again, _ = trained.load_model(trained.open_run(tmp_path / "further"), tmp_path / "further")
+    monkeypatch.setattr(opening, "Checkpoints", lambda *_, **__: stored)
+    again, _ = opening.load_model(opening.open_run(tmp_path / "further"), tmp_path / "further")
     assert again.config == model.config
     with pytest.raises(ConfigError, match="no such file; give a checkpoint folder"):
         train_run(run, tmp_path / "never")

@@ -8,9 +8,9 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from msa_jax.config import ConfigError
-from msa_jax.run_config import RunConfig, full_config
-from msa_jax.workdir import check_workdir, written_settings
+from msa_jax.errors import ConfigError
+from msa_jax.runs.config import RunConfig, full_config
+from msa_jax.runs.workdir import check_workdir, written_settings
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 
 from msa_jax import MSAConfig, MSATransformer
-from msa_jax.config import ConfigError
-from msa_jax.run_config import RunConfig
+from msa_jax.errors import ConfigError
+from msa_jax.runs.config import RunConfig
 from msa_jax.training.config import OptimizerConfig, Phase, TrainingConfig
 from msa_jax.training.init import copy_circuit, embedding_stream, tie_router
 from msa_jax.training.optimizer import make_optimizer

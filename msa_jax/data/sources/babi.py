@@ -9,8 +9,9 @@ from typing import Literal
 
 import numpy as np
 
-from msa_jax.data.records import DataError, Document, Episode, Question
+from msa_jax.data.records import Document, Episode, Question
 from msa_jax.data.sources.base import Split, check_split, in_split
+from msa_jax.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)

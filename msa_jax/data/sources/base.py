@@ -6,7 +6,8 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from msa_jax.data.records import DataError, Document, Episode, Question
+from msa_jax.data.records import Document, Episode, Question
+from msa_jax.errors import DataError
 
 Split = Literal["train", "eval"]
 # Words that say something: of a sentence that asks for its document, and of a document that lacks it.

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from msa_jax.data.records import DataError, Document, Question
+from msa_jax.data.records import Document, Question
 from msa_jax.data.sources.base import CorpusSource, Split, check_split, in_split
 from msa_jax.data.sources.jsonl_rows import Faults, read_documents, read_questions
 from msa_jax.data.sources.pairs import make_pairs
+from msa_jax.errors import DataError
 
 
 class JsonlSource(CorpusSource):

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from msa_jax.data.records import DataError, Document, Question
+from msa_jax.data.records import Document, Question
+from msa_jax.errors import DataError
 
 _MAX_ERRORS = 10
 _DOCUMENT_FIELDS = {"id": str, "title": str, "text": str}

@@ -8,9 +8,9 @@ from string import Formatter
 
 import numpy as np
 
-from msa_jax.data.records import DataError
 from msa_jax.data.sources.base import Split, first_unique, stable_hash
 from msa_jax.data.tokenizer import Tokenizer
+from msa_jax.errors import DataError
 
 _WORD = re.compile(r"(?<![^\s])[a-z]{3,10}(?![a-z])")
 

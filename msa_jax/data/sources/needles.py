@@ -4,12 +4,13 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from msa_jax.data.records import DataError, Document, Episode, Question
+from msa_jax.data.records import Document, Episode, Question
 from msa_jax.data.samples import Renderer
 from msa_jax.data.sources.base import Split, check_split, draw_numbers
 from msa_jax.data.sources.haystack import Haystack, Passages, Windows
 from msa_jax.data.sources.keys import KeyPool, common_words, key_fields
 from msa_jax.data.tokenizer import Tokenizer
+from msa_jax.errors import DataError
 
 NEEDLE = "One of the special magic numbers for {key} is: {value}."
 QUESTION = "What is the special magic number for {key} mentioned in the provided text?"

@@ -4,8 +4,8 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from msa_jax.data.records import DataError
 from msa_jax.data.sources.base import CorpusSource
+from msa_jax.errors import DataError
 from msa_jax.files import write_text
 
 
@@ -31,11 +31,11 @@ def with_negatives(source: CorpusSource, path: str | Path, num_negatives: int) -
         found = {row["question"]: list(row["negatives"]) for row in rows}
     except OSError as error:
         raise DataError(
-            f"{path} cannot be read ({error.strerror}); write it with python -m msa_jax.training.mine"
+            f"{path} cannot be read ({error.strerror}); write it with python -m msa_jax.evaluation.mine"
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{path} holds no hard negatives ({error!r}); write it with python -m msa_jax.training.mine"
+            f"{path} holds no hard negatives ({error!r}); write it with python -m msa_jax.evaluation.mine"
         ) from None
     asked = {question.id for question in source.questions}
     found = {name: ids for name, ids in found.items() if name in asked}

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 
 from msa_jax.data.chunker import sentences
-from msa_jax.data.records import DataError, Document, Question
+from msa_jax.data.records import Document, Question
 from msa_jax.data.sources.base import CorpusSource, Split, check_split, in_split
 from msa_jax.data.sources.python_files import (
     PythonObject,
@@ -14,6 +14,7 @@ from msa_jax.data.sources.python_files import (
     read_topics,
     standard_library_files,
 )
+from msa_jax.errors import DataError
 
 _MIN_QUESTION_WORDS = 5
 _MIN_REST_CHARS = 80

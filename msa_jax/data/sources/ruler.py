@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from msa_jax.data.records import DataError, Document, Episode, Question
+from msa_jax.data.records import Document, Episode, Question
 from msa_jax.data.sources.base import Split, check_split, draw_numbers
 from msa_jax.data.sources.keys import KeyPool
 from msa_jax.data.sources.ruler_documents import RulerDocuments
@@ -20,6 +20,7 @@ from msa_jax.data.sources.ruler_tasks import (
 )
 from msa_jax.data.tokenizer import Tokenizer
 from msa_jax.data.uuids import draw_uuids
+from msa_jax.errors import DataError
 
 Blocks = Iterator[tuple[list[Document], list[int]]]
 

@@ -8,8 +8,9 @@ from typing import Literal
 
 import numpy as np
 
-from msa_jax.data.records import DataError, Question
+from msa_jax.data.records import Question
 from msa_jax.data.uuids import draw_uuids
+from msa_jax.errors import DataError
 
 KEY_FORMAT = "{adjective}-{noun}"
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."

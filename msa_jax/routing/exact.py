@@ -1,7 +1,6 @@
-"""Routing: which documents a question reads (arXiv 2603.23516, section 3.2).
+"""Exact routing: every chunk is scored, and the best documents are selected (arXiv 2603.23516, section 3.2).
 
-Sizes: B questions, T active tokens, H query heads, K key/value heads, D head dim, M = K * D, C chunks,
-N documents, k documents selected.
+Sizes: B questions, T active tokens, M router width, C chunks, N documents, k documents selected.
 """
 
 from __future__ import annotations
@@ -11,67 +10,19 @@ import math
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
-from msa_jax.memory import DocumentLayout
+from msa_jax.memory.bank import DocumentLayout
+from msa_jax.memory.selection import Selection
+from msa_jax.routing.query import mean_query
 from pallas_kernels import chunk_scores
 from pallas_kernels.chunk_scores.api import NO_SCORE
 
-# Inside the square root: a zero vector stays zero and its gradient stays finite in every dtype.
-_EPS = 1e-12
 # Chunks of a document read in one pass over the documents; a longer document takes several.
 _CHUNKS_A_PASS = 16
 # Reading every document's range costs N * max_length; beyond this many times C, a scatter over C costs less.
 _MOST_RANGE_READS = 4
 # Scores [B, N] below this many are selected from at once: two levels cost more calls than they save work.
 _TWO_LEVELS_FROM = 1 << 17
-
-
-@struct.dataclass
-class Selection:
-    """Documents that a router layer reads for each question, best first.
-
-    Attributes:
-      documents: [B, k] int32 document indices.
-      scores: [B, k] float32, `NO_SCORE` where fewer than k documents were visible.
-      starts, lengths: [B, k] int32, chunk ranges; length 0 where nothing was selected.
-    """
-
-    documents: jax.Array
-    scores: jax.Array
-    starts: jax.Array
-    lengths: jax.Array
-
-
-def l2_normalise(x: jax.Array) -> jax.Array:
-    """Unit vectors along the last axis, in float32."""
-    x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + _EPS)
-
-
-def routing_query(projected: jax.Array, *, num_kv_heads: int, score: str) -> jax.Array:
-    """Fold per-head routing queries [B, T, H, D] into one vector a token, [B, T, M] float32.
-
-    The mean over heads of `cos(q_h, k_{h/G})` equals the dot product of the key with the sum over each
-    group's normalised queries, divided by H. With `score="dot"` the per-head score is `q.k / sqrt(D)`.
-    """
-    b, t, h, d = projected.shape
-    unit = l2_normalise(projected) if score == "cosine" else projected.astype(jnp.float32) * d**-0.5
-    grouped = unit.reshape(b, t, num_kv_heads, h // num_kv_heads, d)
-    return (jnp.sum(grouped, axis=3) / h).reshape(b, t, num_kv_heads * d)
-
-
-def routing_key(pooled: jax.Array, *, score: str) -> jax.Array:
-    """Stored routing keys [..., C, M] float32 from pooled ones [..., C, K, D]."""
-    unit = l2_normalise(pooled) if score == "cosine" else pooled.astype(jnp.float32)
-    return unit.reshape(*unit.shape[:-2], unit.shape[-2] * unit.shape[-1])
-
-
-def mean_query(query: jax.Array, mask: jax.Array) -> jax.Array:
-    """Every routing token replaced by their mean: the max over tokens then is the mean over tokens."""
-    weights = mask[..., None].astype(query.dtype)
-    mean = jnp.sum(query * weights, axis=1, keepdims=True) / jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), 1)
-    return jnp.broadcast_to(mean, query.shape)
 
 
 def document_scores(
@@ -228,44 +179,3 @@ def select(
     )
 
 
-def merge(first: Selection, second: Selection) -> Selection:
-    """What is selected by the larger of two scores of every document, given what each of them selects.
-
-    Exact: a document among the k best by the larger score is among the k best by the score that is larger. Of equal
-    scores the lower document comes first, as in `select`. All fields are [B, k].
-    """
-    both = (first.documents[:, :, None] == second.documents[:, None, :]) & (
-        (first.lengths[:, :, None] > 0) & (second.lengths[:, None, :] > 0)
-    )
-    larger = jnp.max(jnp.where(both, second.scores[:, None, :], NO_SCORE), axis=2, initial=NO_SCORE)
-    scores = jnp.concatenate(
-        [jnp.maximum(first.scores, larger), jnp.where(jnp.any(both, axis=1), NO_SCORE, second.scores)], axis=1
-    )
-    join = lambda name: jnp.concatenate([getattr(first, name), getattr(second, name)], axis=1)  # noqa: E731
-    lengths = jnp.where(scores > NO_SCORE / 2, join("lengths"), 0)
-    order, documents, starts, lengths = jax.lax.sort((-scores, join("documents"), join("starts"), lengths), num_keys=2)
-    k = first.documents.shape[1]
-    return Selection(documents=documents[:, :k], scores=-order[:, :k], starts=starts[:, :k], lengths=lengths[:, :k])
-
-
-def reads_alike(selection: Selection, before: Selection, *, biased: bool) -> jax.Array:
-    """[B] bool: attention gives the same under both: the same documents, and with a router bias the same scores."""
-
-    def in_order(s):
-        there = s.lengths > 0
-        order = jnp.argsort(jnp.where(there, s.documents, jnp.iinfo(jnp.int32).max), axis=1)
-        values = (jnp.where(there, s.documents, -1), jnp.where(there, s.scores, 0.0))
-        return tuple(jnp.take_along_axis(x, order, axis=1) for x in values)
-
-    (documents, scores), (others, their_scores) = in_order(selection), in_order(before)
-    same = documents == others
-    return jnp.all(same & (scores == their_scores) if biased else same, axis=1)
-
-
-def bias_of(selection: Selection, beta: jax.Array) -> jax.Array:
-    """Router bias [B, k, H]: `beta_h * (s_d - max s)`, 0 where nothing was selected."""
-    found = selection.lengths > 0
-    scores = jnp.where(found, selection.scores, 0.0)
-    best = jnp.max(jnp.where(found, selection.scores, NO_SCORE), axis=1, keepdims=True, initial=NO_SCORE)
-    gap = jnp.where(found, scores - best, 0.0)
-    return gap[:, :, None] * beta.astype(jnp.float32)[None, None, :]

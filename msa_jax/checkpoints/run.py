@@ -10,9 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 from flax import nnx
 
-
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, unreadable or another model's; the message names all that is at fault."""
+from msa_jax.errors import CheckpointError
 
 
 def _abstract(tree):

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from ml_collections import ConfigDict, config_dict
 
-from msa_jax.config import ConfigError, MSAConfig
+from msa_jax.errors import ConfigError
+from msa_jax.config import MSAConfig
 from msa_jax.data import LossWeights, Template
 from msa_jax.data.episodes import SAMPLE_FORMS, SampleForm
 from msa_jax.data.sources.ruler_tasks import TASKS, check_tasks
@@ -32,7 +33,7 @@ class DataConfig:
       babi_tasks: numbers of bAbI's tasks.
       titles: every text begins with its title; for "python_docs" and "jsonl".
       pair_fraction, hidden_fraction: of "jsonl", see `JsonlSource`.
-      hard_negatives: file of documents mistaken for what questions ask for (`msa_jax.training.mine`); a batch holds
+      hard_negatives: file of documents mistaken for what questions ask for (`msa_jax.evaluation.mine`); a batch holds
         num_negatives of them for each question that the file knows.
       packages: installed distributions whose documentation is read too; None reads all.
       include_sources: read their source code too. max_chars: stop reading after so many characters.

@@ -19,10 +19,16 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from msa_jax.checkpoint import CheckpointError
+from msa_jax.checkpoints.published import (
+    PublishedTensor,
+    published_config,
+    published_tensors,
+    published_value,
+    skeleton,
+)
 from msa_jax.config import MSAConfig
+from msa_jax.errors import CheckpointError
 from msa_jax.model import MSATransformer
-from msa_jax.published import PublishedTensor, published_config, published_tensors, published_value, skeleton
 from msa_jax.sharding import Shardings, put
 
 INDEX_FILE = "model.safetensors.index.json"

@@ -88,7 +88,7 @@ class ChunkStates:
 
 @struct.dataclass
 class StoredContent:
-    """Content that stays on disk; `msa_jax.tiers.stored` makes it of a reader.
+    """Content that stays on disk; `msa_jax.memory.tiers.stored` makes it of a reader.
 
     Attributes:
       number: scalar int32, which of this process's readers. A leaf, so that what is compiled serves other banks.
@@ -129,7 +129,7 @@ class LayerMemory(_Tiered):
 
     Attributes:
       routing_keys: [C, M], L2-normalised per key/value head (raw under `routing_score="dot"`); float or int8. None
-        in what `msa_jax.tiers.fetch` gives, which is read with its own selection.
+        in what `msa_jax.memory.tiers.fetch` gives, which is read with its own selection.
       content_k, content_v: [C, K, D]; float or int8. None with `stored`.
       layout: which chunks belong to which document.
       index: scalar int32: the arrays are [L_r, ...] and this is the layer to read, where it lies. None: they are
@@ -166,7 +166,7 @@ class MemoryBank(_Tiered):
     has the memory kind "pinned_host") or on disk, and then no gradient reaches it.
 
     Attributes:
-      routing_keys: [L_r, C, M], float or int8; None in what `msa_jax.tiers.fetch` gives.
+      routing_keys: [L_r, C, M], float or int8; None in what `msa_jax.memory.tiers.fetch` gives.
       content_k, content_v: [L_r, C, K, D], float or int8; None with `stored`.
       layout: which chunks belong to which document.
       key_scale: [L_r, C] float32 with int8 routing keys, else None.

@@ -6,9 +6,9 @@ import json
 import pathlib
 from typing import Any
 
-from msa_jax.config import ConfigError
+from msa_jax.errors import ConfigError
 from msa_jax.files import write_text
-from msa_jax.run_config import RunConfig
+from msa_jax.runs.config import RunConfig
 
 # What describes the model that a run went on from.
 INIT_CONFIG = "init_config.json"

@@ -12,10 +12,8 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from msa_jax import distributed
-from msa_jax.checkpoint import CheckpointError
-from msa_jax.config import ConfigError
-from msa_jax.data import DataError
-from msa_jax.training.loop import TrainingDiverged
+from msa_jax.cli import processes
+from msa_jax.errors import DataError, MSAError
 
 
 def _show_log() -> None:
@@ -53,7 +51,7 @@ def run_command(main: Callable[[], None]) -> None:
 
     def guarded(_):
         try:
-            distributed.start()
+            processes.start()
             _show_log()
             main()
         except DataError as error:
@@ -61,7 +59,7 @@ def run_command(main: Callable[[], None]) -> None:
         except (Exception, KeyboardInterrupt) as error:
             # A timeout of several processes is that of one waiting for another.
             waited = distributed.several() and isinstance(error, TimeoutError)
-            if isinstance(error, (ConfigError, CheckpointError, TrainingDiverged, OSError)) and not waited:
+            if isinstance(error, (MSAError, OSError)) and not waited:
                 distributed.end(_line(error))
             if not distributed.several():
                 raise

@@ -11,8 +11,9 @@ from typing import Literal
 import jax
 from flax import nnx
 
-from msa_jax import distributed, hf
-from msa_jax.config import ConfigError
+from msa_jax import distributed
+from msa_jax.checkpoints import pretrained
+from msa_jax.errors import ConfigError
 from msa_jax.data import (
     BabiSource,
     JsonlSource,
@@ -31,12 +32,12 @@ from msa_jax.data import (
 )
 from msa_jax.data.sources.negatives import with_negatives
 from msa_jax.model import MSATransformer
-from msa_jax.run_config import DataConfig, RunConfig
+from msa_jax.runs.config import DataConfig, RunConfig
 from msa_jax.sharding import DATA, MEMORY, MODEL, Shardings, check_model
 from msa_jax.training import bag_of_words
 from msa_jax.training.init import copy_circuit, embedding_stream, tie_router
 from msa_jax.training.loop import TrainingResult, train
-from msa_jax.workdir import check_workdir
+from msa_jax.runs.workdir import check_workdir
 
 _LOG = logging.getLogger(__name__)
 
@@ -173,7 +174,7 @@ def make_model(
         check_model(config, mesh)
         places = shardings.parameters(nnx.as_pure(nnx.state(skeleton)), mesh)
     if run.init_from:
-        return hf.load_model(run.init_from, config, seed=training.seed, mesh=mesh, shardings=shardings)
+        return pretrained.load_model(run.init_from, config, seed=training.seed, mesh=mesh, shardings=shardings)
 
     if training.bag_of_words:
         documents = (source or make_source(run.data, tokenizer, "train")).documents

@@ -9,14 +9,15 @@ import pathlib
 import jax
 from flax import nnx
 
-from msa_jax import hf
-from msa_jax.checkpoint import Checkpoints
-from msa_jax.config import ConfigError, MSAConfig
+from msa_jax.checkpoints import pretrained
+from msa_jax.checkpoints.run import Checkpoints
+from msa_jax.errors import ConfigError
+from msa_jax.config import MSAConfig
 from msa_jax.data import Renderer, Tokenizer
 from msa_jax.model import MSATransformer
-from msa_jax.run import model_skeleton, open_tokenizer
-from msa_jax.run_config import RunConfig
-from msa_jax.workdir import INIT_CONFIG, written_settings
+from msa_jax.runs.build import model_skeleton, open_tokenizer
+from msa_jax.runs.config import RunConfig
+from msa_jax.runs.workdir import INIT_CONFIG, written_settings
 
 # Tokens of the longest document that a published checkpoint's bank takes unless told otherwise.
 _ROW_LEN = 4096
@@ -80,7 +81,7 @@ def open_model(
     if bool(workdir) == bool(checkpoint):
         raise ConfigError("give either the workdir of a trained run or the folder of a checkpoint.")
     if checkpoint:
-        model, tokenizer = hf.load_model(checkpoint), Tokenizer.load(checkpoint, add_missing=True)
+        model, tokenizer = pretrained.load_model(checkpoint), Tokenizer.load(checkpoint, add_missing=True)
         chunk = model.config.chunk_size
         return model, tokenizer, -(-_ROW_LEN // chunk) * chunk
     folder = pathlib.Path(workdir)

@@ -20,12 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from msa_jax.errors import BankError
 from msa_jax.memory import ContentSource, DocumentLayout, LayerMemory, MemoryBank, StoredContent
-from msa_jax.routing import Selection
-
-
-class ContentError(RuntimeError):
-    """Content could not be read from disk; the message says of which layer and why."""
+from msa_jax.memory.selection import Selection
 
 
 class ContentReader(Protocol):
@@ -177,19 +174,19 @@ def _read(number, layer, chunks, source):
         return (np.zeros(shape, source.dtype),) * 2
     try:
         if reader is None:
-            raise ContentError("its reader is gone: keep the bank that was loaded")
+            raise BankError("its reader is gone: keep the bank that was loaded")
         parts = reader.read(layer, chunks)
         for part in parts:
             if part.shape != shape or part.dtype != source.dtype:
-                raise ContentError(f"{source.dtype} {shape} was expected and {part.dtype} {part.shape} read")
+                raise BankError(f"{source.dtype} {shape} was expected and {part.dtype} {part.shape} read")
     except Exception as error:
-        raise ContentError(f"content of router layer {layer} cannot be read from disk: {error}") from error
+        raise BankError(f"content of router layer {layer} cannot be read from disk: {error}") from error
     return parts
 
 
 @contextlib.contextmanager
 def content_errors():
-    """Within it, a failure to read content from disk is a `ContentError` of one sentence.
+    """Within it, a failure to read content from disk is a `BankError` of one sentence.
 
     JAX by itself raises an error of its own, with the sentence at the end of a long text. Results are computed in the
     background, so wait for them inside: `with content_errors(): jax.block_until_ready(...)`.
@@ -197,10 +194,10 @@ def content_errors():
     try:
         yield
     except (ValueError, jax.errors.JaxRuntimeError) as error:
-        sentence = re.search(r"ContentError: (.*)", str(error))
+        sentence = re.search(r"BankError: (.*)", str(error))
         if sentence is None:
             raise
-        raise ContentError(sentence[1]) from None
+        raise BankError(sentence[1]) from None
 
 
 def fetch(bank: MemoryBank, selection: Selection) -> tuple[MemoryBank, Selection]:

@@ -6,8 +6,9 @@ import argparse
 import json
 from typing import Any
 
-from msa_jax import compilation
-from msa_jax.config import RUNTIME_SETTINGS, ConfigError
+from msa_jax.cli import compilation
+from msa_jax.config import RUNTIME_SETTINGS
+from msa_jax.errors import ConfigError
 from msa_jax.sharding import MeshConfig
 
 

@@ -1,6 +1,6 @@
 """Hard negatives mined by a trained router: which wrong documents it ranks first for questions of training.
 
-    python -m msa_jax.training.mine --workdir runs/wiki --out runs/negatives.jsonl --export runs/wiki_export
+    python -m msa_jax.evaluation.mine --workdir runs/wiki --out runs/negatives.jsonl --export runs/wiki_export
 
 A run with `data.hard_negatives` set to the file then has them in its batches. With `--export` the run's parameters and
 tokenizer are saved beside it in the published layout, for `init_from` and `tokenizer.path` of a run that goes on.
@@ -15,15 +15,14 @@ import sys
 import numpy as np
 from tqdm import tqdm
 
-from msa_jax import hf
-from msa_jax.checkpoint import CheckpointError
-from msa_jax.config import ConfigError
-from msa_jax.data import CorpusSource, DataError, Renderer
+from msa_jax.checkpoints import pretrained
+from msa_jax.data import CorpusSource, Renderer
 from msa_jax.data.sources.negatives import write_negatives
+from msa_jax.errors import ConfigError, MSAError
 from msa_jax.evaluation.retrieval import encode_documents, router_scores
 from msa_jax.model import MSATransformer
-from msa_jax.run import make_source
-from msa_jax.trained import load_model, open_run
+from msa_jax.runs.build import make_source
+from msa_jax.runs.open import load_model, open_run
 
 
 def mine(
@@ -75,7 +74,7 @@ def main() -> int:
     args = parser.parse_args()
     try:
         _mine(args)
-    except (CheckpointError, ConfigError, DataError) as error:
+    except MSAError as error:
         print(f"mine: {error}", file=sys.stderr)
         return 1
     return 0
@@ -94,7 +93,7 @@ def _mine(args: argparse.Namespace) -> None:
     write_negatives(args.out, found)
     print(f"{len(found):,} questions, {sum(map(len, found.values())):,} negatives: {args.out}")
     if args.export:
-        hf.save_model(model, args.export)
+        pretrained.save_model(model, args.export)
         renderer.tokenizer.save(args.export)
 
 

@@ -1,15 +1,11 @@
-"""Scores of answers and of retrieved documents, and the log of a run."""
+"""Scores of answers and of retrieved documents."""
 
 from __future__ import annotations
 
 import collections
-import json
-import pathlib
 import re
 import string
-from collections.abc import Mapping, Sequence
-
-import tensorboardX
+from collections.abc import Sequence
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -53,37 +49,3 @@ def precision_recall(predicted: Sequence, relevant: Sequence) -> tuple[float, fl
     return hits / len(predicted) if predicted else 0.0, hits / len(relevant) if relevant else 1.0
 
 
-class RunLog:
-    """`metrics.jsonl` and TensorBoard of a run. A run that resumes drops what it logged after its checkpoint.
-
-    Args:
-      workdir: folder of the run; `metrics.jsonl` and `tensorboard/` are made in it.
-      resumed_step: steps already done; later lines are from a run that was cut off, and go.
-    """
-
-    def __init__(self, workdir: str | pathlib.Path, *, resumed_step: int = 0):
-        self._path = pathlib.Path(workdir) / "metrics.jsonl"
-        kept = []
-        if self._path.exists():
-            for line in self._path.read_text().splitlines():
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError:
-                    continue  # the last line of a killed run
-                if record["step"] <= resumed_step:
-                    kept.append(line + "\n")
-        self._path.write_text("".join(kept))
-        self._file = self._path.open("a")
-        self._writer = tensorboardX.SummaryWriter(
-            str(pathlib.Path(workdir) / "tensorboard"), purge_step=resumed_step + 1 if resumed_step else None
-        )
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self._file.close()
-        self._writer.close()

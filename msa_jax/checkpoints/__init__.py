@@ -1,0 +1,1 @@
+"""Checkpoints: those of a run, and folders in a published layout."""

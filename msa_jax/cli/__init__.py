@@ -1,0 +1,1 @@
+"""What the commands share: flags, log lines, and errors as one sentence."""

@@ -1,0 +1,43 @@
+"""What routes and what is routed to: one vector a token, one a chunk (arXiv 2603.23516, section 3.2).
+
+Sizes: B questions, T active tokens, H query heads, K key/value heads, D head dim, M = K * D, C chunks.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+# Inside the square root: a zero vector stays zero and its gradient stays finite in every dtype.
+_EPS = 1e-12
+
+
+def l2_normalise(x: jax.Array) -> jax.Array:
+    """Unit vectors along the last axis, in float32."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + _EPS)
+
+
+def routing_query(projected: jax.Array, *, num_kv_heads: int, score: str) -> jax.Array:
+    """Fold per-head routing queries [B, T, H, D] into one vector a token, [B, T, M] float32.
+
+    The mean over heads of `cos(q_h, k_{h/G})` equals the dot product of the key with the sum over each
+    group's normalised queries, divided by H. With `score="dot"` the per-head score is `q.k / sqrt(D)`.
+    """
+    b, t, h, d = projected.shape
+    unit = l2_normalise(projected) if score == "cosine" else projected.astype(jnp.float32) * d**-0.5
+    grouped = unit.reshape(b, t, num_kv_heads, h // num_kv_heads, d)
+    return (jnp.sum(grouped, axis=3) / h).reshape(b, t, num_kv_heads * d)
+
+
+def routing_key(pooled: jax.Array, *, score: str) -> jax.Array:
+    """Stored routing keys [..., C, M] float32 from pooled ones [..., C, K, D]."""
+    unit = l2_normalise(pooled) if score == "cosine" else pooled.astype(jnp.float32)
+    return unit.reshape(*unit.shape[:-2], unit.shape[-2] * unit.shape[-1])
+
+
+def mean_query(query: jax.Array, mask: jax.Array) -> jax.Array:
+    """Every routing token replaced by their mean: the max over tokens then is the mean over tokens."""
+    weights = mask[..., None].astype(query.dtype)
+    mean = jnp.sum(query * weights, axis=1, keepdims=True) / jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), 1)
+    return jnp.broadcast_to(mean, query.shape)
