@@ -10,7 +10,7 @@ of its own 64 documents and of the 448 of the seven batches before. 22 minutes o
 
 from ml_collections import ConfigDict
 
-from configs.demo import get_config as demo
+from msa_jax.configs.demo import get_config as demo
 
 
 def get_config() -> ConfigDict:

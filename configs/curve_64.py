@@ -15,7 +15,7 @@ memory, 0.990 at 1M, 0.961 at 10M, there 0.977 with the router bias doubled in a
 
 from ml_collections import ConfigDict
 
-from configs.small import get_config as small
+from msa_jax.configs.small import get_config as small
 
 
 def get_config() -> ConfigDict:

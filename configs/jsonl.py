@@ -10,7 +10,7 @@ configs/python_docs.py says.
 
 from ml_collections import ConfigDict
 
-from configs.python_docs import get_config as python_docs
+from msa_jax.configs.python_docs import get_config as python_docs
 
 
 def get_config() -> ConfigDict:

@@ -10,7 +10,7 @@ carries over: on held-out questions router recall@16 was 0.59 among 822 document
 
 from ml_collections import ConfigDict
 
-from configs.demo import get_config as demo
+from msa_jax.configs.demo import get_config as demo
 
 
 def get_config() -> ConfigDict:

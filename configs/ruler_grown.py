@@ -11,8 +11,8 @@ Goes on from configs/ruler.py. Documents of the seven batches before stay in mem
 
 from ml_collections import ConfigDict
 
-from configs.ruler import SINGLE
-from configs.ruler import get_config as second_stage
+from msa_jax.configs.ruler import SINGLE
+from msa_jax.configs.ruler import get_config as second_stage
 
 # As in the second stage, and uuids, of which a large memory has the most that are alike, twice as often.
 TASKS = tuple(

@@ -10,7 +10,7 @@ answers 0.98 of these (docs/results.md).
 
 from ml_collections import ConfigDict
 
-from configs.small import get_config as small
+from msa_jax.configs.small import get_config as small
 
 
 def get_config() -> ConfigDict:

@@ -10,7 +10,7 @@ ORDER = (
     "errors", "files", "config", "distributed", "sharding",
     "memory", "routing", "layers", "model", "checkpoints",
     "data", "training", "runs", "cli", "bank", "inference", "evaluation",
-    "parity", "plan", "ask", "serve",
+    "parity", "plan", "ask", "serve", "train", "eval",
 )  # fmt: skip
 
 

@@ -1,4 +1,8 @@
-"""What the entry points share: log lines, and errors of the user's as one sentence."""
+"""What `train.py` and `eval.py` share: flags, log lines, and errors of the user's as one sentence.
+
+Flags stand in a `FlagValues` of the command's own: those of a program that embeds this library, and those that
+libraries define in `absl.flags.FLAGS`, are apart from them.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,18 @@ import logging
 import pathlib
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from absl import app, flags
+from absl import flags
 from absl import logging as absl_logging
+from ml_collections import config_flags
 
 from msa_jax import distributed
 from msa_jax.cli import processes
+from msa_jax.cli.configs import with_paths
 from msa_jax.errors import DataError, MSAError
+
+_HELP = {"--help", "-help", "-h", "--helpfull", "--helpshort"}
 
 
 def _show_log() -> None:
@@ -32,9 +40,26 @@ def _line(message: object) -> str:
     return f"{pathlib.Path(sys.argv[0]).name}: {' '.join(str(message).split())}"
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
+def _parsed(
+    doc: str, define: Callable[[flags.FlagValues], None] | None, arguments: Sequence[str] | None
+) -> flags.FlagValues:
+    """What the command line says; ends the program for --help, and for a flag that cannot be."""
+    argv = [sys.argv[0], *with_paths(sys.argv[1:] if arguments is None else arguments)]
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file(
+        "config", None, "A file with get_config(), or the name of a config that comes with this package; "
+        "--config.NAME=VALUE sets a field of it.", flag_values=values, sys_argv=argv,
+    )  # fmt: skip
+    flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, tokenizer, logs.", flag_values=values)
+    flags.mark_flags_as_required(["config", "workdir"], flag_values=values)
+    if define is not None:
+        define(values)
+    processes.define_flags(values)
+    if _HELP & set(argv):
+        print(f"{doc}\nflags:\n{values.get_help(include_special_flags=False)}")
+        raise SystemExit(0)
     try:
-        rest = flags.FLAGS(argv)
+        rest = values(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, IndexError, FileNotFoundError) as error:
         # A config's fields are flags, and one that it lacks is no flags.Error.
         detail = str(error).strip("\"'")
@@ -43,33 +68,42 @@ def _parse_flags(argv: list[str]) -> list[str]:
         raise SystemExit(_line(f"{detail} {usage}")) from None
     if rest[1:]:
         raise SystemExit(_line(f"unknown arguments {' '.join(rest[1:])}."))
-    return rest
+    return values
 
 
-def run_command(main: Callable[[], None]) -> None:
-    """Parse flags, join other processes and call `main`; a mistake of the user's ends in one sentence and status 1."""
+def run_command(
+    run: Callable[[flags.FlagValues], None],
+    doc: str,
+    define: Callable[[flags.FlagValues], None] | None = None,
+    arguments: Sequence[str] | None = None,
+) -> None:
+    """Parse flags, join other processes and call `run`; a mistake of the user's ends in one sentence and status 1.
 
-    def guarded(_):
-        try:
-            processes.start()
-            _show_log()
-            main()
-        except DataError as error:
-            distributed.end(f"{pathlib.Path(sys.argv[0]).name}: {error}")  # several faults, a line each
-        except (Exception, KeyboardInterrupt) as error:
-            # A timeout of several processes is that of one waiting for another.
-            waited = distributed.several() and isinstance(error, TimeoutError)
-            if isinstance(error, (MSAError, OSError)) and not waited:
-                distributed.end(_line(error))
-            if not distributed.several():
-                raise
-            traceback.print_exc()
-            distributed.end(
-                _line(
-                    f"stopped by {type(error).__name__}. If it tells of a lost connection or a timeout, another "
-                    "process has ended, and its output says why. The same command in all processes goes on from the "
-                    "last checkpoint."
-                )
+    Args:
+      run: given the values of all flags, of which `config` and `workdir` are every command's.
+      doc: what --help begins with.
+      define: adds the command's own flags to the values that it is given.
+      arguments: of the command line; None for those that the program was started with.
+    """
+    try:
+        values = _parsed(doc, define, arguments)
+        processes.start(values)
+        _show_log()
+        run(values)
+    except DataError as error:
+        distributed.end(f"{pathlib.Path(sys.argv[0]).name}: {error}")  # several faults, a line each
+    except (Exception, KeyboardInterrupt) as error:
+        # A timeout of several processes is that of one waiting for another.
+        waited = distributed.several() and isinstance(error, TimeoutError)
+        if isinstance(error, (MSAError, OSError)) and not waited:
+            distributed.end(_line(error))
+        if not distributed.several():
+            raise
+        traceback.print_exc()
+        distributed.end(
+            _line(
+                f"stopped by {type(error).__name__}. If it tells of a lost connection or a timeout, another "
+                "process has ended, and its output says why. The same command in all processes goes on from the "
+                "last checkpoint."
             )
-
-    app.run(guarded, flags_parser=_parse_flags)
+        )
