@@ -1,11 +1,9 @@
 """The demo's model, taught in few further steps to say that the memory does not hold the answer.
 
     python train.py --config=configs/demo.py --workdir=runs/demo
-    python -c "from msa_jax import hf; from msa_jax.runs.open import open_model
-    model, tokenizer, _ = open_model(workdir='runs/demo')
-    hf.save_model(model, 'runs/demo_saved'); tokenizer.save('runs/demo_saved')"
+    python -m msa_jax.export --workdir runs/demo --out runs/demo_saved
     python train.py --config=configs/abstention.py --workdir=runs/abstention
-    python -m benchmarks.quality.refusals --workdirs runs/demo,runs/abstention
+    python eval.py --config=configs/abstention.py --workdir=runs/abstention --memory_tokens=16384
 
 Three minutes on one core. It refuses none of 64 unanswerable questions and answers 0.98 of the others: docs/results.md.
 """

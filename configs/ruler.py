@@ -1,7 +1,7 @@
 """RULER's eight needle tasks (arXiv 2404.06654), learned in two stages on one CPU core.
 
     python train.py --config=configs/ruler_single.py --workdir=runs/ruler_single
-    python -m benchmarks.quality.export --workdir runs/ruler_single --out runs/ruler_single/export
+    python -m msa_jax.export --workdir runs/ruler_single --out runs/ruler_single/export
     python train.py --config=configs/ruler.py --workdir=runs/ruler
     python -m benchmarks.quality.ruler --workdir runs/ruler --modes generate,constrained
 

@@ -1,6 +1,6 @@
 """RULER's third stage: the same tasks while the bank grows, so that numbers are read among documents with close scores.
 
-    python -m benchmarks.quality.export --workdir runs/ruler --out runs/ruler/export
+    python -m msa_jax.export --workdir runs/ruler --out runs/ruler/export
     python train.py --config=configs/ruler_grown.py --workdir=runs/ruler_grown
     python -m benchmarks.quality.ruler --workdir runs/ruler_grown --modes generate,constrained --router_bias_scale 2
 

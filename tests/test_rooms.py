@@ -9,7 +9,7 @@ import pytest
 ORDER = (
     "errors", "files", "config", "distributed", "sharding",
     "memory", "routing", "layers", "model", "checkpoints",
-    "data", "training", "runs", "cli", "bank", "inference", "evaluation",
+    "data", "training", "runs", "export", "cli", "bank", "inference", "evaluation",
     "parity", "plan", "ask", "serve", "train", "eval",
 )  # fmt: skip
 

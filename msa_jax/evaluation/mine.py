@@ -15,11 +15,11 @@ import sys
 import numpy as np
 from tqdm import tqdm
 
-from msa_jax.checkpoints import pretrained
 from msa_jax.data import CorpusSource, Renderer
 from msa_jax.data.sources.negatives import write_negatives
 from msa_jax.errors import ConfigError, MSAError
 from msa_jax.evaluation.retrieval import encode_documents, router_scores
+from msa_jax.export import export, require_new
 from msa_jax.model import MSATransformer
 from msa_jax.runs.build import make_source
 from msa_jax.runs.open import load_model, open_run
@@ -84,8 +84,8 @@ def _mine(args: argparse.Namespace) -> None:
     run = open_run(args.workdir)
     if run.data.source in ("needles", "ruler"):
         raise ConfigError("needles are new in every batch, and hard by data.hard_fraction: there is nothing to mine.")
-    if args.export and args.export.exists():
-        raise ConfigError(f"{args.export} exists; remove it or give another folder.")
+    if args.export:
+        require_new(args.export)
     model, renderer = load_model(run, args.workdir)
     source = make_source(run.data, renderer.tokenizer, "train")
     row_len = run.row_len(model.config.chunk_size)
@@ -93,8 +93,7 @@ def _mine(args: argparse.Namespace) -> None:
     write_negatives(args.out, found)
     print(f"{len(found):,} questions, {sum(map(len, found.values())):,} negatives: {args.out}")
     if args.export:
-        pretrained.save_model(model, args.export)
-        renderer.tokenizer.save(args.export)
+        export(model, renderer.tokenizer, args.export)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def _document_max(per_chunk: jax.Array, layout: DocumentLayout) -> jax.Array:
     """Max over each document's chunks, [B, C] -> [B, N]; of a document without chunks, anything at most `NO_SCORE`.
 
     Reading the ranges chunk by chunk fuses into one loop over [B, N] that keeps nothing but its result: on two CPU
-    cores 1.4 to 3.3 times as fast as the scatter at 1.5M chunks, about equal at 16K (`benchmarks/selection.py`).
+    cores 1.4 to 3.3 times as fast as the scatter at 1.5M chunks, about equal at 16K (docs/benchmarks.md).
     With a very long document among short ones it would read C many times over; the scatter reads it once.
     """
     if layout.num_documents * layout.max_length <= _MOST_RANGE_READS * layout.num_chunks:

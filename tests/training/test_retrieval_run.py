@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks.quality import documentation, questions, words
+from benchmarks.quality import questions
 from msa_jax.data import Renderer, make_dataset
 from msa_jax.data.batch import REPLY
 from msa_jax.errors import ConfigError
@@ -173,84 +173,6 @@ def test_questions_become_a_table_and_a_figure(run, tmp_path, monkeypatch):
     start = json.loads(table.read_text())
     assert start["steps"] == 0 and start["command"].endswith("--untrained")
     assert start["rows"][0]["methods"]["router"] == own["methods"]["router"]
-
-
-def test_the_other_half_of_the_questions_is_for_what_was_not_trained(run, folders, tmp_path, monkeypatch, capsys):
-    _, workdir, _, _ = run
-    out, extra = tmp_path / "questions.json", tmp_path / "documentation"
-    arguments(monkeypatch, "--out", extra, "--max_chars", 1)
-    with pytest.raises(SystemExit):
-        documentation.main()
-    assert "raise max_chars" in capsys.readouterr().err and not extra.exists()
-    arguments(monkeypatch, "--out", extra, "--max_chars", 1_000_000)
-    documentation.main()
-    added = [json.loads(line) for line in (extra / "documents.jsonl").read_text().splitlines()]
-    assert len(added) > 50 and len({row["id"] for row in added}) == len(added)
-    with pytest.raises(SystemExit):
-        documentation.main()
-    assert "exists; remove it" in capsys.readouterr().err
-
-    rows = {}
-    for split in ("eval", "train"):
-        arguments(monkeypatch, "--folders", f"{folders},{extra}", "--split", split, "--out", out)
-        questions.main()
-        record = json.loads(out.read_text())
-        rows[split] = record["rows"][0]["questions"]
-        assert record["folders"] == "asked,more,documentation"
-        assert [row["passages"] for row in record["rows"]] == [42, 60 + len(added)]
-    arguments(monkeypatch, "--folders", folders, "--split", "train", "--out", out)
-    questions.main()
-    smaller = json.loads(out.read_text())
-    assert sum(rows.values()) == 20 and 0 < rows["train"] < 20
-
-    arguments(monkeypatch, "--workdir", workdir, "--split", "train", "--out", tmp_path / "never.json")
-    with pytest.raises(SystemExit):
-        questions.main()
-    assert "asks what the model was trained on" in capsys.readouterr().err and not (tmp_path / "never.json").exists()
-    few = tmp_path / "few"
-    few.mkdir()
-    cut = [row | {"text": row["text"][:200]} for row in added[:100]]  # numbers have three digits here
-    (few / "documents.jsonl").write_text("".join(json.dumps(row) + "\n" for row in cut))
-    words = ["--workdir", workdir, "--split", "train", "--untrained", "--out", out]
-    arguments(monkeypatch, *words, "--beside", few)
-    questions.main()
-    record = json.loads(out.read_text())
-    assert record["command"].endswith("--beside few --split train --untrained")
-    assert record["folders"] == "asked,more"
-    assert [row["questions"] for row in record["rows"]] == [rows["train"]] * 3
-    assert [row["bank"] for row in record["rows"]] == ["own", "all", "beside"]
-    assert [row["passages"] for row in record["rows"]] == [42, 60, 160]
-    # The smaller banks are the same as without what stands beside them.
-    for row, alone in zip(record["rows"], smaller["rows"], strict=False):
-        assert row["methods"]["bm25"] == alone["methods"]["bm25"]
-    own, everything, beside = (row["methods"]["router"]["recall@16"] for row in record["rows"])
-    assert own > 0.6 and everything > 0.6 and everything > beside
-    assert record["rows"][2]["methods"]["bm25"]["recall@16"] > 0.8
-
-
-def test_wider_bags_of_words_find_more(run, tmp_path, monkeypatch):
-    _, workdir, _, _ = run
-    out = tmp_path / "words.json"
-    arguments(monkeypatch, "--workdir", workdir, "--chunk_sizes", "16,8", "--widths", "2,64,0", "--out", out)
-    words.main()
-    rows = json.loads(out.read_text())["rows"]
-    assert [(row["chunk_size"], row["width"]) for row in rows] == [(p, d) for p in (16, 8) for d in (2, 64, None)]
-    for narrow, wide, exact in (rows[:3], rows[3:]):
-        narrow, wide, exact = (row["recall@16"]["asked"] for row in (narrow, wide, exact))
-        assert narrow["all"] < wide["all"] and narrow["all"] < exact["all"] and exact["own"] >= exact["all"] > 0.6
-
-
-def test_bags_of_words_are_weighted_sums_of_unit_length():
-    weights = np.array([0.5, 2.0, 1.0, 0.0], np.float32)
-    bag = words.bags([np.array([0, 1, 1]), np.array([3]), np.array([2, 0])], weights)
-    np.testing.assert_allclose(bag.toarray(), [[0.5, 4, 0, 0], [0, 0, 0, 0], [0.5, 0, 1, 0]])
-    vectors = np.random.default_rng(0).standard_normal((4, 3), np.float32)
-    for made, want in (
-        (words.directions(bag, None).toarray(), bag.toarray()),
-        (words.directions(bag, vectors), bag.toarray() @ vectors),
-    ):
-        norms = np.linalg.norm(want, axis=1, keepdims=True)
-        np.testing.assert_allclose(made, want / np.where(norms > 0, norms, 1), rtol=1e-5)
 
 
 def test_a_router_alone_has_no_replies_to_learn(folders):
