@@ -4,44 +4,107 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
 
 from msa_jax.errors import ConfigError
 from msa_jax.inference.settings import AskConfig
 from msa_jax.serve.errors import ApiError, shown
-from msa_jax.serve.fields import Fields
+from msa_jax.serve.fields import Count, Fields, Filled, read
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-# Accepted whatever they say, as the answer would be the same.
-HARMLESS = (
-    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "parallel_tool_calls",
-)  # fmt: skip
-# Accepted only when they ask for nothing, as the answer would be another one.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
-    "response_format": ({"type": "text"},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "reasoning_effort": (),
-    "verbosity": (),
-    "web_search_options": (),
-}
-# Fields of this server's own, in the object "msa".
-OWN = (
-    "mode", "rounds", "documents", "document_tokens", "turn_tokens", "router_documents", "abstain_below", "namespaces",
-    "top_k", "timeout",
-)  # fmt: skip
+_NOT_NEGATIVE = Annotated[float, Field(ge=0)]
+_ZERO = Annotated[float, Field(ge=0, le=0)]
+_EMPTY = Annotated[list, Field(max_length=0)]
+
+
+class Neutral(Fields):
+    """Fields that are accepted only when they ask for nothing, as the answer would be another one."""
+
+    n: Annotated[int, Field(ge=1, le=1)] | None = None
+    logprobs: Literal[False] | None = None
+    top_logprobs: _ZERO | None = None
+    presence_penalty: _ZERO | None = None
+    frequency_penalty: _ZERO | None = None
+    logit_bias: Annotated[dict, Field(max_length=0)] | None = None
+    response_format: dict[Literal["type"], Literal["text"]] | None = None
+    tools: _EMPTY | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    functions: _EMPTY | None = None
+    function_call: Literal["none", "auto"] | None = None
+    modalities: list[Literal["text"]] | None = None
+    audio: None = None
+    prediction: None = None
+    reasoning_effort: None = None
+    verbosity: None = None
+    web_search_options: None = None
+
+
+class ChatBody(Neutral):
+    """The whole body. What begins with `messages` is read; the last eight are accepted whatever they say."""
+
+    model: str | None = None
+    messages: Annotated[list, Field(min_length=1)]
+    stream: bool | None = None
+    stream_options: dict[str, Any] | None = None
+    temperature: _NOT_NEGATIVE | None = None
+    top_p: _NOT_NEGATIVE | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
+    stop: Annotated[
+        Annotated[list[Filled], Field(max_length=4)] | None,
+        BeforeValidator(lambda x: [x] if isinstance(x, str) else x),
+    ] = None
+    msa: dict[str, Any] | None = None
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_retention: Any = None
+    parallel_tool_calls: Any = None
+
+
+class Own(Fields):
+    """Fields of this server's own, in the object "msa"."""
+
+    mode: str | None = None
+    rounds: Count | None = None
+    documents: Count | None = None
+    document_tokens: Count | None = None
+    turn_tokens: Count | None = None
+    router_documents: Count | None = None
+    abstain_below: float | None = None
+    namespaces: list[str] | None = None
+    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    timeout: float | None = None
+
+
+class StreamOptions(Fields):
+    include_usage: bool | None = None
+    include_obfuscation: Any = None
+
+
+class Message(Fields, extra="ignore"):
+    """Of a message that is not the question nothing but the role is looked at."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+
+
+class TextPart(Fields, extra="ignore"):
+    type: Literal["text"]
+    text: str
+
+
+class LastMessage(Message):
+    """The question: a string or parts of text."""
+
+    role: Literal["user"]
+    content: Annotated[
+        list[TextPart], BeforeValidator(lambda x: [{"type": "text", "text": x}] if isinstance(x, str) else x)
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +128,7 @@ class ChatRequest:
     ignored_messages: int
 
 
-def read_chat(body: Any, *, model: str, defaults: AskConfig, timeout: float) -> ChatRequest:
+def read_chat(value: Any, *, model: str, defaults: AskConfig, timeout: float) -> ChatRequest:
     """Read the body of a chat completion.
 
     Args:
@@ -76,121 +139,55 @@ def read_chat(body: Any, *, model: str, defaults: AskConfig, timeout: float) -> 
     Raises:
       ApiError: 404 for another model, 400 for a bad value or a field that is not understood.
     """
-    fields = Fields(body)
-    if (named := fields.string("model")) not in (None, model):
-        raise ApiError(
-            404, f"There is no model {shown(named)}: this server has {model!r}.", param="model", code="model_not_found"
-        )
-    question, ignored = _question(fields.items("messages"))
-    stream = fields.boolean("stream") or False
-    include_usage = _stream_options(fields.mapping("stream_options"), stream)
-    own = Fields(fields.mapping("msa") or {}, "msa")
     try:
-        config = _config(fields, own, defaults, timeout)
-    except ConfigError as e:
-        raise ApiError(400, str(e)) from None
-    namespaces = own.strings("namespaces")
-    own.done(OWN)
-    for name in HARMLESS:
-        fields.take(name)
-    for name, neutral in NEUTRAL.items():
-        value = fields.take(name)
-        if value is not None and not any(
-            value == item and isinstance(value, bool) == isinstance(item, bool) for item in neutral
-        ):
-            means = f" other than {' or '.join(map(repr, neutral))}" if neutral else ""
-            raise ApiError(
-                400, f"{name}{means} is not supported, got {shown(value)}: leave it out.",
-                param=name, code="unsupported_parameter",
-            )  # fmt: skip
-    fields.done()
-    return ChatRequest(question, config, namespaces, stream, include_usage, ignored)
-
-
-def _question(messages: list[Any] | None) -> tuple[str, int]:
-    """The text of the last message, and how many come before it."""
-    if not messages:
-        raise ApiError(400, "messages must hold at least one message, the user's question.", param="messages")
-    for i, message in enumerate(messages):
-        where = f"messages[{i}]"
-        role = Fields(message, where).string("role")
-        if role not in ROLES:
-            raise ApiError(
-                400, f"{where}.role must be one of {', '.join(ROLES)}, got {shown(role)}.", param=f"{where}.role"
-            )
-    if role != "user":
-        raise ApiError(
-            400, f"The last message must be the user's question, got one of role {role!r}.", param=f"{where}.role"
-        )
-    content = messages[-1].get("content")
-    if isinstance(content, str):
-        return content, len(messages) - 1
-    if not isinstance(content, list):
-        raise ApiError(
-            400, f"{where}.content must be a string or a list of parts, got {shown(content)}.", param=f"{where}.content"
-        )
-    texts = []
-    for j, part in enumerate(content):
-        place = f"{where}.content[{j}]"
-        fields = Fields(part, place)
-        if (kind := fields.take("type")) != "text":
-            raise ApiError(400, f"{place}: only parts of type 'text' can be read, got {shown(kind)}.", param=place)
-        if (text := fields.string("text")) is None:
-            raise fields.refusal("text", "a string", text)
-        texts.append(text)
-    return "\n".join(texts), len(messages) - 1
-
-
-def _stream_options(value: dict[str, Any] | None, stream: bool) -> bool:
-    if value is None:
-        return False
-    if not stream:
+        body = read(ChatBody, value)
+    except ApiError as e:
+        name = (e.param or "").partition("[")[0].partition(".")[0]
+        if name not in Neutral.model_fields:
+            raise
+        said = f"{name} {shown(value[name])} is not supported: leave it out."
+        raise ApiError(400, said, param=name, code="unsupported_parameter") from None
+    if body.model not in (None, model):
+        said = f"There is no model {shown(body.model)}: this server has {model!r}."
+        raise ApiError(404, said, param="model", code="model_not_found")
+    if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options is for streams: set stream, or leave it out.", param="stream_options")
-    options = Fields(value, "stream_options")
-    include_usage = options.boolean("include_usage") or False
-    options.take("include_obfuscation")
-    options.done(("include_usage",))
-    return include_usage
-
-
-def _config(fields: Fields, own: Fields, defaults: AskConfig, timeout: float) -> AskConfig:
-    """`defaults` with what the request says."""
-    sampling: dict[str, Any] = dict(
-        temperature=fields.number("temperature", least=0),
-        top_p=fields.number("top_p", least=0),
-        top_k=own.integer("top_k", least=0, most=2**31 - 1),
-        seed=fields.integer("seed", least=-(2**63), most=2**63 - 1),
-    )
-    # A question without a seed draws anew each time it is asked.
-    sampling["seed"] = secrets.randbits(32) if sampling["seed"] is None else sampling["seed"] % 2**32
-    old, new = (fields.integer(name, least=1, most=2**31 - 1) for name in ("max_tokens", "max_completion_tokens"))
+    old, new = body.max_tokens, body.max_completion_tokens
     if None not in (old, new) and old != new:
         raise ApiError(400, f"max_tokens is {old} and max_completion_tokens {new}: give one.", param="max_tokens")
-    budget = {name: own.integer(name, least=1, most=2**31 - 1) for name in OWN[1:5]}
-    budget["answer_tokens"] = new if old is None else old
-    seconds = own.number("timeout")
-    values = dict(
-        mode=own.string("mode"),
-        router_documents=own.integer("router_documents", least=1, most=2**31 - 1),
-        abstain_below=own.number("abstain_below"),
-        stop=_stop(fields),
-        timeout=timeout if seconds is None else min(seconds, timeout),
+    for i, message in enumerate(body.messages):
+        read(Message, message, f"messages[{i}]")
+    last = read(LastMessage, message, f"messages[{i}]")
+    own = read(Own, body.msa or {}, "msa")
+    try:
+        config = _config(body, own, defaults, timeout)
+    except ConfigError as e:
+        raise ApiError(400, str(e)) from None
+    return ChatRequest(
+        question="\n".join(part.text for part in last.content),
+        config=config,
+        namespaces=None if own.namespaces is None else tuple(own.namespaces),
+        stream=bool(body.stream),
+        include_usage=bool(read(StreamOptions, body.stream_options or {}, "stream_options").include_usage),
+        ignored_messages=i,
     )
+
+
+def _config(body: ChatBody, own: Own, defaults: AskConfig, timeout: float) -> AskConfig:
+    """`defaults` with what the request says."""
+    # A question without a seed draws anew each time it is asked.
+    seed = secrets.randbits(32) if body.seed is None else body.seed % 2**32
+    sampling = _replace(defaults.sampling, temperature=body.temperature, top_p=body.top_p, top_k=own.top_k, seed=seed)
+    budget = _replace(
+        defaults.budget, rounds=own.rounds, documents=own.documents, document_tokens=own.document_tokens,
+        turn_tokens=own.turn_tokens, answer_tokens=body.max_tokens or body.max_completion_tokens,
+    )  # fmt: skip
     return _replace(
-        defaults, **values, sampling=_replace(defaults.sampling, **sampling), budget=_replace(defaults.budget, **budget)
-    )
+        defaults, mode=own.mode, router_documents=own.router_documents, abstain_below=own.abstain_below,
+        stop=tuple(body.stop) if body.stop else None, sampling=sampling, budget=budget,
+        timeout=timeout if own.timeout is None else min(own.timeout, timeout),
+    )  # fmt: skip
 
 
 def _replace(config: Any, **values: Any) -> Any:
     return dataclasses.replace(config, **{name: value for name, value in values.items() if value is not None})
-
-
-def _stop(fields: Fields) -> tuple[str, ...] | None:
-    value = fields.take("stop")
-    texts = [value] if isinstance(value, str) else value
-    if value is None or texts == []:
-        return None
-    good = isinstance(texts, list) and len(texts) <= 4 and all(isinstance(s, str) and s for s in texts)
-    if not good:
-        raise fields.refusal("stop", "a string, or a list of at most 4, none of them empty", value)
-    return tuple(texts)

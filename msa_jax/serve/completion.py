@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import secrets
 import time
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from msa_jax.inference.answer import Answer, Citation, Round
 from msa_jax.serve.chat import ChatRequest
@@ -28,16 +29,50 @@ def finite(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else round(float(value), 6)
 
 
-def citation_dict(citation: Citation) -> dict[str, Any]:
-    """Without its number, which tells how many documents other namespaces have."""
-    values = dataclasses.asdict(citation) | {"score": finite(citation.score)}
-    del values["number"]
-    return values
+Figure = Annotated[float | None, BeforeValidator(finite)]
+
+
+class Told(BaseModel):
+    """What a response tells of an object, attribute by attribute: what is not named here is not told.
+
+    So are the numbers of documents, which would tell how many documents other namespaces have.
+    """
+
+    model_config = ConfigDict(from_attributes=True)
+
+    @classmethod
+    def of(cls, value: Any, **more: Any) -> dict[str, Any]:
+        """As a JSON object, with `more`."""
+        return cls.model_validate(value).model_dump() | more
+
+
+class ToldCitation(Told):
+    id: str
+    title: str
+    namespace: str
+    text: str
+    tokens: int
+    cut: bool
+    score: Figure
+
+
+class ToldRound(Told):
+    computed: str
+    why: str
+    tokens: int
+
+
+class ToldAnswer(Told):
+    outcome: str
+    score: Figure
+    citations: list[ToldCitation]
+    waited: Figure
+    first_token: Figure
+    seconds: Figure
 
 
 def _round_dict(one: Round, ids: dict[int | None, dict[str, str]], access: Access) -> dict[str, Any]:
-    events = [{"kind": event.kind} | ids.get(event.number, {}) for event in one.events]
-    values = {"events": events, "computed": one.computed, "why": one.why, "tokens": one.tokens}
+    values = ToldRound.of(one, events=[{"kind": event.kind} | ids.get(event.number, {}) for event in one.events])
     # The model writes numbers.
     return values if access.namespaces is not None else values | {"written": one.written}
 
@@ -74,7 +109,7 @@ class Completion:
 
     def citation(self, citation: Citation) -> str:
         """A document was read: an empty chunk that carries it."""
-        return self._chunk({}, msa={"citation": citation_dict(citation)})
+        return self._chunk({}, msa={"citation": ToldCitation.of(citation)})
 
     def last(self, answer: Answer) -> str:
         """All that follows the text."""
@@ -85,17 +120,12 @@ class Completion:
 
     def _msa(self, answer: Answer) -> dict[str, Any]:
         ids = {c.number: {"id": c.id, "namespace": c.namespace} for c in answer.citations}
-        return {
-            "outcome": answer.outcome,
-            "score": finite(answer.score),
-            "citations": [citation_dict(c) for c in answer.citations],
-            "rounds": [_round_dict(one, ids, self._access) for one in answer.rounds],
-            "seed": self._request.config.sampling.seed,
-            "ignored_messages": self._request.ignored_messages,
-            "waited": finite(answer.waited),
-            "first_token": finite(answer.first_token),
-            "seconds": finite(answer.seconds),
-        }
+        return ToldAnswer.of(
+            answer,
+            rounds=[_round_dict(one, ids, self._access) for one in answer.rounds],
+            seed=self._request.config.sampling.seed,
+            ignored_messages=self._request.ignored_messages,
+        )
 
 
 def _usage(answer: Answer) -> dict[str, int]:

@@ -3,28 +3,83 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import functools
 import heapq
 import json
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
+from typing import Annotated, Any
 
+from pydantic import BeforeValidator, Field, JsonValue, TypeAdapter
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from msa_jax.bank.ingest import Report
 from msa_jax.bank.table import DEFAULT_NAMESPACE, BankDocument
 from msa_jax.errors import BankError
+from msa_jax.serve.completion import Figure, Told
 from msa_jax.serve.errors import ApiError, shown
-from msa_jax.serve.fields import Fields
+from msa_jax.serve.fields import Fields, Filled, read
 from msa_jax.serve.keys import Access
 from msa_jax.serve.limits import read_json
 from msa_jax.serve.service import Service
 
-# Python's own limit depends on where it is met; this is far below.
 _METADATA_LEVELS = 32
-_FIELDS = tuple(field.name for field in dataclasses.fields(BankDocument))
+
+
+def _not_deep(metadata: Any) -> Any:
+    level, levels = [metadata], 0
+    while level := [item for item in level if isinstance(item, dict | list)]:
+        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
+        if (levels := levels + 1) > _METADATA_LEVELS:
+            raise ValueError(f"must be nested at most {_METADATA_LEVELS} deep")
+    return metadata
+
+
+def _place(cursor: Any) -> Any:
+    """The namespace and id at which another page ended."""
+    try:
+        return TypeAdapter(tuple[str, str]).validate_json(base64.b64decode(cursor, altchars=b"-_", validate=True))
+    except (ValueError, TypeError):
+        raise ValueError("must be the `next` of another page") from None
+
+
+class DocumentBody(Fields):
+    id: Filled
+    text: Filled
+    title: str | None = None
+    namespace: str | None = None
+    metadata: Annotated[dict[str, JsonValue], BeforeValidator(_not_deep)] | None = None
+
+
+class DocumentsBody(Fields):
+    documents: Annotated[list, Field(min_length=1)]
+
+
+class OneQuery(Fields):
+    namespace: str | None = None
+
+
+class ListQuery(OneQuery, strict=False):
+    prefix: str = ""
+    limit: Annotated[int, Field(ge=1)] | None = None
+    after: Annotated[tuple[str, str] | None, BeforeValidator(_place)] = None
+
+
+class ToldDocument(Told):
+    object: str = "document"
+    id: str
+    text: str
+    title: str
+    namespace: str
+    metadata: dict[str, Any]
+
+
+class ToldReport(Told):
+    object: str = "report"
+    added: int
+    unchanged: int
+    encoded_tokens: int
+    seconds: Figure
 
 
 def namespace_of(named: str | None, access: Access, param: str) -> str:
@@ -47,36 +102,14 @@ def read_documents(body: Any, access: Access) -> list[BankDocument]:
     """
     if not isinstance(body, dict) or "documents" not in body:
         return [_document(body, "", access)]
-    fields = Fields(body)
-    items = fields.items("documents")
-    fields.done(("documents",))
-    if not items:
-        raise ApiError(400, "documents must hold at least one document.", param="documents")
+    items = read(DocumentsBody, body).documents
     return [_document(item, f"documents[{i}]", access) for i, item in enumerate(items)]
 
 
 def _document(item: Any, where: str, access: Access) -> BankDocument:
-    fields = Fields(item, where)
-    values = {name: fields.string(name) for name in ("id", "text", "title")}
-    for name in ("id", "text"):
-        if not values[name]:
-            raise fields.refusal(name, "a string that is not empty", values[name])
-    namespace = namespace_of(fields.string("namespace"), access, fields.at("namespace"))
-    metadata = fields.mapping("metadata") or {}
-    if _depth(metadata) > _METADATA_LEVELS:
-        raise fields.refusal("metadata", f"nested at most {_METADATA_LEVELS} deep", metadata)
-    fields.done(_FIELDS)
-    return BankDocument(
-        id=values["id"], text=values["text"], title=values["title"] or "", namespace=namespace, metadata=metadata
-    )
-
-
-def _depth(value: Any) -> int:
-    levels, level = 0, [value]
-    while level := [item for item in level if isinstance(item, dict | list)]:
-        levels += 1
-        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
-    return levels
+    given = read(DocumentBody, item, where)
+    namespace = namespace_of(given.namespace, access, f"{where}.namespace".lstrip("."))
+    return BankDocument(given.id, given.text, given.title or "", namespace, given.metadata or {})
 
 
 class Documents:
@@ -105,15 +138,7 @@ class Documents:
             documents = read_documents(await read_json(request, service.limits), access)
             change = session.add if request.method == "POST" else session.update
             report: Report = await self._change(functools.partial(change, documents))
-        return JSONResponse(
-            {
-                "object": "report",
-                "added": report.added,
-                "unchanged": report.unchanged,
-                "encoded_tokens": report.encoded_tokens,
-                "seconds": round(report.seconds, 3),
-            }
-        )
+        return JSONResponse(ToldReport.of(report))
 
     async def delete(self, request: Request) -> JSONResponse:
         service, access = self._service, request.state.access
@@ -133,11 +158,11 @@ class Documents:
         session = self._service.asked()
         identity, namespace = self._named(request)
         document = await self._service.thread("read", lambda: self._get(session, identity, namespace))
-        return JSONResponse(document_dict(document))
+        return JSONResponse(ToldDocument.of(document))
 
     def _named(self, request: Request) -> tuple[str, str]:
-        query = _query(request, ("namespace",))
-        namespace = namespace_of(query.get("namespace"), request.state.access, "namespace")
+        query = read(OneQuery, dict(request.query_params))
+        namespace = namespace_of(query.namespace, request.state.access, "namespace")
         return request.path_params["id"], namespace
 
     @staticmethod
@@ -152,17 +177,20 @@ class Documents:
     async def list(self, request: Request) -> JSONResponse:
         service, access = self._service, request.state.access
         session = service.asked()
-        query = _query(request, ("prefix", "namespace", "limit", "after"))
-        limit, after = _limit(query.get("limit"), service.limits.page), _after(query.get("after"))
-        prefix, named = query.get("prefix", ""), query.get("namespace")
-        if named is not None:
-            named = access.require(named, "namespace")
-        spaces = access.namespaces if named is None else (named,)
+        query = read(ListQuery, dict(request.query_params))
+        most = service.limits.page
+        limit = min(100, most) if query.limit is None else query.limit
+        if limit > most:
+            raise ApiError(400, f"limit must be from 1 to {most}, got {limit}.", param="limit")
+        if query.namespace is None:
+            spaces = (None,) if access.namespaces is None else access.namespaces
+        else:
+            spaces = (access.require(query.namespace, "namespace"),)
 
         def page() -> list[tuple[str, str]]:
-            chosen = (None,) if spaces is None else spaces
-            found = (item for space in chosen for item in session.list(namespace=space, prefix=prefix))
-            return _first(found, after, limit + 1)
+            found = (item for space in spaces for item in session.list(namespace=space, prefix=query.prefix))
+            # In order, so that a page goes on where the last one ended, whatever came and went since.
+            return heapq.nsmallest(limit + 1, (item for item in found if query.after is None or item > query.after))
 
         found = await service.thread("read", page)
         shown_now = found[:limit]
@@ -176,46 +204,5 @@ class Documents:
         )
 
 
-def document_dict(document: BankDocument) -> dict[str, Any]:
-    return (
-        {"object": "document"}
-        | {name: getattr(document, name) for name in _FIELDS}
-        | {"metadata": dict(document.metadata)}
-    )
-
-
-def _first(found: Iterable[tuple[str, str]], after: tuple[str, str] | None, count: int) -> list[tuple[str, str]]:
-    """In order of namespace and id, so that a page goes on where the last one ended, whatever came and went since."""
-    return heapq.nsmallest(count, (item for item in found if after is None or item > after))
-
-
-def _query(request: Request, known: tuple[str, ...]) -> dict[str, str]:
-    for name in request.query_params:
-        if name not in known:
-            there_are = ", ".join(known)
-            raise ApiError(400, f"There is no query parameter {shown(name)} here; there are {there_are}.", param=name)
-    return dict(request.query_params)
-
-
-def _limit(text: str | None, most: int) -> int:
-    if text is None:
-        return min(100, most)
-    if not (text.isascii() and text.isdigit() and len(text) < 10 and 1 <= int(text) <= most):
-        raise ApiError(400, f"limit must be an integer from 1 to {most}, got {shown(text)}.", param="limit")
-    return int(text)
-
-
 def _cursor(namespace: str, identity: str) -> str:
     return base64.urlsafe_b64encode(json.dumps([namespace, identity]).encode()).decode()
-
-
-def _after(text: str | None) -> tuple[str, str] | None:
-    if text is None:
-        return None
-    try:
-        namespace, identity = json.loads(base64.b64decode(text.encode(), altchars=b"-_", validate=True))
-        if isinstance(namespace, str) and isinstance(identity, str):
-            return namespace, identity
-    except (ValueError, TypeError, RecursionError):
-        pass
-    raise ApiError(400, f"after must be the `next` of another page, got {shown(text)}.", param="after")

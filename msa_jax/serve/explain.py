@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from starlette.requests import Request
 
 from msa_jax.errors import QuestionError
-from msa_jax.inference.explanation import Explained
-from msa_jax.serve.completion import finite
+from msa_jax.serve.completion import Figure, Told
 from msa_jax.serve.errors import ApiError
-from msa_jax.serve.fields import Fields
+from msa_jax.serve.fields import Fields, read
 from msa_jax.serve.limits import read_json
 from msa_jax.serve.service import Service
 
-# More than anyone reads.
-_MOST_DOCUMENTS = 100
+
+class ToldLayer(Told):
+    layer: int
+    score: Figure
+    rank: int
+    chunk: int
+    passage: str
+    token: str
+
+
+class ToldDocument(Told):
+    id: str
+    title: str
+    namespace: str
+    text: str
+    score: Figure
+    layers: list[ToldLayer]
+
+
+class ExplainBody(Fields):
+    question: str
+    namespaces: list[str] | None = None
+    # Nobody reads more.
+    documents: Annotated[int, Field(ge=1, le=100)] | None = None
 
 
 async def explain(service: Service, request: Request) -> dict[str, Any]:
@@ -25,34 +47,20 @@ async def explain(service: Service, request: Request) -> dict[str, Any]:
       ApiError: 400 for a bad body or question, 403, 429.
     """
     session, access = service.asked(), request.state.access
-    fields = Fields(await read_json(request, service.limits))
-    question, named = fields.string("question"), fields.strings("namespaces")
-    documents = fields.integer("documents", least=1, most=_MOST_DOCUMENTS) or 5
-    fields.done(("question", "namespaces", "documents"))
-    if question is None:
-        raise fields.refusal("question", "a string", None)
+    body = read(ExplainBody, await read_json(request, service.limits))
+    named = None if body.namespaces is None else tuple(body.namespaces)
     namespaces = await service.chosen(named, access, "namespaces")
     with service.questions.hold():
         try:
             found = await service.thread(
-                "ask", lambda: session.explain(question, namespaces=namespaces, documents=documents)
+                "ask", lambda: session.explain(body.question, namespaces=namespaces, documents=body.documents or 5)
             )
         except QuestionError as e:
             raise ApiError(400, str(e), param="question", code="question_refused") from None
-    return {"object": "explanation", "question": question, "documents": [_document(one) for one in found.documents]}
-
-
-def _document(one: Explained) -> dict[str, Any]:
-    """Without its number, which tells how many documents other namespaces have."""
-    layers = [
-        {"layer": at.layer, "score": finite(at.score), "rank": at.rank, "chunk": at.chunk,
-         "passage": own_words(at.passage, one.text), "token": at.token}
-        for at in one.layers
-    ]  # fmt: skip
-    return {
-        "id": one.id, "title": one.title, "namespace": one.namespace, "text": one.text, "score": finite(one.score),
-        "layers": layers,
-    }  # fmt: skip
+    documents = [ToldDocument.of(one) for one in found.documents]
+    for layer, text in ((layer, one["text"]) for one in documents for layer in one["layers"]):
+        layer["passage"] = own_words(layer["passage"], text)
+    return {"object": "explanation", "question": body.question, "documents": documents}
 
 
 def own_words(passage: str, text: str) -> str:

@@ -1,98 +1,47 @@
-"""Reading a request's JSON object field by field: the wrong type, and what is left over, is refused by name."""
+"""Bodies and queries as pydantic models, and what is wrong with one as one sentence that names the field."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import Any
+import re
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from msa_jax.serve.errors import ApiError, shown
 
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Filled = Annotated[str, Field(min_length=1)]
 
-class Fields:
-    """A JSON object of which every field is taken once. null means absent.
 
-    Every reader raises `ApiError` 400, naming the field, when its value has another type.
+class Fields(BaseModel):
+    """What a JSON object may hold. null means absent, nothing is converted, and unknown names are refused."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
+
+
+def read[Read: Fields](kind: type[Read], value: Any, where: str = "") -> Read:
+    """A value as a `kind`. `where` is the value's own place, such as `messages[0]`; empty for the whole.
+
+    Raises:
+      ApiError: 400, naming the first field that is wrong.
     """
-
-    def __init__(self, value: Any, where: str = ""):
-        """`where` is the object's own place, such as `messages[0]`; empty for the whole body."""
-        if not isinstance(value, dict):
-            raise ApiError(
-                400, f"{where or 'The body'} must be a JSON object, got {shown(value)}.", param=where or None
-            )
-        self._left = {name: item for name, item in value.items() if item is not None}
-        self._where = where
-
-    def at(self, name: str) -> str:
-        """A field's full name."""
-        return f"{self._where}.{name}" if self._where else name
-
-    def refusal(self, name: str, need: str, value: Any) -> ApiError:
-        return ApiError(400, f"{self.at(name)} must be {need}, got {shown(value)}.", param=self.at(name))
-
-    def take(self, name: str) -> Any:
-        """Of any type; None when absent."""
-        return self._left.pop(name, None)
-
-    def string(self, name: str) -> str | None:
-        value = self.take(name)
-        if value is not None and not isinstance(value, str):
-            raise self.refusal(name, "a string", value)
-        return value
-
-    def boolean(self, name: str) -> bool | None:
-        value = self.take(name)
-        if value is not None and not isinstance(value, bool):
-            raise self.refusal(name, "true or false", value)
-        return value
-
-    def integer(self, name: str, least: int | None = None, most: int | None = None) -> int | None:
-        value = self.take(name)
-        if value is None:
-            return None
-        bounds = [f"at least {least}"] * (least is not None) + [f"at most {most}"] * (most is not None)
-        need = f"an integer{' of ' if bounds else ''}{' and '.join(bounds)}"
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise self.refusal(name, need, value)
-        if (least is not None and value < least) or (most is not None and value > most):
-            raise self.refusal(name, need, value)
-        return value
-
-    def number(self, name: str, least: float | None = None) -> float | None:
-        value = self.take(name)
-        if value is None:
-            return None
-        need = "a number" if least is None else f"a number of at least {least:g}"
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise self.refusal(name, need, value)
-        if not abs(value) < 1e300 or not math.isfinite(value) or (least is not None and value < least):
-            raise self.refusal(name, need, value)
-        return value
-
-    def strings(self, name: str) -> tuple[str, ...] | None:
-        value = self.take(name)
-        if value is not None and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
-            raise self.refusal(name, "a list of strings", value)
-        return None if value is None else tuple(value)
-
-    def items(self, name: str) -> list[Any] | None:
-        value = self.take(name)
-        if value is not None and not isinstance(value, list):
-            raise self.refusal(name, "a list", value)
-        return value
-
-    def mapping(self, name: str) -> dict[str, Any] | None:
-        value = self.take(name)
-        if value is not None and not isinstance(value, dict):
-            raise self.refusal(name, "an object", value)
-        return value
-
-    def done(self, known: Sequence[str] = ()) -> None:
-        """Refuse what was not taken. `known` names what there is, for the message."""
-        for name in self._left:
-            there_are = f"; there are {', '.join(known)}" if known else ""
-            raise ApiError(
-                400, f"{shown(self.at(name))} is not a field of this request{there_are}.",
-                param=self.at(name)[:80], code="unknown_parameter",
-            )  # fmt: skip
+    try:
+        return kind.model_validate(value)
+    except ValidationError as e:
+        error = e.errors(include_url=False)[0]
+    at = where
+    for part in error["loc"]:
+        at += f"[{part}]" if isinstance(part, int) else f".{part}" if at else str(part)
+    code = None
+    match error["type"]:
+        case "model_type" | "dict_type":
+            said = f"{at or 'The body'} must be a JSON object, got {shown(error['input'])}."
+        case "missing":
+            said = f"{at} is missing: give it."
+        case "extra_forbidden":
+            known, code = ", ".join(kind.model_fields), "unknown_parameter"
+            said = f"{shown(at)} is not a field of this request; there are {known}."
+        case _:
+            need = error["msg"].removeprefix("Value error, ").partition(" after validation")[0]
+            said = f"{at} {re.sub(r'^\w+ should ', 'must ', need)}, got {shown(error['input'])}."
+    raise ApiError(400, said, param=at[:80] or None, code=code)

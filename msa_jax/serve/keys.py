@@ -15,16 +15,27 @@ import hmac
 import json
 import os
 import pathlib
-import re
 import secrets
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from msa_jax.errors import ConfigError
 from msa_jax.serve.errors import ApiError, shown
 
-_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+class Entry(BaseModel):
+    """What the file holds of a key."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    name: Annotated[str, Field(min_length=1)]
+    namespaces: list[str] | Literal["*"]
+    write: bool
+
+
+_FILE = TypeAdapter(dict[Annotated[str, Field(pattern="^[0-9a-f]{64}$")], Entry])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +107,7 @@ class Keys:
         Raises:
           ConfigError: no such file, or not as the module describes.
         """
-        return cls({digest: _access(value, str(path)) for digest, value in _read(path).items()})
+        return cls({digest: _access(entry) for digest, entry in _read(path).items()})
 
     def access(self, authorization: str | None) -> Access:
         """What a request with that Authorization header may do. Compares with every key, in constant time each.
@@ -117,40 +128,44 @@ class Keys:
         return found
 
 
-def _read(path: str | pathlib.Path) -> dict[str, Any]:
+def _read(path: str | pathlib.Path) -> dict[str, Entry]:
     try:
-        values = json.loads(pathlib.Path(path).read_text("utf-8"))
+        entries = _FILE.validate_json(pathlib.Path(path).read_bytes())
     except OSError as e:
         raise ConfigError(f"{path}: {e.strerror}: name a file that `python -m msa_jax.serve.keys add` made.") from e
-    except (ValueError, RecursionError) as e:
-        raise ConfigError(f"{path}: not JSON ({e}): restore it, or make keys anew.") from e
-    if not isinstance(values, dict) or not all(map(_DIGEST.fullmatch, values)):
-        raise ConfigError(
-            f"{path}: must be an object whose names are SHA-256 hashes, 64 hexadecimal digits; a key itself has no "
-            "place in it: `python -m msa_jax.serve.keys add` makes one."
-        )
-    names = [_access(value, f"{path}, {digest[:8]}...").name for digest, value in values.items()]
+    except ValidationError as e:
+        raise ConfigError(f"{path}: {_what_is_wrong(e)}") from None
+    names = [entry.name for entry in entries.values()]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ConfigError(f"{path}: more than one key is named {', '.join(sorted(twice))}: rename all but one.")
-    return values
+    return entries
 
 
-def _access(value: Any, where: str) -> Access:
+def _what_is_wrong(errors: ValidationError) -> str:
+    """Without what stands there: it may be a key."""
+    error = errors.errors(include_url=False, include_input=False)[0]
+    if error["type"] == "json_invalid":
+        return f"not JSON ({error['msg']}): restore it, or make keys anew."
+    if "[key]" in error["loc"] or not error["loc"]:
+        return (
+            "must be an object whose names are SHA-256 hashes, 64 hexadecimal digits; a key itself has no place in "
+            "it: `python -m msa_jax.serve.keys add` makes one."
+        )
     need = '{"name": a string, "namespaces": a list of strings or "*", "write": true or false}'
-    good = isinstance(value, dict) and value.keys() == {"name", "namespaces", "write"}
-    good = good and isinstance(value["name"], str) and value["name"] and isinstance(value["write"], bool)
-    spaces = value["namespaces"] if good else None
-    if not good or not (spaces == "*" or (isinstance(spaces, list) and all(isinstance(s, str) for s in spaces))):
-        raise ConfigError(f"{where}: must be {need}, got {shown(value)}.")
-    return Access(value["name"], None if spaces == "*" else tuple(dict.fromkeys(spaces)), value["write"])
+    return f"{error['loc'][0][:8]}... must be {need}; {'.'.join(map(str, error['loc'][1:2])) or 'it'} is not so."
 
 
-def _write(path: str, values: Mapping[str, Any]) -> None:
+def _access(entry: Entry) -> Access:
+    spaces = None if entry.namespaces == "*" else tuple(dict.fromkeys(entry.namespaces))
+    return Access(entry.name, spaces, entry.write)
+
+
+def _write(path: str, entries: Mapping[str, Entry]) -> None:
     """In one step, readable by the owner alone."""
     aside = f"{path}.{os.getpid()}.new"
     try:
         with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
-            json.dump(values, file, indent=1, ensure_ascii=False)
+            file.write(_FILE.dump_json(dict(entries), indent=1).decode())
         os.replace(aside, path)
     except OSError as e:
         raise ConfigError(f"{path}: {e.strerror}: choose a place that can be written.") from e
@@ -162,12 +177,12 @@ def add_key(path: str, name: str, namespaces: Sequence[str] | None, write: bool)
     Raises:
       ConfigError: a bad file, or a name that is taken.
     """
-    values = _read(path) if os.path.exists(path) else {}
-    if not name or any(value["name"] == name for value in values.values()):
+    entries = _read(path) if os.path.exists(path) else {}
+    if not name or any(entry.name == name for entry in entries.values()):
         raise ConfigError(f"{path}: the name {name!r} is empty or taken: give another one.")
     key = f"msa-{secrets.token_urlsafe(32)}"
-    spaces = "*" if namespaces is None else list(namespaces)
-    _write(path, values | {digest_of(key): {"name": name, "namespaces": spaces, "write": write}})
+    entry = Entry(name=name, namespaces="*" if namespaces is None else list(namespaces), write=write)
+    _write(path, entries | {digest_of(key): entry})
     return key
 
 
@@ -190,13 +205,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "add":
             print(add_key(options.file, options.name, options.namespace, options.write))
             return 0
-        values = _read(options.file)
+        entries = _read(options.file)
         if options.command == "list":
-            for access in (_access(value, options.file) for value in values.values()):
-                print(json.dumps(dataclasses.asdict(access), ensure_ascii=False))
+            for entry in entries.values():
+                print(json.dumps(dataclasses.asdict(_access(entry)), ensure_ascii=False))
             return 0
-        kept = {digest: value for digest, value in values.items() if value["name"] != options.name}
-        if len(kept) == len(values):
+        kept = {digest: entry for digest, entry in entries.items() if entry.name != options.name}
+        if len(kept) == len(entries):
             raise ConfigError(f"{options.file}: no key is named {options.name!r}: `list` shows those there are.")
         _write(options.file, kept)
     except ConfigError as e:

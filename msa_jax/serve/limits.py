@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import json
 from collections.abc import Iterator
 from typing import Any
 
+from pydantic_core import from_json
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
@@ -16,8 +16,6 @@ from starlette.types import Receive, Scope, Send
 from msa_jax.errors import require
 from msa_jax.serve.errors import ApiError, ClientGone
 
-# Larger bodies are parsed in a thread, so that other requests go on.
-_PARSED_AT_ONCE = 1 << 16
 # After a refusal of a body that is still coming, this much more of it and this many seconds are waited for: a client
 # that is cut off while it writes may never read the refusal.
 _LINGER_BYTES, _LINGER_SECONDS = 1 << 24, 2.0
@@ -140,30 +138,16 @@ async def read_json(request: Request, limits: Limits) -> Any:
         raise ApiError(
             408, f"The body did not come within {limits.body_seconds:g} s.", headers={"connection": "close"}
         ) from None
-    return parse_json(raw) if len(raw) <= _PARSED_AT_ONCE else await asyncio.to_thread(parse_json, raw)
+    return parse_json(bytes(raw))
 
 
-def parse_json(raw: bytes | bytearray) -> Any:
-    """Parse UTF-8 JSON whose strings are text and whose numbers are finite.
+def parse_json(raw: bytes) -> Any:
+    """Parse UTF-8 JSON whose strings are text and whose numbers are written as JSON has them.
 
     Raises:
       ApiError: 400.
     """
-
-    def refuse(name):
-        raise ValueError(f"{name} is no JSON number")
-
     try:
-        text = raw.decode("utf-8")
-        value = json.loads(text, parse_constant=refuse)
-        if "\\ud" in text or "\\uD" in text:
-            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
-    except UnicodeDecodeError as e:
-        raise ApiError(400, f"The body is not UTF-8: byte {e.start} cannot be read.", code="invalid_json") from None
-    except UnicodeEncodeError:
-        raise ApiError(400, "The body holds half a surrogate pair, which is no text.", code="invalid_json") from None
-    except RecursionError:
-        raise ApiError(400, "The body is nested too deeply.", code="invalid_json") from None
+        return from_json(raw, allow_inf_nan=False)
     except ValueError as e:
         raise ApiError(400, f"The body is not valid JSON: {e}.", code="invalid_json") from None
-    return value

