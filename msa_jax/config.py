@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import operator
 import pathlib
@@ -10,22 +11,20 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
+from msa_jax import families
 from msa_jax.errors import ConfigError, require
+from msa_jax.families.msa import TEMPLATE_LEN
+from msa_jax.spec import LayerSpec
 from pallas_kernels.dispatch import IMPLEMENTATIONS
 
 ROUTING_SCORES = ("cosine", "dot")
 TOP_K_METHODS = ("exact", "approximate")
-# Settings of a published msa_config that choose between forms, and the form that is computed here.
-PUBLISHED_ONLY = (
-    ("chunk_reduce_method", "max"), ("decouple_pooling_mode", "mean"), ("head_reduce_method", "mean"),
-    ("query_reduce_method", "max"), ("decouple_router", True), ("rewrite_position", True),
-)  # fmt: skip
 REMAT_POLICIES = ("none", "dots", "full")
 DTYPES = ("float32", "bfloat16")
 # How a model runs, not what it is: these may change between a bank's encoding and its asking.
 RUNTIME_SETTINGS = ("top_k", "top_k_method", "top_k_recall", "router_bias_scale", "implementation", "remat")
 # What came after banks were first written, and the value that says what those were encoded with.
-LATER_SETTINGS = {"proportional_attention": False}
+LATER_SETTINGS = {"proportional_attention": False, "layer_specs": [{}]}
 
 
 def _is_int(value: Any) -> bool:
@@ -160,6 +159,7 @@ class MSAConfig(AttentionConfig):
       mlp_size: F, inner width of SwiGLU.
       router_layers: sorted indices of the layers that read the bank; `None` means the latter half.
       tie_embeddings: use the embedding as the output projection.
+      layer_specs: what each layer is, repeated over the layers; one of them makes all layers equal.
       remat: what the backward pass recomputes. "none": nothing; "dots": all but matrix products; "full":
         whole layers.
     """
@@ -169,6 +169,7 @@ class MSAConfig(AttentionConfig):
     mlp_size: int = 256
     router_layers: tuple[int, ...] | None = None
     tie_embeddings: bool = True
+    layer_specs: tuple[LayerSpec, ...] = (LayerSpec(),)
     remat: Literal["none", "dots", "full"] = "none"
 
     def __post_init__(self):
@@ -190,25 +191,34 @@ class MSAConfig(AttentionConfig):
             f"router_layers must lie in 0..{self.num_layers - 1} (num_layers {self.num_layers}), got {layers}.",
         )
         object.__setattr__(self, "router_layers", layers)
+        specs = tuple(self.layer_specs)
+        require(
+            0 < len(specs) <= self.num_layers and all(isinstance(spec, LayerSpec) for spec in specs),
+            f"layer_specs must be 1 to {self.num_layers} LayerSpec, got {self.layer_specs!r}.",
+        )
+        object.__setattr__(self, "layer_specs", specs[:1] if len(set(specs)) == 1 else specs)
         require(self.remat in REMAT_POLICIES, f"remat must be one of {REMAT_POLICIES}, got {self.remat!r}.")
 
     @property
     def layer_groups(self) -> tuple[tuple[bool, int, int], ...]:
-        """Runs of consecutive layers of one kind: `(is_router, first layer, number of layers)`."""
-        groups: list[list] = []
-        for i in range(self.num_layers):
-            is_router = i in self.router_layers
-            if groups and groups[-1][0] == is_router:
-                groups[-1][2] += 1
-            else:
-                groups.append([is_router, i, 1])
-        return tuple(tuple(g) for g in groups)
+        """Runs of consecutive layers of one kind (spec, router or not): `(is_router, first layer, how many)`."""
+        kind = lambda i: (self.spec_of(i), i in self.router_layers)  # noqa: E731
+        runs = (list(run) for _, run in itertools.groupby(range(self.num_layers), kind))
+        return tuple((run[0] in self.router_layers, run[0], len(run)) for run in runs)
+
+    def spec_of(self, layer: int) -> LayerSpec:
+        """What a layer is."""
+        return self.layer_specs[layer % len(self.layer_specs)]
 
     def replace(self, **changes: Any) -> MSAConfig:
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"router_layers": list(self.router_layers)}
+        """For JSON; `from_dict` reads it."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return fields | {
+            "router_layers": list(self.router_layers), "layer_specs": [spec.to_dict() for spec in self.layer_specs]
+        }  # fmt: skip
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MSAConfig:
@@ -216,6 +226,8 @@ class MSAConfig(AttentionConfig):
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         require(not unknown, f"Unknown model settings {unknown}; known ones are {sorted(known)}.")
+        if "layer_specs" in values:
+            values = values | {"layer_specs": tuple(LayerSpec.from_dict(spec) for spec in values["layer_specs"])}
         return cls(**values)
 
     @classmethod
@@ -226,7 +238,7 @@ class MSAConfig(AttentionConfig):
 
     @classmethod
     def from_checkpoint(cls, path: str | pathlib.Path, **changes: Any) -> MSAConfig:
-        """Read a published `config.json` (Qwen3 or MSA), given the file or its folder.
+        """Read a published `config.json` of MSA or of a family in `msa_jax.families`, given the file or its folder.
 
         Raises:
           ConfigError: the file is missing, is not JSON, lacks a field, or asks for something that this
@@ -240,73 +252,15 @@ class MSAConfig(AttentionConfig):
             raise ConfigError(f"{path}: no such file; give a checkpoint folder with a config.json.") from e
         except (json.JSONDecodeError, UnicodeDecodeError) as e:
             raise ConfigError(f"{path}: not valid JSON ({e}).") from e
-        return cls._from_published(raw, str(path), **changes)
-
-    @classmethod
-    def _from_published(cls, raw: dict[str, Any], where: str, **changes: Any) -> MSAConfig:
-        require(isinstance(raw, dict), f"{where}: must hold a JSON object, holds a {type(raw).__name__}.")
-        required = (
-            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-            "num_attention_heads", "num_key_value_heads",
-        )  # fmt: skip
-        missing = [name for name in required if not isinstance(raw.get(name), int)]
-        require(not missing, f"{where}: {missing} must be integers; a Qwen3 or MSA config.json has them.")
-        require(not raw.get("attention_bias"), f"{where}: attention_bias is true; MSA and Qwen3 have no biases.")
-        require(
-            raw.get("hidden_act", "silu") == "silu", f"{where}: hidden_act {raw.get('hidden_act')!r}, need 'silu'."
-        )
-        require(
-            not raw.get("rope_scaling"), f"{where}: rope_scaling is set; only plain RoPE is computed here."
-        )
-        msa = raw.get("msa_config") or {}
-        require(isinstance(msa, dict), f"{where}: msa_config must be an object, is {msa!r}.")
-        for name, only in PUBLISHED_ONLY:
-            require(
-                msa.get(name, only) == only, f"{where}: msa_config.{name} is {msa.get(name)!r}, need {only!r}."
-            )
-        top_k = msa.get("top_k_docs", 16)
-        require(isinstance(top_k, int), f"{where}: msa_config.top_k_docs must be an integer, is {top_k!r}.")
-        layers = msa.get("router_layer_idx")
-        if layers == "all":
-            layers = range(raw["num_hidden_layers"])
-        elif isinstance(layers, str):
-            layers = [i for i in layers.split(",") if i.strip()]
-        try:
-            layers = sorted({int(i) for i in layers or ()})
-        except (TypeError, ValueError) as e:
-            raise ConfigError(
-                f"{where}: msa_config.router_layer_idx must be 'all' or layers like '2,3', is {layers!r}."
-            ) from e
-        # Newer files keep theta inside rope_parameters.
-        theta = raw.get("rope_theta") or (raw.get("rope_parameters") or {}).get("rope_theta") or 1e4
-        values = dict(
-            vocab_size=raw["vocab_size"],
-            hidden_size=raw["hidden_size"],
-            mlp_size=raw["intermediate_size"],
-            num_layers=raw["num_hidden_layers"],
-            num_heads=raw["num_attention_heads"],
-            num_kv_heads=raw["num_key_value_heads"],
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
-            rope_theta=float(theta),
-            norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-            tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            chunk_size=msa.get("pooling_kernel_size", 64),
-            top_k=top_k,
-            position_offset=TEMPLATE_LEN + top_k,
-            router_layers=tuple(layers) if layers else None,
-        )
-        # Files by Transformers 5 say `dtype`. A dtype that is not stored here (float16) is read as float32.
-        stored = raw.get("torch_dtype") or raw.get("dtype")
-        values["param_dtype"] = values["dtype"] = stored if stored in DTYPES else "float32"
-        # What the published form has no name for, `msa_jax.checkpoints.published` writes under a prefix.
-        values |= {name.removeprefix("jax_"): msa[name] for name in msa if name.startswith("jax_")}
+        values = families.read(raw, str(path))
         unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
-        require(not unknown, f"{where}: msa_config has settings unknown to this version: {unknown}.")
-        return cls(**(values | changes))
+        require(not unknown, f"{path}: msa_config has settings unknown to this version: {unknown}.")
+        try:
+            config = cls(**values)
+        except ConfigError as e:
+            raise ConfigError(f"{path}: {e}") from e
+        return config.replace(**changes)
 
-
-# Tokens of the template prefix `<|im_start|>user\n` under the published tokenizer.
-TEMPLATE_LEN = 3
 
 _QWEN3 = dict(
     vocab_size=151_936, num_kv_heads=8, head_dim=128, chunk_size=64, top_k=16,

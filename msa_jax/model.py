@@ -66,6 +66,10 @@ def _concat(parts):
     return jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts) if parts else None
 
 
+def _block(config: MSAConfig, layer: int, is_router: bool, rngs: nnx.Rngs) -> DecoderBlock:
+    return DecoderBlock(config, config.spec_of(layer), router=is_router, rngs=rngs)
+
+
 class MSATransformer(nnx.Module):
     """Decoder-only transformer whose router layers read a bank of independently encoded documents.
 
@@ -85,8 +89,8 @@ class MSATransformer(nnx.Module):
             embedding_init=nnx.initializers.normal(0.02), rngs=rngs,
         )  # fmt: skip
         self.groups = nnx.List([
-            stack(lambda r, is_router=is_router: DecoderBlock(c, router=is_router, rngs=r), count, rngs)
-            for is_router, _, count in c.layer_groups
+            stack(functools.partial(_block, c, first, is_router), count, rngs)
+            for is_router, first, count in c.layer_groups
         ])  # fmt: skip
         self.final_norm = RMSNorm(c.hidden_size, eps=c.norm_eps, dtype=c.compute_dtype, param_dtype=c.storage_dtype)
         self.lm_head = None if c.tie_embeddings else nnx.Linear(

@@ -119,6 +119,8 @@ class Shardings:
             spec = self.into
         else:
             spec = self.vector
+        if "bias" in names:
+            spec = P(*tuple(spec)[1:])
         return P(*[None] * (ndim - len(spec)), *spec)
 
     def parameters(self, state: nnx.State, mesh: jax.sharding.Mesh) -> nnx.State:

@@ -8,8 +8,10 @@ import pytest
 from flax import nnx
 
 from msa_jax import AttentionConfig, MSAConfig, MSATransformer
+from msa_jax.checkpoints.published import published_config
 from msa_jax.config import PRESETS
 from msa_jax.errors import ConfigError
+from msa_jax.spec import LayerSpec, RopeScaling
 
 
 @pytest.mark.parametrize(
@@ -82,6 +84,18 @@ def test_router_layers_and_runs_of_equal_layers(num_layers, given, layers, group
     assert hash(config) == hash(config.replace())  # a static argument of jit
 
 
+def test_layers_of_two_kinds_repeat():
+    a, b = LayerSpec(), LayerSpec(qk_norm=False)
+    config = MSAConfig(num_layers=5, router_layers=(2, 4), layer_specs=(a, a, b))
+    assert [config.spec_of(i) for i in range(5)] == [a, a, b, a, a]
+    assert config.layer_groups == ((False, 0, 2), (True, 2, 1), (False, 3, 1), (True, 4, 1))
+    assert MSAConfig(layer_specs=[b, b]).layer_specs == (b,)
+    with pytest.raises(ConfigError, match="layer_specs must be 1 to 4 LayerSpec, got"):
+        MSAConfig(layer_specs=(a,) * 5)
+    with pytest.raises(ConfigError, match=r"Layers have settings unknown to this version: \['nope'\]"):
+        MSAConfig.from_dict(dict(layer_specs=[dict(nope=1)]))
+
+
 def parameters(c: MSAConfig) -> int:
     """Embedding and final norm; a layer's norms, four projections and SwiGLU; a router layer's two more."""
     attention = 2 * c.hidden_size * c.head_dim * (c.num_heads + c.num_kv_heads) + 2 * c.head_dim
@@ -122,6 +136,7 @@ CONFIGS = [
     MSAConfig.preset("qwen3_4b", dtype="bfloat16", param_dtype="bfloat16", remat="full"),
     MSAConfig(router_layers=(0, 3), routing_score="dot", router_bias=True, position_offset=3, tie_embeddings=False),
     MSAConfig(proportional_attention=True),
+    MSAConfig(layer_specs=(LayerSpec(), LayerSpec(qk_norm=False, rope_theta=5.0))),
 ]
 
 
@@ -140,7 +155,7 @@ def test_from_dict_names_what_it_does_not_know():
 
 PUBLISHED = dict(
     vocab_size=100, hidden_size=48, intermediate_size=80, num_hidden_layers=6, num_attention_heads=4,
-    num_key_value_heads=2, rms_norm_eps=1e-5, rope_theta=5e6, torch_dtype="bfloat16",
+    num_key_value_heads=2, head_dim=12, rms_norm_eps=1e-5, rope_theta=5e6, torch_dtype="bfloat16",
 )  # fmt: skip
 MSA = dict(pooling_kernel_size=32, top_k_docs=8, router_layer_idx="3,5")
 
@@ -172,6 +187,11 @@ def test_from_checkpoint_reads_the_published_fields(tmp_path):
         (dict(msa_config=MSA | dict(router_layer_idx=[5, 1])), "router_layers", (1, 5)),
         (dict(msa_config=MSA | dict(router_layer_idx=" 4, 2,")), "router_layers", (2, 4)),
         (dict(head_dim=16), "head_dim", 16),
+        (dict(head_dim=None), "head_dim", 128),
+        (dict(head_dim=None, model_type="llama"), "head_dim", 12),
+        (dict(num_key_value_heads=None, model_type="llama"), "num_kv_heads", 4),
+        (dict(rms_norm_eps=None), "norm_eps", 1e-6),
+        (dict(tie_word_embeddings=None), "tie_embeddings", False),
         (dict(tie_word_embeddings=True), "tie_embeddings", True),
         (dict(rope_theta=None, rope_parameters=dict(rope_theta=7.0)), "rope_theta", 7.0),
         (dict(rope_theta=None), "rope_theta", 1e4),
@@ -187,15 +207,34 @@ def test_from_checkpoint_reads_variants(tmp_path, changes, field, value):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(hidden_size=None), r"\['hidden_size'\] must be integers"),
-        (dict(vocab_size="100", num_hidden_layers=None), r"\['vocab_size', 'num_hidden_layers'\] must be integers"),
-        (dict(attention_bias=True), "attention_bias is true"),
-        (dict(hidden_act="gelu"), "hidden_act 'gelu', need 'silu'"),
-        (dict(rope_scaling=dict(type="yarn")), "rope_scaling is set"),
-        (dict(msa_config=[1]), r"msa_config must be an object, is \[1\]"),
+        (dict(hidden_size=None), "hidden_size must be an integer of at least 1, is None"),
+        (dict(vocab_size="100", num_hidden_layers=None), "vocab_size must be an integer of at least 1, is '100'"),
+        (dict(num_attention_heads=0, head_dim=None), "num_attention_heads must be an integer of at least 1, is 0"),
+        (dict(num_key_value_heads=3), r"num_heads \(4\) must be a multiple of num_kv_heads \(3\)"),
+        (dict(rope_theta=[1000000]), r"rope_theta must be a positive number, is \[1000000\]"),
+        (dict(rms_norm_eps=float("nan")), "rms_norm_eps must be a positive number, is nan"),
+        (dict(tie_word_embeddings="false"), "tie_word_embeddings must be true or false, is 'false'"),
+        (dict(attention_bias="yes"), "attention_bias must be true or false, is 'yes'"),
+        (dict(hidden_act="gelu"), "hidden_act is 'gelu', need 'silu'"),
+        (dict(model_type="qwen3_moe"), "model_type 'qwen3_moe' is not read here, only .*llama.*qwen3"),
+        (dict(model_type=["qwen3"]), "model_type .* is not read here"),
+        (dict(num_experts=8), "num_experts 8 is not computed here"),
+        (dict(partial_rotary_factor=0.5), "partial_rotary_factor 0.5 is not computed here"),
+        (dict(quantization_config=dict(quant_method="fp8")), "quantization_config .* is not computed here"),
+        (dict(use_sliding_window=True, sliding_window=512), "use_sliding_window is true"),
+        (dict(layer_types=["linear_attention", "full_attention"]), "layer_types has 'linear_attention'"),
+        (dict(rope_scaling=dict(type="yarn")), "rope_scaling.factor must be a positive number, is None"),
+        (dict(rope_scaling=dict(type="yarn", factor=0.5)), "RoPE factor must be at least 1, got 0.5"),
+        (dict(rope_scaling=dict(type="dynamic", factor=2.0)), "rope_scaling.rope_type is 'dynamic', need default or"),
+        (dict(rope_scaling=dict(type="linear", factor=2.0, odd=1)), "rope_scaling.odd 1 is not computed here"),
+        (dict(rope_parameters=dict(rope_type="llama3", factor=8.0, original_max_position_embeddings=64)),
+         "rope_parameters.low_freq_factor must be a positive number"),
+        (dict(rope_scaling=dict(type="linear", factor=2.0), rope_parameters=dict(rope_type="default")),
+         "rope_scaling and rope_parameters say different things"),
+        (dict(msa_config=[1]), r"msa_config must be an object, not \[1\]"),
         (dict(msa_config=MSA | dict(head_reduce_method="max")), "msa_config.head_reduce_method is 'max', need 'mean'"),
         (dict(msa_config=MSA | dict(decouple_router=False)), "msa_config.decouple_router is False, need True"),
-        (dict(msa_config=MSA | dict(top_k_docs="8")), "msa_config.top_k_docs must be an integer, is '8'"),
+        (dict(msa_config=MSA | dict(top_k_docs="8")), "msa_config.top_k_docs must be an integer of at least 1, is '8'"),
         (dict(msa_config=MSA | dict(router_layer_idx="upper")), "must be 'all' or layers like '2,3', is .*upper"),
         (dict(msa_config=MSA | dict(router_layer_idx=4)), "must be 'all' or layers like '2,3', is 4"),
         (dict(msa_config=MSA | dict(jax_future=1)), r"settings unknown to this version: \['future'\]"),
@@ -208,13 +247,48 @@ def test_from_checkpoint_says_what_is_wrong(tmp_path, changes, message):
     assert str(error.value).startswith(f"{path}: ")
 
 
+YARN = dict(factor=4.0, original_max_position_embeddings=32, beta_fast=16.0, truncate=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "spec"),
+    [
+        ({}, LayerSpec()),
+        (dict(model_type="llama"), LayerSpec(qk_norm=False)),
+        (dict(model_type="llama", attention_bias=True), LayerSpec(qk_norm=False, qkv_bias=True, o_bias=True)),
+        (dict(model_type="llama", mlp_bias=True), LayerSpec(qk_norm=False, mlp_bias=True)),
+        (dict(attention_bias=True), LayerSpec(qkv_bias=True, o_bias=True)),
+        # Fields that say nothing.
+        (dict(use_sliding_window=False, sliding_window=4096, max_window_layers=28, attn_logit_softcapping=None,
+              layer_types=["full_attention"] * 6, partial_rotary_factor=1.0, use_mrope=False, eos_token_id=[1, 2]),
+         LayerSpec()),
+        (dict(rope_scaling=dict(rope_type="default")), LayerSpec()),
+        (dict(rope_scaling=dict(type="linear", factor=2)),
+         LayerSpec(rope_scaling=RopeScaling(kind="linear", factor=2))),
+        (dict(rope_scaling=dict(type="yarn", **YARN)),
+         LayerSpec(rope_scaling=RopeScaling(kind="yarn", factor=4, original_length=32, beta_fast=16, truncate=False))),
+        (dict(rope_parameters=dict(rope_type="yarn", rope_theta=5e6, **YARN), rope_theta=None),
+         LayerSpec(rope_scaling=RopeScaling(kind="yarn", factor=4, original_length=32, beta_fast=16, truncate=False))),
+        # Without its own, the length of the training is the model's.
+        (dict(rope_scaling=dict(type="yarn", factor=4, attention_factor=1.5)),
+         LayerSpec(rope_scaling=RopeScaling(kind="yarn", factor=4, original_length=32_768, attention_factor=1.5))),
+    ],
+)  # fmt: skip
+def test_what_the_layers_of_a_checkpoint_are(tmp_path, changes, spec):
+    config = MSAConfig.from_checkpoint(write(tmp_path, **changes))
+    assert (config.layer_specs, config.rope_theta) == ((spec,), 5e6)
+    (tmp_path / "config.json").write_text(json.dumps(published_config(config)))
+    assert MSAConfig.from_checkpoint(tmp_path) == config
+    assert MSAConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (None, "no such file; give a checkpoint folder with a config.json"),
         (b"{", "not valid JSON"),
         (b"\xff\xfe", "not valid JSON"),
-        (b"[]", "must hold a JSON object, holds a list"),
+        (b"[]", r"must hold a JSON object, not \[\]"),
     ],
 )
 def test_from_checkpoint_of_a_file_that_is_none(tmp_path, content, message):

@@ -17,6 +17,7 @@ from msa_jax.checkpoints.pretrained import CheckpointError, load_model, save_mod
 from msa_jax.checkpoints.published import published_tensors, skeleton, to_published
 from msa_jax.errors import ConfigError
 from msa_jax.sharding import MeshConfig, Shardings
+from msa_jax.spec import LayerSpec
 
 CONFIG = MSAConfig(
     vocab_size=31, hidden_size=12, num_layers=5, num_heads=6, num_kv_heads=2, head_dim=4, mlp_size=20,
@@ -110,6 +111,64 @@ def test_sharded_round_trip(tmp_path):
     assert_equal_models(load_model(tmp_path / "model"), model)
 
 
+def test_an_index_says_where_a_tensor_is_and_one_file_comes_before_it(tmp_path):
+    model, name = make(), "model.norm.weight"
+    save_model(model, tmp_path / "model", max_shard_bytes=3000)
+    index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())["weight_map"]
+    for shard in set(index.values()) - {index[name]}:
+        tensors = load_file(tmp_path / "model" / shard)
+        save_file(tensors | {name: np.zeros(12, np.float32)}, tmp_path / "model" / shard)
+    assert_equal_models(load_model(tmp_path / "model"), model)
+    tensors = to_published(nnx.state(model), CONFIG)
+    save_file(jax.device_get(tensors | {name: jnp.full(12, 3.0)}), tmp_path / "model" / "model.safetensors")
+    np.testing.assert_array_equal(load_model(tmp_path / "model").final_norm.scale[...], 3.0)
+
+
+def test_names_without_the_prefix(saved):
+    tensors = load_file(saved / "model.safetensors")
+    save_file({name.removeprefix("model."): x for name, x in tensors.items()}, saved / "model.safetensors")
+    assert_equal_models(load_model(saved), make())
+
+
+def test_tied_or_not(tmp_path, caplog):
+    model = make(CONFIG.replace(tie_embeddings=True))
+    save_model(model, tmp_path / "tied")
+    with pytest.raises(CheckpointError, match="missing: lm_head.weight; if its output is .*tie_embeddings=True"):
+        load_model(tmp_path / "tied", tie_embeddings=False)
+    embedding = np.asarray(model.embed.embedding[...])
+    for head, warned in ((embedding, 0), (embedding + 1, 1)):
+        rewrite(tmp_path / "tied", lambda tensors, head=head: tensors.update({"lm_head.weight": head}))
+        with caplog.at_level(logging.WARNING, logger="msa_jax.checkpoints.pretrained"):
+            assert_equal_models(load_model(tmp_path / "tied"), model)
+        assert len(caplog.messages) == warned
+    assert "lm_head.weight differs from the embedding and is not read" in caplog.text
+
+
+LLAMA = LayerSpec(qk_norm=False, qkv_bias=True, o_bias=True, mlp_bias=True)
+
+
+def test_a_llama_is_saved_as_one(tmp_path):
+    model = make(CONFIG.replace(layer_specs=(LLAMA,)))
+    save_model(model, tmp_path / "model")
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["model_type"] == "llama"
+    names = set(load_file(tmp_path / "model" / "model.safetensors"))
+    assert "model.layers.0.self_attn.q_proj.bias" in names and "model.layers.0.self_attn.q_norm.weight" not in names
+    assert_equal_models(load_model(tmp_path / "model"), model)
+    odd = LayerSpec(qk_norm=False, mlp_bias=True, o_bias=True)
+    with pytest.raises(ConfigError, match="none of the families that can be saved: .*llama"):
+        save_model(make(CONFIG.replace(layer_specs=(odd,))), tmp_path / "odd")
+
+
+def test_biases_are_spread_as_what_they_are_added_to(tmp_path):
+    model = make(CONFIG.replace(vocab_size=50, layer_specs=(LLAMA,)))
+    save_model(model, tmp_path / "model")
+    config = MeshConfig(data=1, memory=1, model=2)
+    mesh, shardings = config.make(jax.devices()[:2]), Shardings.training(config)
+    attention = load_model(tmp_path / "model", mesh=mesh, shardings=shardings).groups[0].attention
+    assert attention.q_proj.bias[...].sharding.spec == jax.P(None, "model")
+    assert attention.o_proj.bias[...].addressable_data(0).shape == attention.o_proj.bias[...].shape
+
+
 def test_casts_to_the_config_asked_for(saved):
     model = load_model(saved, dtype="bfloat16", param_dtype="bfloat16", top_k=1)
     assert model.config == CONFIG.replace(dtype="bfloat16", param_dtype="bfloat16", top_k=1)
@@ -158,10 +217,11 @@ def test_qwen3_gets_a_router_and_says_so(saved, caplog):
     del config["msa_config"]
     (saved / "config.json").write_text(json.dumps(config))
     changes = dict(chunk_size=4, top_k=3, router_layers=(1, 2, 4), router_bias=True, router_bias_init=9.0)
-    with caplog.at_level(logging.INFO, logger="msa_jax.checkpoints.pretrained"):
+    with caplog.at_level(logging.WARNING, logger="msa_jax.checkpoints.pretrained"):
         model = load_model(saved, seed=1, **changes)
-    fresh = [m for m in caplog.messages if "router" in m]
-    assert len(fresh) == 1 and "model.layers.4.self_attn.router_q_proj.0.weight" in fresh[0]
+    (fresh,) = caplog.messages
+    assert "model.layers.1.self_attn.router_q_proj.0.weight" in fresh and "and 6 more (9)" in fresh
+    assert "means nothing until it is trained" in fresh
     group = model.groups[1].attention
     np.testing.assert_array_equal(group.router_beta[...], np.full((2, 6), 9.0))
     kernel = np.asarray(group.router_q_proj.kernel[...])
@@ -215,20 +275,26 @@ def lose_weights(path):
     (path / "model.safetensors").unlink()
 
 
+def damage_index(path, text):
+    (path / "model.safetensors").rename(path / "whole.safetensors")
+    (path / "model.safetensors.index.json").write_text(text)
+
+
 def lose_shard(path):
-    (path / "model.safetensors.index.json").write_text(
-        '{"weight_map": {"lm_head.weight": "gone.safetensors"}}'
-    )
+    damage_index(path, '{"weight_map": {"lm_head.weight": "gone.safetensors"}}')
 
 
 def escape(path):
-    (path / "model.safetensors.index.json").write_text(
-        '{"weight_map": {"lm_head.weight": "../x.safetensors"}}'
-    )
+    damage_index(path, '{"weight_map": {"lm_head.weight": "../x.safetensors"}}')
 
 
 def odd_index(path):
-    (path / "model.safetensors.index.json").write_text('{"weight_map": [1]}')
+    damage_index(path, '{"weight_map": [1]}')
+
+
+def index_of_more(path):
+    names = dict.fromkeys(["lm_head.weight", "a", "b", "c", "d"], "whole.safetensors")
+    damage_index(path, json.dumps({"weight_map": names}))
 
 
 @pytest.mark.parametrize(
@@ -242,6 +308,7 @@ def odd_index(path):
         (lose_shard, CheckpointError, "gone.safetensors: no such file"),
         (escape, CheckpointError, "weight_map must map tensors to files of this folder"),
         (odd_index, CheckpointError, "weight_map must map tensors to files of this folder"),
+        (index_of_more, CheckpointError, r"lacks what .* says it holds: a, b, c and 1 more \(4\)"),
     ],
 )
 def test_damaged_folders(saved, damage, error, match):
@@ -253,7 +320,7 @@ def test_damaged_folders(saved, damage, error, match):
 @pytest.mark.parametrize(
     ("setting", "value", "match"),
     [
-        ("num_hidden_layers", "5", "must be integers"),
+        ("num_hidden_layers", "5", "must be an integer"),
         ("msa_config", [1], "msa_config must be an object"),
         ("msa_config", {"router_layer_idx": "2,x"}, "router_layer_idx must be 'all' or layers like '2,3'"),
         ("msa_config", {"top_k_docs": "3"}, "top_k_docs must be an integer"),

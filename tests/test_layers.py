@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 
 from msa_jax import AttentionConfig, MemorySparseAttention, MSAConfig
 from msa_jax.data.batch import pack_documents
+from msa_jax.errors import ConfigError
 from msa_jax.layers.attention import pool_chunks
 from msa_jax.layers.linear import linear
 from msa_jax.layers.mlp import SwiGLU
 from msa_jax.layers.norm import RMSNorm
 from msa_jax.layers.rope import rope
 from msa_jax.memory import DocumentLayout
+from msa_jax.spec import LayerSpec, RopeScaling
 
 B, T, N, E, H, K, D, R, W = 2, 5, 4, 10, 6, 2, 4, 4, 12
 G = H // K
@@ -69,11 +71,71 @@ def test_rope_equals_a_rotation_of_complex_numbers(positions, seed):
     assert rope(jnp.asarray(x, jnp.bfloat16), jnp.asarray(positions), theta=1e4).dtype == jnp.bfloat16
 
 
-def test_swiglu_equals_numpy():
-    mlp = SwiGLU(MSAConfig(hidden_size=E, mlp_size=7), rngs=nnx.Rngs(0))
+def turned(scaling, position, half=32, theta=1e4):
+    """Angles and lengths of unit vectors after RoPE at a position, float64."""
+    x = jnp.concatenate([jnp.ones(half), jnp.zeros(half)])[None, None]
+    got = np.asarray(rope(x, jnp.asarray([position]), theta=theta, scaling=scaling), np.float64)[0, 0]
+    got = got[:half] + 1j * got[half:]
+    return np.angle(got), np.abs(got)
+
+
+def test_rope_can_be_stretched():
+    plain, _ = turned(None, 1)
+    linear, size = turned(RopeScaling(kind="linear", factor=4.0), 1)
+    np.testing.assert_allclose(linear, plain / 4, rtol=1e-5)
+    np.testing.assert_allclose(size, 1, rtol=1e-6)
+    # Within 64 tokens: more than 4 turns stay, less than 1 is stretched, and between the two it goes over in a line.
+    llama, size = turned(RopeScaling(kind="llama3", factor=8.0, original_length=64), 1)
+    turns = 64 * plain / (2 * np.pi)
+    kept = np.clip((turns - 1) / 3, 0, 1)
+    np.testing.assert_allclose(llama, plain * (kept + (1 - kept) / 8), rtol=1e-5)
+    assert (turns > 4).any() and (turns < 1).any() and ((turns > 1) & (turns < 4)).any()
+    np.testing.assert_allclose(size, 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("truncate", [True, False])
+def test_yarn_goes_over_in_a_line_of_dimensions(truncate):
+    plain, _ = turned(None, 1)
+    yarn, size = turned(RopeScaling(kind="yarn", factor=4.0, original_length=512, truncate=truncate), 1)
+    np.testing.assert_allclose(size, 0.1 * np.log(4) + 1, rtol=1e-6)
+    # Dimension i turns 512 * 1e4^(-i / 32) / 2 pi times: 32 times at the first end of the line, once at the last.
+    first, last = (32 * np.log(512 / (turns * 2 * np.pi)) / np.log(1e4) for turns in (32, 1))
+    first, last = (np.floor(first), np.ceil(last)) if truncate else (first, last)
+    ramp = np.clip((np.arange(32) - first) / (last - first), 0, 1)
+    np.testing.assert_allclose(yarn, plain * (1 - ramp + ramp / 4), rtol=1e-5)
+    assert 0 < first < last < 31
+    sharp = RopeScaling(kind="yarn", factor=4.0, original_length=512, attention_factor=2.0)
+    np.testing.assert_allclose(turned(sharp, 1)[1], 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        (dict(kind="ntk"), "RoPE scaling must be one of .*'yarn'"),
+        (dict(factor=0.5), "RoPE factor must be at least 1"),
+        (dict(original_length=0), "needs the length of the training in tokens, got 0"),
+        (dict(beta_fast=1.0), "beta_slow of RoPE must be below its beta_fast"),
+        (dict(attention_factor=-1.0), "attention_factor of RoPE must be positive"),
+    ],
+)
+def test_scalings_that_cannot_be(changes, match):
+    with pytest.raises(ConfigError, match=match):
+        RopeScaling(**(dict(kind="yarn", factor=2.0, original_length=8) | changes))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_swiglu_equals_numpy(bias):
+    mlp = SwiGLU(MSAConfig(hidden_size=E, mlp_size=7), LayerSpec(mlp_bias=bias), rngs=nnx.Rngs(0))
     x = normal(0, 2, 3, E)
-    gate, up, down = (np.asarray(layer.kernel[...], np.float64) for layer in (mlp.gate, mlp.up, mlp.down))
-    np.testing.assert_allclose(mlp(x), (x @ gate / (1 + np.exp(-(x @ gate))) * (x @ up)) @ down, atol=1e-6)
+    layers = (mlp.gate, mlp.up, mlp.down)
+    shift = [0, 0, 0]
+    if bias:
+        shift = [normal(i, layer.bias.shape[0]) for i, layer in enumerate(layers)]
+        for layer, value in zip(layers, shift, strict=True):
+            layer.bias[...] = jnp.asarray(value)
+    weights = [np.asarray(layer.kernel[...], np.float64) for layer in layers]
+    gate, up = (x @ weights[i] + shift[i] for i in range(2))
+    np.testing.assert_allclose(mlp(x), (gate / (1 + np.exp(-gate)) * up) @ weights[2] + shift[2], atol=1e-6)
 
 
 @pytest.mark.parametrize("leading", [(), (3,), (2, 3)])

@@ -141,7 +141,7 @@ def fingerprint_of(model: MSATransformer) -> str:
     config = {
         name: value
         for name, value in model.config.to_dict().items()
-        if name not in RUNTIME_SETTINGS and (name, value) not in LATER_SETTINGS.items()
+        if name not in RUNTIME_SETTINGS and not (name in LATER_SETTINGS and LATER_SETTINGS[name] == value)
     }
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for path, variable in nnx.to_flat_state(nnx.state(model)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -10,7 +11,7 @@ import pathlib
 import re
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,7 +35,8 @@ from msa_jax.sharding import Shardings, put
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 # Present in published checkpoints, not parameters of the model.
-IGNORED = re.compile(r"temperature|model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+IGNORED = re.compile(r"(model\.)?temperature|model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _ROUTER = (".router_q_proj.0.weight", ".router_k_proj.0.weight", ".router_beta")
 
@@ -48,66 +50,93 @@ def _read_json(path: pathlib.Path) -> Any:
         raise CheckpointError(f"{path}: not valid JSON ({e}).") from e
 
 
-def _shard_names(path: pathlib.Path) -> list[str]:
-    """Names of the safetensors files of a checkpoint folder."""
-    if (path / INDEX_FILE).is_file():
-        index = _read_json(path / INDEX_FILE)
-        weight_map = index.get("weight_map") if isinstance(index, dict) else None
-        names = set(weight_map.values()) if isinstance(weight_map, dict) else {None}
-        # A file elsewhere is no part of this checkpoint.
-        if not all(isinstance(name, str) and pathlib.PurePath(name).name == name for name in names):
-            raise CheckpointError(
-                f"{path / INDEX_FILE}: weight_map must map tensors to files of this folder."
-            )
-        return sorted(names)
+def _shards(path: pathlib.Path) -> dict[str, Collection[str] | None]:
+    """The safetensors files of a checkpoint folder, and what each holds; None for all that is in it.
+
+    As transformers has it: a single file comes before an index, and an index says which file a tensor is read from.
+    """
     if (path / SINGLE_FILE).is_file():
-        return [SINGLE_FILE]
-    raise CheckpointError(f"{path}: holds neither {SINGLE_FILE} nor {INDEX_FILE}; give a checkpoint folder.")
+        return {SINGLE_FILE: None}
+    if not (path / INDEX_FILE).is_file():
+        raise CheckpointError(f"{path}: holds neither {SINGLE_FILE} nor {INDEX_FILE}; give a checkpoint folder.")
+    index = _read_json(path / INDEX_FILE)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    shards: dict[str, set[str]] = {}
+    for tensor, name in weight_map.items() if isinstance(weight_map, dict) else [("", None)]:
+        # A file elsewhere is no part of this checkpoint.
+        if not isinstance(name, str) or pathlib.PurePath(name).name != name:
+            raise CheckpointError(f"{path / INDEX_FILE}: weight_map must map tensors to files of this folder.")
+        shards.setdefault(name, set()).add(tensor)
+    return shards
 
 
-def _open_shards(path: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Any]:
-    """Open file of every tensor, by name; only headers are read."""
+def _open_shards(path: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Callable[[], Any]]:
+    """A way to read every tensor, by name; only headers are read yet. Names are those with the prefix `model.`."""
     files: dict[str, Any] = {}
-    for name in _shard_names(path):
+    for name, tensors in _shards(path).items():
         try:
             shard = stack.enter_context(safe_open(path / name, framework="np"))
         except FileNotFoundError as e:
             raise CheckpointError(f"{path / name}: no such file, and {INDEX_FILE} names it.") from e
         except (SafetensorError, OSError) as e:
             raise CheckpointError(f"{path / name}: not a readable safetensors file ({e}).") from e
-        files |= dict.fromkeys(shard.keys(), shard)
+        held = set(shard.keys())
+        absent = sorted((tensors or set()) - held)
+        if absent:
+            raise CheckpointError(f"{path / name}: lacks what {INDEX_FILE} says it holds: {_few(absent)}.")
+        for tensor in held if tensors is None else tensors:
+            files[tensor] = functools.partial(shard.get_slice, tensor)
+    # What was saved of a model without its head has names without the prefix (Qwen3-Embedding).
+    if not any(name.startswith("model.") for name in files):
+        files = {name if name == "lm_head.weight" else f"model.{name}": read for name, read in files.items()}
     return files
 
 
-def _check(path: pathlib.Path, config: MSAConfig, files: Mapping[str, Any]) -> tuple[str, ...]:
+def _few(names: Sequence[str]) -> str:
+    """At most three of them, and how many there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more ({len(names)})" if len(names) > 3 else "")
+
+
+def _check(path: pathlib.Path, config: MSAConfig, files: Mapping[str, Callable[[], Any]]) -> tuple[str, ...]:
     """Names of tensors to draw afresh; one error for all that is wrong."""
     expected = {tensor.name: tensor for tensor in published_tensors(config)}
     fresh: list[str] = []
-    # A Qwen3 checkpoint has no router at all; half a router is a mistake.
+    # A plain backbone has no router at all; half a router is a mistake.
     for suffixes in (_ROUTER[:2], _ROUTER[2:]):
         names = [name for name in expected if name.endswith(suffixes)]
         fresh += [] if any(name in files for name in names) else names
     missing = [name for name in expected if name not in files and name not in fresh]
     ignored = {name for name in files if IGNORED.fullmatch(name)}
     if config.tie_embeddings:
-        ignored.add("lm_head.weight")
+        ignored.add(HEAD)
     unexpected = sorted(set(files) - set(expected) - ignored)
     wrong = []
     for name in sorted(set(files) & set(expected)):
-        header = files[name].get_slice(name)
+        header = files[name]()
         shape, dtype = tuple(header.get_shape()), header.get_dtype()
         if shape != expected[name].shape:
             wrong.append(f"{name} is {list(shape)} where the config needs {list(expected[name].shape)}")
         if dtype not in _FLOATS:
             wrong.append(f"{name} is {dtype} and only {', '.join(_FLOATS)} are read")
     faults = [
-        f"{what}: {', '.join(names)}"
+        f"{what}: {_few(names)}"
         for what, names in (("missing", missing), ("unexpected", unexpected), ("unfit", wrong))
         if names
     ]
+    if HEAD in missing:
+        faults.append("if its output is its embedding, load it with tie_embeddings=True")
     if faults:
         raise CheckpointError(f"{path}: its tensors do not fit its config.json; {'; '.join(faults)}.")
     return tuple(fresh)
+
+
+def _warn_of_another_head(path: pathlib.Path, files: Mapping[str, Callable[[], Any]]) -> None:
+    """Tied embeddings win over a head that is stored too, as in transformers; where it differs, say so."""
+    if HEAD in files and not np.array_equal(files[HEAD]()[:], files[EMBEDDING]()[:]):
+        _log.warning(
+            "%s: %s differs from the embedding and is not read, as config.json ties them; tie_embeddings=False "
+            "reads it.", path, HEAD,
+        )  # fmt: skip
 
 
 def _fresh_layer(tensor: PublishedTensor, config: MSAConfig, key: jax.Array, dtype) -> np.ndarray:
@@ -125,11 +154,11 @@ def load_model(
     shardings: Shardings = Shardings(),  # noqa: B008
     **config_changes: Any,
 ) -> MSATransformer:
-    """Load a published checkpoint, MSA or Qwen3, in one file or sharded.
+    """Load a published checkpoint, MSA or of a family in `msa_jax.families`, in one file or sharded.
 
     Parameters are read one at a time and put on the default device, so that host memory holds one stacked
     parameter beside the model. Tensors are cast to `config.param_dtype`. A checkpoint without any router
-    weights (Qwen3) gets fresh ones, as `nnx.Linear` draws them, and the log names them.
+    weights (a plain backbone) gets fresh ones, as `nnx.Linear` draws them, and the log says so.
 
     Args:
       path: folder with `config.json` and `model.safetensors` or `model.safetensors.index.json`.
@@ -141,7 +170,7 @@ def load_model(
     Raises:
       ConfigError: `config.json` is missing or unfit.
       CheckpointError: files are missing or unreadable, or tensors are missing, unexpected or of the wrong
-        shape or dtype; found from the files' headers, and one message names all of them.
+        shape or dtype; found from the files' headers, and one message tells of all of them.
     """
     path = pathlib.Path(path)
     if config is None:
@@ -152,7 +181,12 @@ def load_model(
         files = _open_shards(path, stack)
         fresh = _check(path, config, files)
         if fresh:
-            _log.info("%s has no router: drew %s from seed %d.", path, ", ".join(fresh), seed)
+            _log.warning(
+                "%s has no router: drew %s from seed %d; what it selects means nothing until it is trained.",
+                path, _few(fresh), seed,
+            )  # fmt: skip
+        if config.tie_embeddings:
+            _warn_of_another_head(path, files)
         by_path: dict[tuple, list[PublishedTensor]] = {}
         for tensor in published_tensors(config):
             by_path.setdefault(tensor.path, []).append(tensor)
@@ -167,7 +201,7 @@ def load_model(
                     draw = jax.random.fold_in(jax.random.fold_in(key, number), tensor.index)
                     place[...] = _fresh_layer(tensor, config, draw, variable.dtype)
                 else:
-                    value = files[tensor.name].get_tensor(tensor.name)
+                    value = files[tensor.name]()[:]
                     place[...] = value.T if tensor.transposed else value
             # Waited for, or the host would hold every parameter that is still on its way.
             if mesh:

@@ -1,4 +1,4 @@
-"""Names, shapes and `config.json` of the published checkpoint layout (Qwen3's, with a router).
+"""Names, shapes and `config.json` of the published layouts: a family's own, with a router.
 
 Equal consecutive layers are stored stacked on a leading axis here and one by one there; linear weights are
 [in, out] here and [out, in] there.
@@ -13,32 +13,10 @@ from typing import Any
 import jax
 from flax import nnx
 
-from msa_jax.config import PUBLISHED_ONLY, MSAConfig
+from msa_jax import families
+from msa_jax.config import MSAConfig
 from msa_jax.model import MSATransformer
 from msa_jax.sharding import Shardings
-
-_TOP = {
-    ("embed", "embedding"): "model.embed_tokens.weight",
-    ("final_norm", "scale"): "model.norm.weight",
-    ("lm_head", "kernel"): "lm_head.weight",
-}
-_LAYER = {
-    ("attention_norm", "scale"): "input_layernorm.weight",
-    ("attention", "q_proj", "kernel"): "self_attn.q_proj.weight",
-    ("attention", "k_proj", "kernel"): "self_attn.k_proj.weight",
-    ("attention", "v_proj", "kernel"): "self_attn.v_proj.weight",
-    ("attention", "o_proj", "kernel"): "self_attn.o_proj.weight",
-    ("attention", "q_norm", "scale"): "self_attn.q_norm.weight",
-    ("attention", "k_norm", "scale"): "self_attn.k_norm.weight",
-    ("attention", "router_q_proj", "kernel"): "self_attn.router_q_proj.0.weight",
-    ("attention", "router_k_proj", "kernel"): "self_attn.router_k_proj.0.weight",
-    # Not in the paper, hence a name of our own.
-    ("attention", "router_beta"): "self_attn.router_beta",
-    ("mlp_norm", "scale"): "post_attention_layernorm.weight",
-    ("mlp", "gate", "kernel"): "mlp.gate_proj.weight",
-    ("mlp", "up", "kernel"): "mlp.up_proj.weight",
-    ("mlp", "down", "kernel"): "mlp.down_proj.weight",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,15 +51,15 @@ def skeleton(
 @functools.cache
 def published_tensors(config: MSAConfig) -> tuple[PublishedTensor, ...]:
     """Every parameter of a model of this config, one entry a published tensor."""
-    tensors = []
+    tensors, names = [], families.family_of(config.layer_specs).tensors
     for path, variable in skeleton(config)[1]:
         shape, transposed = variable.shape, path[-1] == "kernel"
         if path[0] == "groups":
             _, first, count = config.layer_groups[path[1]]
-            places = [(i, f"model.layers.{first + i}.{_LAYER[path[2:]]}") for i in range(count)]
+            places = [(i, f"model.layers.{first + i}.{names[path[2:]]}") for i in range(count)]
             shape = shape[1:]
         else:
-            places = [(None, _TOP[path])]
+            places = [(None, names[path])]
         shape = shape[::-1] if transposed else shape
         tensors += [PublishedTensor(name, shape, path, index, transposed) for index, name in places]
     return tuple(tensors)
@@ -105,36 +83,5 @@ def published_value(value: jax.Array, tensor: PublishedTensor) -> jax.Array:
 
 
 def published_config(config: MSAConfig) -> dict[str, Any]:
-    """The `config.json` from which `MSAConfig.from_checkpoint` reads `config` back.
-
-    But for how it runs: `remat`, `top_k_method` and its recall, `router_bias_scale`, `implementation`.
-    """
-    msa = dict(PUBLISHED_ONLY) | {
-        "pooling_kernel_size": config.chunk_size,
-        "top_k_docs": config.top_k,
-        "router_layer_idx": ",".join(map(str, config.router_layers)),
-        "jax_position_offset": config.position_offset,
-        "jax_routing_score": config.routing_score,
-        "jax_router_bias": config.router_bias,
-        "jax_router_bias_init": config.router_bias_init,
-        "jax_proportional_attention": config.proportional_attention,
-        "jax_dtype": config.dtype,
-    }
-    return {
-        "architectures": ["MSAForCausalLM"],
-        "model_type": "msa",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.mlp_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "tie_word_embeddings": config.tie_embeddings,
-        "attention_bias": False,
-        "hidden_act": "silu",
-        "torch_dtype": config.param_dtype,
-        "msa_config": msa,
-    }
+    """The `config.json` from which `MSAConfig.from_checkpoint` reads `config` back, but for how it runs."""
+    return families.write({field.name: getattr(config, field.name) for field in dataclasses.fields(config)})

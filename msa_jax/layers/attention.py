@@ -21,6 +21,7 @@ from msa_jax.layers.norm import RMSNorm
 from msa_jax.layers.rope import rope
 from msa_jax.memory import ChunkStates, DocumentLayout, LayerMemory, Selection, tiers
 from msa_jax.memory.selection import bias_of, merge
+from msa_jax.spec import DEFAULT, LayerSpec
 from pallas_kernels import gather_attention
 
 
@@ -60,22 +61,23 @@ def pool_chunks(x: jax.Array, segment_ids: jax.Array, chunk_size: int) -> jax.Ar
 
 
 class SelfAttention(nnx.Module):
-    """Grouped-query self-attention with per-head RMSNorm on queries and keys before RoPE (Qwen3).
+    """Grouped-query self-attention with RoPE; the spec says whether queries and keys are normalised before, and more.
 
     In an MSA model the lower layers are of this kind: they see a document alone, or a template prefix and
     the active context alone.
     """
 
-    def __init__(self, config: AttentionConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: AttentionConfig, spec: LayerSpec = DEFAULT, *, rngs: nnx.Rngs):
         self.config = config
+        self.spec = spec
         c = config
-        self.q_proj = linear(c.hidden_size, c.num_heads * c.head_dim, c, rngs)
-        self.k_proj = linear(c.hidden_size, c.router_width, c, rngs)
-        self.v_proj = linear(c.hidden_size, c.router_width, c, rngs)
-        self.o_proj = linear(c.num_heads * c.head_dim, c.hidden_size, c, rngs)
+        self.q_proj = linear(c.hidden_size, c.num_heads * c.head_dim, c, rngs, bias=spec.qkv_bias)
+        self.k_proj = linear(c.hidden_size, c.router_width, c, rngs, bias=spec.qkv_bias)
+        self.v_proj = linear(c.hidden_size, c.router_width, c, rngs, bias=spec.qkv_bias)
+        self.o_proj = linear(c.num_heads * c.head_dim, c.hidden_size, c, rngs, bias=spec.o_bias)
         norm = dict(eps=c.norm_eps, dtype=c.compute_dtype, param_dtype=c.storage_dtype)
-        self.q_norm = RMSNorm(c.head_dim, **norm)
-        self.k_norm = RMSNorm(c.head_dim, **norm)
+        self.q_norm = RMSNorm(c.head_dim, **norm) if spec.qk_norm else None
+        self.k_norm = RMSNorm(c.head_dim, **norm) if spec.qk_norm else None
 
     def _qkv(self, x, positions):
         c = self.config
@@ -85,9 +87,11 @@ class SelfAttention(nnx.Module):
                 f"got {x.shape} and {positions.shape}."
             )
         heads = lambda y: y.reshape(*y.shape[:2], -1, c.head_dim)  # noqa: E731
-        q = rope(self.q_norm(heads(self.q_proj(x))), positions, theta=c.rope_theta)
-        k = rope(self.k_norm(heads(self.k_proj(x))), positions, theta=c.rope_theta)
-        return q, k, heads(self.v_proj(x))
+        q, k, v = (heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        if self.spec.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        how = dict(theta=self.spec.rope_theta or c.rope_theta, scaling=self.spec.rope_scaling)
+        return rope(q, positions, **how), rope(k, positions, **how), v
 
     def _encode(self, x, positions, segment_ids):
         q, k, v = self._qkv(x, positions)
@@ -184,11 +188,12 @@ class MemorySparseAttention(SelfAttention):
 
     Args:
       config: an `AttentionConfig` (an `MSAConfig` is one).
+      spec: what else the layer is; default Qwen3's.
       rngs: where parameters are drawn from.
     """
 
-    def __init__(self, config: AttentionConfig, *, rngs: nnx.Rngs):
-        super().__init__(config, rngs=rngs)
+    def __init__(self, config: AttentionConfig, spec: LayerSpec = DEFAULT, *, rngs: nnx.Rngs):
+        super().__init__(config, spec, rngs=rngs)
         c = config
         self.router_q_proj = linear(c.hidden_size, c.num_heads * c.head_dim, c, rngs)
         self.router_k_proj = linear(c.hidden_size, c.router_width, c, rngs)

@@ -12,17 +12,18 @@ from msa_jax.layers.attention import AttentionOutput, MemorySparseAttention, Sel
 from msa_jax.layers.mlp import SwiGLU
 from msa_jax.layers.norm import RMSNorm
 from msa_jax.memory import ChunkStates
+from msa_jax.spec import DEFAULT, LayerSpec
 
 
 class DecoderBlock(nnx.Module):
     """`x + attention(norm(x))`, then `x + mlp(norm(x))`."""
 
-    def __init__(self, config: MSAConfig, *, router: bool, rngs: nnx.Rngs):
+    def __init__(self, config: MSAConfig, spec: LayerSpec = DEFAULT, *, router: bool, rngs: nnx.Rngs):
         norm = dict(eps=config.norm_eps, dtype=config.compute_dtype, param_dtype=config.storage_dtype)
         self.attention_norm = RMSNorm(config.hidden_size, **norm)
-        self.attention = (MemorySparseAttention if router else SelfAttention)(config, rngs=rngs)
+        self.attention = (MemorySparseAttention if router else SelfAttention)(config, spec, rngs=rngs)
         self.mlp_norm = RMSNorm(config.hidden_size, **norm)
-        self.mlp = SwiGLU(config, rngs=rngs)
+        self.mlp = SwiGLU(config, spec, rngs=rngs)
 
     def _mlp(self, x):
         return x + self.mlp(self.mlp_norm(x))

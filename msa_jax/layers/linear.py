@@ -1,4 +1,4 @@
-"""Linear layers without bias, contracted as one two-dimensional product."""
+"""Linear layers, contracted as one two-dimensional product."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def _flat_dot_general(x, kernel, dimension_numbers, precision=None, preferred_el
     return out.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
-def linear(size: int, out: int, config: AttentionConfig, rngs: nnx.Rngs) -> nnx.Linear:
-    """Kernel [size, out] in the storage dtype, product in the compute dtype."""
+def linear(size: int, out: int, config: AttentionConfig, rngs: nnx.Rngs, *, bias: bool = False) -> nnx.Linear:
+    """Kernel [size, out] and bias [out] in the storage dtype, product in the compute dtype."""
     return nnx.Linear(
-        size, out, use_bias=False, dtype=config.compute_dtype, param_dtype=config.storage_dtype,
+        size, out, use_bias=bias, dtype=config.compute_dtype, param_dtype=config.storage_dtype,
         dot_general=_flat_dot_general, rngs=rngs,
     )  # fmt: skip

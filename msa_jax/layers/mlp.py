@@ -7,15 +7,16 @@ from flax import nnx
 
 from msa_jax.config import MSAConfig
 from msa_jax.layers.linear import linear
+from msa_jax.spec import DEFAULT, LayerSpec
 
 
 class SwiGLU(nnx.Module):
-    """`(silu(x W_gate) * x W_up) W_down`, [..., E] to [..., E], inner width F, no biases."""
+    """`(silu(x W_gate) * x W_up) W_down`, [..., E] to [..., E], inner width F, with biases where the spec says so."""
 
-    def __init__(self, config: MSAConfig, *, rngs: nnx.Rngs):
-        self.gate = linear(config.hidden_size, config.mlp_size, config, rngs)
-        self.up = linear(config.hidden_size, config.mlp_size, config, rngs)
-        self.down = linear(config.mlp_size, config.hidden_size, config, rngs)
+    def __init__(self, config: MSAConfig, spec: LayerSpec = DEFAULT, *, rngs: nnx.Rngs):
+        self.gate = linear(config.hidden_size, config.mlp_size, config, rngs, bias=spec.mlp_bias)
+        self.up = linear(config.hidden_size, config.mlp_size, config, rngs, bias=spec.mlp_bias)
+        self.down = linear(config.mlp_size, config.hidden_size, config, rngs, bias=spec.mlp_bias)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))

@@ -290,5 +290,5 @@ def full_config(values: Mapping[str, Any]) -> ConfigDict:
         "init_from": values.get("init_from", ""),
         "mesh": _filled(MeshConfig, values.get("mesh", {})),
     }
-    del filled["model"]["vocab_size"]  # the tokenizer's
+    del filled["model"]["vocab_size"], filled["model"]["layer_specs"]  # the tokenizer's, and a checkpoint's
     return ConfigDict(filled)

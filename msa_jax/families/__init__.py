@@ -1,0 +1,113 @@
+"""Families of published checkpoints: `config.json` to the values of an `MSAConfig` and back, and names of tensors.
+
+A file of this folder that has a `FAMILY` is a family; docs/backbones.md tells how to add one.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from msa_jax.errors import ConfigError
+from msa_jax.families import msa
+from msa_jax.families.family import Family
+from msa_jax.families.fields import Fields, rope_fields, rope_of
+from msa_jax.spec import LayerSpec
+
+# What is stored in another dtype (float16) is read as float32.
+_DTYPES = ("float32", "bfloat16")
+_SIZES = {
+    "vocab_size": "vocab_size", "hidden_size": "hidden_size", "intermediate_size": "mlp_size",
+    "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads",
+}  # fmt: skip
+
+
+@functools.cache
+def families() -> tuple[Family, ...]:
+    """All there are, Qwen3 (MSA as published) first."""
+    modules = (importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__))
+    found = [module.FAMILY for module in modules if hasattr(module, "FAMILY")]
+    return tuple(sorted(found, key=lambda family: "msa" not in family.model_types))
+
+
+def read(raw: Any, where: str) -> dict[str, Any]:
+    """Values of an `MSAConfig` from a published `config.json`.
+
+    Args:
+      raw: the parsed file.
+      where: it stands, for messages.
+
+    Raises:
+      ConfigError: no family reads it, or a field is missing, unfit, or asks for what is not computed here.
+    """
+    kind = Fields(raw, where).get("model_type") or "msa"
+    known = {name: family for family in families() for name in family.model_types}
+    if not isinstance(kind, str) or kind not in known:
+        raise ConfigError(
+            f"{where}: model_type {kind!r} is not read here, only {', '.join(sorted(known))}; of a model of text and "
+            "images give the text-only checkpoint."
+        )
+    family = known[kind]
+    fields = Fields(raw, where, family.defaults)
+    values = {ours: fields.integer(theirs) for theirs, ours in _SIZES.items()}
+    heads = values["num_heads"]
+    alone = fields.is_null("num_key_value_heads") or fields.get("num_key_value_heads") is None
+    theta, scaling = rope_of(fields)
+    values |= dict(
+        num_kv_heads=heads if alone else fields.integer("num_key_value_heads"),
+        head_dim=values["hidden_size"] // heads if fields.get("head_dim") is None else fields.integer("head_dim"),
+        rope_theta=theta,
+        norm_eps=fields.number("rms_norm_eps"),
+        tie_embeddings=fields.flag("tie_word_embeddings"),
+    )
+    # Files by Transformers 5 say `dtype`.
+    stored = fields.get("torch_dtype") or fields.get("dtype")
+    values["param_dtype"] = values["dtype"] = stored if stored in _DTYPES else "float32"
+    values |= msa.read(fields.part("msa_config"), where, values["num_layers"])
+    values["layer_specs"] = tuple(family.read(fields, LayerSpec(rope_scaling=scaling)))
+    fields.refuse_the_rest()
+    return values
+
+
+def write(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The `config.json` from which `read` makes `values` again, but for how a model runs.
+
+    Args:
+      values: fields of an `MSAConfig` by name.
+
+    Raises:
+      ConfigError: its layers are no family's.
+    """
+    specs = values["layer_specs"]
+    family = family_of(specs)
+    return {
+        "architectures": [family.architecture],
+        "model_type": family.model_types[0],
+        **{theirs: values[ours] for theirs, ours in _SIZES.items()},
+        "num_key_value_heads": values["num_kv_heads"],
+        "head_dim": values["head_dim"],
+        "rms_norm_eps": values["norm_eps"],
+        **rope_fields(values["rope_theta"], specs[0].rope_scaling),
+        "tie_word_embeddings": values["tie_embeddings"],
+        **family.write(specs),
+        "torch_dtype": values["param_dtype"],
+        "msa_config": msa.write(values),
+    }
+
+
+@functools.cache
+def family_of(specs: Sequence[LayerSpec]) -> Family:
+    """The family that has such layers.
+
+    Raises:
+      ConfigError: none has.
+    """
+    for family in families():
+        fields = Fields(family.write(specs), "", family.defaults)
+        if len(specs) == 1 and tuple(family.read(fields, LayerSpec(rope_scaling=specs[0].rope_scaling))) == specs:
+            return family
+    known = ", ".join(family.model_types[-1] for family in families())
+    raise ConfigError(f"A model with layers {specs} is none of the families that can be saved: {known}.")
