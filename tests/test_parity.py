@@ -64,6 +64,43 @@ def test_agrees_with_the_published_implementation_through_the_kernels(copy_of, c
     assert not failures(capsys.readouterr().out)
 
 
+BACKBONES = ("qwen3", "qwen3_legacy_untied_sharded", "qwen3_yarn", "llama3", "smollm2")
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_agrees_with_transformers(copy_of, capsys, name):
+    assert main([str(copy_of(f"hf/{name}"))]) == 0
+    printed = capsys.readouterr().out
+    assert not failures(printed)
+    assert "24 equal" in printed and "7 compared" in printed
+
+
+def change_config(folder, name, value):
+    config = json.loads((folder / "config.json").read_text())
+    *within, last = name.split(".")
+    part = config
+    for key in within:
+        part = part[key]
+    part[last] = value
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("qwen3_yarn", "rope_parameters.factor", 4.5),
+        ("qwen3_yarn", "rope_parameters.beta_slow", 0.5),
+        ("llama3", "rope_scaling.high_freq_factor", 4.5),
+    ],
+)
+def test_another_rope_is_seen(copy_of, capsys, name, field, value):
+    folder = copy_of(f"hf/{name}")
+    change_config(folder, field, value)
+    assert main([str(folder)]) == 1
+    failed = failures(capsys.readouterr().out)
+    assert "hidden_0" not in failed and {"hidden_4", "logits"} <= set(failed)
+
+
 def spread_columns(scores, first):
     """Scores of documents 1, 2, ... as those of 2, 4, ...; `first` is the number of the first column."""
     wide = np.full((len(scores), 2 * (scores.shape[1] - 1 + first) + 1 - first), -np.inf, scores.dtype)
@@ -243,11 +280,11 @@ def test_report_fails_on_nan_shapes_and_nothing():
     report = Report("t")
     assert not report.passed and "FAILED: nothing to compare" in str(report)
     report.activation("close", [1.0, 2.0], [1.0, 2.00001])
-    report.gradient("noise", [1e-9], [0.0], floor=1e-4)
+    report.relative("noise", [1e-9], [0.0], tolerance=1e-4, floor=1e-4)
     assert report.passed
     report.activation("nan", [np.nan], [1.0])
     report.activation("shape", np.zeros(3), np.zeros((3, 1)))
-    report.gradient("small", [1.001e-3], [1e-3], floor=1e-4)
-    report.gradient("nan", [np.nan], [1.0], floor=0.0)
+    report.relative("small", [1.001e-3], [1e-3], tolerance=1e-4, floor=1e-4)
+    report.relative("nan", [np.nan], [1.0], tolerance=1e-4)
     assert [row.passed for row in report.rows] == [True, True, False, False, False, False]
     assert str(report).endswith("FAILED: nan, shape, small, nan")

@@ -9,15 +9,16 @@ from collections.abc import Sequence
 
 import jax
 
+from msa_jax.parity.backbone import check_backbone
 from msa_jax.parity.inference import check_inference
 from msa_jax.parity.recording import Recording
-from msa_jax.parity.report import ACTIVATION_TOLERANCE, GRADIENT_TOLERANCE, Report
+from msa_jax.parity.report import ACTIVATION_TOLERANCE, BACKBONE_TOLERANCE, GRADIENT_TOLERANCE, Report
 from msa_jax.parity.training import check_training
 from pallas_kernels import dispatch
 
 
 def check(path: str, implementation: str | None = None) -> Report:
-    """Recompute a recorded folder of either kind in float32.
+    """Recompute a recorded folder of any of the three kinds in float32.
 
     Args:
       path: the folder.
@@ -28,6 +29,8 @@ def check(path: str, implementation: str | None = None) -> Report:
     """
     recording = Recording(path, implementation=implementation)
     with jax.default_matmul_precision("highest"), dispatch.interpreting(implementation):
+        if "generated" in recording:
+            return check_backbone(recording)
         return check_training(recording) if recording.is_training else check_inference(recording)
 
 
@@ -35,12 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print a table for each folder; 0 if all pass, 1 above tolerance, 2 if a folder is not usable."""
     parser = argparse.ArgumentParser(
         prog="python -m msa_jax.parity",
-        description="Recompute tensors recorded from the published MSA implementation and compare: "
-        f"activations to {ACTIVATION_TOLERANCE:g} absolute, gradients to {GRADIENT_TOLERANCE:g} of the "
-        "largest entry, selected documents exactly.",
+        description="Recompute tensors recorded from the published MSA implementation, or of a backbone from "
+        f"transformers, and compare: activations to {ACTIVATION_TOLERANCE:g} absolute, gradients to "
+        f"{GRADIENT_TOLERANCE:g} and a backbone to {BACKBONE_TOLERANCE:g} of the largest entry, selected documents "
+        "and written tokens exactly.",
         epilog="Exit status: 0 all within tolerance, 1 something is not, 2 a folder is not usable.",
     )
-    parser.add_argument("folders", nargs="+", metavar="DIR", help="a recorded training step or inference")
+    parser.add_argument("folders", nargs="+", metavar="DIR", help="a recorded training step, inference or backbone")
     parser.add_argument(
         "--implementation",
         choices=dispatch.IMPLEMENTATIONS,

@@ -31,7 +31,7 @@ def _read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 class Recording:
-    """A recording of a training step or of inference.
+    """A recording of a training step, of inference or of a backbone.
 
     Args:
       path: folder with config.json, model.safetensors and io.npz; for training also scalars.json and

@@ -10,6 +10,8 @@ import numpy as np
 ACTIVATION_TOLERANCE = 2e-5
 # and of gradients, relatively to the largest entry of the tensor.
 GRADIENT_TOLERANCE = 1e-4
+# of a backbone's hidden states and logits, relatively too.
+BACKBONE_TOLERANCE = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,18 +80,19 @@ class Report:
             absolute, relative, _ = self._errors(ours, recorded, valid)
             self.rows.append(Row(name, absolute <= ACTIVATION_TOLERANCE, absolute, relative))
 
-    def gradient(self, name: str, ours, recorded, *, floor: float) -> None:
+    def relative(self, name: str, ours, recorded, *, tolerance: float, floor: float = 1e-30) -> None:
         """Compare by error relative to the tensor's largest entry; NaN fails.
 
         Args:
           name: shown.
           ours, recorded: of one shape.
+          tolerance: the most that the error may be.
           floor: a largest entry below this counts as this: such a gradient is rounding of larger ones.
         """
         if self._fits(name, ours, recorded):
             absolute, _, largest = self._errors(ours, recorded, None)
             relative = absolute / max(largest, floor)
-            self.rows.append(Row(name, relative <= GRADIENT_TOLERANCE, absolute, relative))
+            self.rows.append(Row(name, relative <= tolerance, absolute, relative))
 
     def equal(self, name: str, ours, recorded) -> None:
         """Compare integers, which must be equal."""

@@ -19,7 +19,7 @@ from msa_jax.memory import DocumentLayout
 from msa_jax.model import MSATransformer
 from msa_jax.parity.objective import GRADIENT_METHOD, METHODS, Objective
 from msa_jax.parity.recording import TEMPLATE, Recording, compiled, document_chunks, pack, take
-from msa_jax.parity.report import Report
+from msa_jax.parity.report import GRADIENT_TOLERANCE, Report
 from msa_jax.training.losses import lm_loss
 
 LOSSES = ("loss", "lm_loss", "aux_loss")
@@ -220,7 +220,9 @@ def _check_gradients(report, ours, recorded, config):
     for name in [t.name for t in published_tensors(config)] + sorted(set(recorded) - set(ours)):
         if name in ours and name in recorded:
             # float32 sums of gradients this much larger leave errors of this size.
-            report.gradient(f"grad {name}", ours[name], recorded[name], floor=1e-6 * largest)
+            report.relative(
+                f"grad {name}", ours[name], recorded[name], tolerance=GRADIENT_TOLERANCE, floor=1e-6 * largest
+            )
         elif name in ours and not np.any(ours[name]):
             report.note(f"grad {name}", "zero, and not recorded")
         else:
