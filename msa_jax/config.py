@@ -1,10 +1,12 @@
-"""Configuration of an MSA model: frozen dataclasses that refuse a bad value where it enters."""
+"""Configuration of an MSA model: frozen dataclasses that refuse a bad value where it enters.
+
+An `MSAConfig` says what a model is; the `RuntimeConfig` that it inherits, how it runs.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import operator
 import pathlib
 from typing import Any, Literal
@@ -14,17 +16,12 @@ import jax.numpy as jnp
 from msa_jax import families
 from msa_jax.errors import ConfigError, require
 from msa_jax.families.msa import TEMPLATE_LEN
-from msa_jax.spec import LayerSpec
-from pallas_kernels.dispatch import IMPLEMENTATIONS
+from msa_jax.spec import LayerSpec, is_number, require_choices
+from pallas_kernels.dispatch import Implementation
 
-ROUTING_SCORES = ("cosine", "dot")
-TOP_K_METHODS = ("exact", "approximate")
-REMAT_POLICIES = ("none", "dots", "full")
-DTYPES = ("float32", "bfloat16")
-# How a model runs, not what it is: these may change between a bank's encoding and its asking.
-RUNTIME_SETTINGS = ("top_k", "top_k_method", "top_k_recall", "router_bias_scale", "implementation", "remat")
+DType = Literal["float32", "bfloat16"]
 # What came after banks were first written, and the value that says what those were encoded with.
-LATER_SETTINGS = {"proportional_attention": False, "layer_specs": [{}]}
+_LATER = {"proportional_attention": False, "layer_specs": [{}]}
 
 
 def _is_int(value: Any) -> bool:
@@ -38,7 +35,44 @@ def _require_sizes(config: Any, *names: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AttentionConfig:
+class RuntimeConfig:
+    """How a model runs, not what it is: all of it may change between a bank's encoding and its asking.
+
+    Attributes:
+      top_k: k, documents that a router layer selects.
+      top_k_method: "exact", or "approximate" (`jax.lax.approx_max_k`), which is faster on TPU when documents are
+        many, and misses some; the same as exact on other platforms.
+      top_k_recall: what "approximate" aims at: the part of the k best documents that is found, on average.
+      router_bias_scale: multiplies the router's bias. Above 1 when a memory of many times the documents of the training
+        is asked: among more documents the best scores lie closer together, and the attention reads several as one.
+      implementation: of the operations on the bank, see `pallas_kernels`: None for the best of the platform, or
+        "xla", "tpu", "gpu", which never falls back.
+      remat: what the backward pass of a model recomputes. "none": nothing; "dots": all but matrix products; "full":
+        whole layers.
+    """
+
+    top_k: int = 16
+    top_k_method: Literal["exact", "approximate"] = "exact"
+    top_k_recall: float = 0.95
+    router_bias_scale: float = 1.0
+    implementation: Implementation | None = None
+    remat: Literal["none", "dots", "full"] = "none"
+
+    def __post_init__(self):
+        require_choices(self)
+        _require_sizes(self, "top_k")
+        scale, recall = self.router_bias_scale, self.top_k_recall
+        require(is_number(scale) and scale > 0, f"router_bias_scale must be positive, got {scale!r}.")
+        require(is_number(recall) and 0 < recall <= 1, f"top_k_recall must be above 0 and at most 1, got {recall!r}.")
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Its settings."""
+        return tuple(field.name for field in dataclasses.fields(RuntimeConfig))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionConfig(RuntimeConfig):
     """What one attention layer needs to know; enough to embed `MemorySparseAttention` in another model.
 
     Dims: E `hidden_size`, H `num_heads`, K `num_kv_heads`, D `head_dim`, P `chunk_size`, k `top_k`.
@@ -51,10 +85,6 @@ class AttentionConfig:
       rope_theta: base of the rotary position embedding.
       norm_eps: epsilon inside the square root of every RMSNorm.
       chunk_size: P, tokens pooled into one chunk of the memory bank.
-      top_k: k, documents that a router layer selects.
-      top_k_method: "exact", or "approximate" (`jax.lax.approx_max_k`), which is faster on TPU when documents are
-        many, and misses some; the same as exact on other platforms.
-      top_k_recall: what "approximate" aims at: the part of the k best documents that is found, on average.
       position_offset: position of the first token of the active context. A constant of the model (the
         published code uses template length + k in training), so that k may change at inference.
       routing_score: "cosine" (the paper, and training), or "dot" (scaled dot products), which serves
@@ -62,14 +92,10 @@ class AttentionConfig:
       router_bias: add `beta * (s_d - max s)` to the logits of document d's chunks, beta learned per head.
         Not in the paper; off for parity.
       router_bias_init: initial beta.
-      router_bias_scale: multiplies beta. Above 1 when a memory of many times the documents of the training is asked:
-        among more documents the best scores lie closer together, and the attention reads several as one.
       proportional_attention: add `log P` to the logits of chunks, so that a pooled chunk weighs as much as the P tokens
         it stands for (Token Merging, arXiv 2210.09461, section 3.2); also to a document's last chunk, which may hold
         fewer. Without it a chunk weighs as much as one token, and small models with P of 32 or 64 learned to write no
         document number (docs/results.md). Not in the paper; off for parity.
-      implementation: of the operations on the bank, see `pallas_kernels`: None for the best of the platform, or
-        "xla", "tpu", "gpu", which never falls back.
       dtype: compute dtype. Softmax, pooling, norms and scores are float32 whatever it is.
       param_dtype: dtype in which parameters are stored.
     """
@@ -81,54 +107,29 @@ class AttentionConfig:
     rope_theta: float = 1e4
     norm_eps: float = 1e-6
     chunk_size: int = 64
-    top_k: int = 16
-    top_k_method: Literal["exact", "approximate"] = "exact"
-    top_k_recall: float = 0.95
     position_offset: int = 19
     routing_score: Literal["cosine", "dot"] = "cosine"
     router_bias: bool = False
     router_bias_init: float = 20.0
-    router_bias_scale: float = 1.0
     proportional_attention: bool = False
-    implementation: str | None = None
-    dtype: str = "float32"
-    param_dtype: str = "float32"
+    dtype: DType = "float32"
+    param_dtype: DType = "float32"
 
     def __post_init__(self):
-        _require_sizes(self, "hidden_size", "num_heads", "num_kv_heads", "head_dim", "chunk_size", "top_k")
+        _require_sizes(self, "hidden_size", "num_heads", "num_kv_heads", "head_dim", "chunk_size")
+        super().__post_init__()
         require(
             self.num_heads % self.num_kv_heads == 0,
             f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads}).",
         )
         require(self.head_dim % 2 == 0, f"head_dim must be even for RoPE, got {self.head_dim}.")
-        for name in ("rope_theta", "norm_eps", "router_bias_scale"):
+        for name in ("rope_theta", "norm_eps"):
             value = getattr(self, name)
-            require(isinstance(value, int | float) and value > 0, f"{name} must be positive, got {value!r}.")
+            require(is_number(value) and value > 0, f"{name} must be positive, got {value!r}.")
         require(
             _is_int(self.position_offset) and self.position_offset >= 0,
             f"position_offset must be an integer of at least 0, got {self.position_offset!r}.",
         )
-        require(
-            self.routing_score in ROUTING_SCORES,
-            f"routing_score must be one of {ROUTING_SCORES}, got {self.routing_score!r}.",
-        )
-        require(
-            self.top_k_method in TOP_K_METHODS,
-            f"top_k_method must be one of {TOP_K_METHODS}, got {self.top_k_method!r}.",
-        )
-        recall = self.top_k_recall
-        require(
-            isinstance(recall, int | float) and 0 < recall <= 1,
-            f"top_k_recall must be above 0 and at most 1, got {recall!r}.",
-        )
-        require(
-            self.implementation in (None, *IMPLEMENTATIONS),
-            f"implementation must be None or one of {IMPLEMENTATIONS}, got {self.implementation!r}.",
-        )
-        for name in ("dtype", "param_dtype"):
-            require(
-                getattr(self, name) in DTYPES, f"{name} must be one of {DTYPES}, got {getattr(self, name)!r}."
-            )
 
     @property
     def group_size(self) -> int:
@@ -160,8 +161,6 @@ class MSAConfig(AttentionConfig):
       router_layers: sorted indices of the layers that read the bank; `None` means the latter half.
       tie_embeddings: use the embedding as the output projection.
       layer_specs: what each layer is, repeated over the layers; one of them makes all layers equal.
-      remat: what the backward pass recomputes. "none": nothing; "dots": all but matrix products; "full":
-        whole layers.
     """
 
     vocab_size: int = 4096
@@ -170,7 +169,6 @@ class MSAConfig(AttentionConfig):
     router_layers: tuple[int, ...] | None = None
     tie_embeddings: bool = True
     layer_specs: tuple[LayerSpec, ...] = (LayerSpec(),)
-    remat: Literal["none", "dots", "full"] = "none"
 
     def __post_init__(self):
         super().__post_init__()
@@ -197,7 +195,6 @@ class MSAConfig(AttentionConfig):
             f"layer_specs must be 1 to {self.num_layers} LayerSpec, got {self.layer_specs!r}.",
         )
         object.__setattr__(self, "layer_specs", specs[:1] if len(set(specs)) == 1 else specs)
-        require(self.remat in REMAT_POLICIES, f"remat must be one of {REMAT_POLICIES}, got {self.remat!r}.")
 
     @property
     def layer_groups(self) -> tuple[tuple[bool, int, int], ...]:
@@ -219,6 +216,14 @@ class MSAConfig(AttentionConfig):
         return fields | {
             "router_layers": list(self.router_layers), "layer_specs": [spec.to_dict() for spec in self.layer_specs]
         }  # fmt: skip
+
+    def identity(self) -> dict[str, Any]:
+        """What the model is, for fingerprints: `to_dict` without how it runs, and without what banks of old lack."""
+        return {
+            name: value
+            for name, value in self.to_dict().items()
+            if name not in self.names() and not (name in _LATER and _LATER[name] == value)
+        }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MSAConfig:
@@ -246,13 +251,7 @@ class MSAConfig(AttentionConfig):
         """
         path = pathlib.Path(path)
         path = path / "config.json" if path.is_dir() else path
-        try:
-            raw = json.loads(path.read_text())
-        except FileNotFoundError as e:
-            raise ConfigError(f"{path}: no such file; give a checkpoint folder with a config.json.") from e
-        except (json.JSONDecodeError, UnicodeDecodeError) as e:
-            raise ConfigError(f"{path}: not valid JSON ({e}).") from e
-        values = families.read(raw, str(path))
+        values = families.read_file(path)
         unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
         require(not unknown, f"{path}: msa_config has settings unknown to this version: {unknown}.")
         try:

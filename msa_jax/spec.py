@@ -6,6 +6,7 @@ Layers read a `LayerSpec` and nothing asks for a family's name. A field is here 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import typing
 from collections.abc import Mapping
@@ -13,7 +14,25 @@ from typing import Any, Literal, Self
 
 from msa_jax.errors import require
 
-RopeKind = Literal["linear", "llama3", "yarn"]
+
+@functools.cache
+def _choices(kind: type) -> dict[str, tuple]:
+    """Fields whose type is a `Literal`, or one and None."""
+    found = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        parts = (hint,) if typing.get_origin(hint) is Literal else typing.get_args(hint)
+        if any(typing.get_origin(part) is Literal for part in parts):
+            found[name] = tuple(x for part in parts for x in typing.get_args(part) or (None,))
+    return found
+
+
+def require_choices(config: Any) -> None:
+    """Raise ConfigError unless every field of a dataclass whose type is a `Literal` has one of its values."""
+    for name, choices in _choices(type(config)).items():
+        value = getattr(config, name)
+        words = tuple(choice for choice in choices if choice is not None)
+        fits = f"{'None or ' if None in choices else ''}one of {words}"
+        require(value in choices, f"{name} must be {fits}, got {value!r}.")
 
 
 def is_number(value: Any) -> bool:
@@ -38,7 +57,7 @@ class RopeScaling:
       attention_factor: "yarn": multiplies queries and keys; None for `0.1 * log(factor) + 1`.
     """
 
-    kind: RopeKind
+    kind: Literal["linear", "llama3", "yarn"]
     factor: float
     original_length: int = 0
     low_freq_factor: float = 1.0
@@ -49,8 +68,7 @@ class RopeScaling:
     attention_factor: float | None = None
 
     def __post_init__(self):
-        kinds = typing.get_args(RopeKind)
-        require(self.kind in kinds, f"RoPE scaling must be one of {kinds}, got {self.kind!r}.")
+        require_choices(self)
         require(is_number(self.factor) and self.factor >= 1, f"RoPE factor must be at least 1, got {self.factor!r}.")
         if self.kind != "linear":
             length = self.original_length

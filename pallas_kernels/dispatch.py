@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import typing
 from types import ModuleType
+from typing import Literal
 
 import jax
 from absl import logging
@@ -13,7 +15,8 @@ from absl import logging
 # The one private import: JAX has no public word for "are Pallas kernels interpreted here".
 from jax._src import config as _jax_config
 
-IMPLEMENTATIONS = ("xla", "tpu", "gpu")
+Implementation = Literal["xla", "tpu", "gpu"]
+IMPLEMENTATIONS: tuple[str, ...] = typing.get_args(Implementation)
 
 
 def device() -> tuple[str, str]:

@@ -111,7 +111,7 @@ def test_yarn_goes_over_in_a_line_of_dimensions(truncate):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        (dict(kind="ntk"), "RoPE scaling must be one of .*'yarn'"),
+        (dict(kind="ntk"), "kind must be one of .*'yarn'"),
         (dict(factor=0.5), "RoPE factor must be at least 1"),
         (dict(original_length=0), "needs the length of the training in tokens, got 0"),
         (dict(beta_fast=1.0), "beta_slow of RoPE must be below its beta_fast"),

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from msa_jax.config import LATER_SETTINGS, RUNTIME_SETTINGS
 from msa_jax.data.tokenizer import Tokenizer
 from msa_jax.errors import BankError
 from msa_jax.model import MSATransformer
@@ -134,16 +133,11 @@ class Manifest:
 
 
 def fingerprint_of(model: MSATransformer) -> str:
-    """Hex digest of the config and of elements spread over every parameter: equal models have equal ones.
+    """Hex digest of what the model is and of elements spread over every parameter: equal models have equal ones.
 
     What only steers how a model runs does not count.
     """
-    config = {
-        name: value
-        for name, value in model.config.to_dict().items()
-        if name not in RUNTIME_SETTINGS and not (name in LATER_SETTINGS and LATER_SETTINGS[name] == value)
-    }
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(model.config.identity(), sort_keys=True).encode())
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         value = variable[...]
         step = max(1, value.size // _SAMPLED)

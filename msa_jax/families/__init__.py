@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+import json
+import pathlib
 import pkgutil
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,6 +33,17 @@ def families() -> tuple[Family, ...]:
     modules = (importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__))
     found = [module.FAMILY for module in modules if hasattr(module, "FAMILY")]
     return tuple(sorted(found, key=lambda family: "msa" not in family.model_types))
+
+
+def read_file(path: pathlib.Path) -> dict[str, Any]:
+    """Values of an `MSAConfig` from a published `config.json`; raises ConfigError, see `read`."""
+    try:
+        raw = json.loads(path.read_text())
+    except FileNotFoundError as e:
+        raise ConfigError(f"{path}: no such file; give a checkpoint folder with a config.json.") from e
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path}: not valid JSON ({e}).") from e
+    return read(raw, str(path))
 
 
 def read(raw: Any, where: str) -> dict[str, Any]:

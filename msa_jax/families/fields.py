@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Mapping
 from typing import Any
 
 from msa_jax.errors import ConfigError, require
-from msa_jax.spec import RopeKind, RopeScaling, is_number
+from msa_jax.spec import RopeScaling, is_number
 
 # What a config.json says beside the computation of logits: bookkeeping, training, other programs' settings.
 HARMLESS = frozenset(
@@ -116,7 +115,7 @@ def scaling_of(rope: Fields, fields: Fields) -> RopeScaling | None:
     if kind == "default":
         rope.refuse_the_rest()
         return None
-    kinds = typing.get_args(RopeKind)
+    kinds = ("linear", "llama3", "yarn")
     rope.need(kind in kinds, "rope_type", f"is {kind!r}, need default or one of {kinds}: no other is computed here")
     values = dict(kind=kind, factor=rope.number("factor"))
     if kind != "linear":

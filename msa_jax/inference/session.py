@@ -111,7 +111,7 @@ class Session:
           checkpoint: a folder in the published layout, its tokenizer within.
           writable: documents can be added, and no one else can add any meanwhile.
           row_len: tokens of the longest document that can be added; default as trained, or 4,096.
-          changes: settings of the model that are others than in training (`config.RUNTIME_SETTINGS`).
+          changes: settings of the model that are others than in training (`RuntimeConfig`).
           options: of the constructor.
 
         Raises:

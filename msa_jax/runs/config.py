@@ -249,7 +249,8 @@ def _field(hint: Any, value: Any) -> Any:
     """A value that a flag can replace: None becomes a placeholder of the type in the hint."""
     if value is not None:
         return value
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    options = typing.get_args(hint) if union else (hint,)
     kinds = [typing.get_origin(o) or o for o in options if o is not types.NoneType]
     return config_dict.placeholder(str if kinds[0] is Literal else kinds[0])
 
