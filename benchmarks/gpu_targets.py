@@ -125,7 +125,7 @@ def all_layers(sizes: Sizes, rates: Rates, implementations: tuple[str, ...], att
 
     def route_one(query, keys, implementation, layer=None):
         where = dict(route=jnp.ones(query.shape[:2], bool), layer=layer, implementation=implementation)
-        return routing.select(routing.document_scores(query, keys, layout, **where), layout, top_k=sizes.top_k)
+        return routing.select(routing.document_scores(query, keys, layout, **where), layout, sizes.top_k)
 
     @jax.jit
     def stack(layers):

@@ -35,7 +35,7 @@ def _forms(query, per_head, keys, layout):
     @jax.jit
     def route_and_select(query, keys):
         scores = routing.document_scores(query, keys, layout, route=route)
-        return routing.select(scores, layout, top_k=16)
+        return routing.select(scores, layout, 16)
 
     @jax.jit
     def naive(per_head, keys):

@@ -31,7 +31,7 @@ _PLOT = flags.DEFINE_string("plot", None, "PNG file to draw them in.")
 @jax.jit
 def _route(query, keys, layout):
     scores = routing.document_scores(query, keys, layout, route=jnp.ones(query.shape[:2], bool))
-    return routing.select(scores, layout, top_k=16)
+    return routing.select(scores, layout, 16)
 
 
 def _layout(chunks: int) -> DocumentLayout:

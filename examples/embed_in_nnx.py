@@ -79,7 +79,8 @@ class TheirModel(nnx.Module):
         positions = jnp.broadcast_to(jnp.arange(questions.shape[1]), questions.shape)
         x = self.tokens(questions)
         x = self.first.mlp(x + self.first.attention(self.first.norm1(x), segments))
-        read = self.reader.attention(self.reader.norm1(x), positions=positions, memory=memory)
+        asked = dict(positions=positions, memory=memory, return_scores=True)
+        read = self.reader.attention(self.reader.norm1(x), **asked)
         x = self.reader.mlp(x + read.out)
         x = self.last.mlp(x + self.last.attention(self.last.norm1(x), segments))
         return self.tokens.attend(self.norm(x)), read.document_scores

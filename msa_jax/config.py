@@ -9,11 +9,12 @@ import dataclasses
 import itertools
 import operator
 import pathlib
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from msa_jax import families
+from msa_jax import families, routing
 from msa_jax.errors import ConfigError, require
 from msa_jax.families.msa import TEMPLATE_LEN
 from msa_jax.spec import LayerSpec, is_number, require_choices
@@ -22,6 +23,15 @@ from pallas_kernels.dispatch import Implementation
 DType = Literal["float32", "bfloat16"]
 # What came after banks were first written, and the value that says what those were encoded with.
 _LATER = {"proportional_attention": False, "layer_specs": [{}]}
+
+
+def of_today(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a model as earlier versions wrote them, under the names that they have now."""
+    values = dict(values)
+    method, recall = values.pop("top_k_method", None), values.pop("top_k_recall", None)
+    if method == "approximate":
+        values["retriever"] = method if recall is None else f"{method}:recall={recall}"
+    return values
 
 
 def _is_int(value: Any) -> bool:
@@ -40,9 +50,8 @@ class RuntimeConfig:
 
     Attributes:
       top_k: k, documents that a router layer selects.
-      top_k_method: "exact", or "approximate" (`jax.lax.approx_max_k`), which is faster on TPU when documents are
-        many, and misses some; the same as exact on other platforms.
-      top_k_recall: what "approximate" aims at: the part of the k best documents that is found, on average.
+      retriever: what selects them, by name, with settings of its own as in "approximate:recall=0.9"; the names are
+        those of `msa_jax.routing.RETRIEVERS`.
       router_bias_scale: multiplies the router's bias. Above 1 when a memory of many times the documents of the training
         is asked: among more documents the best scores lie closer together, and the attention reads several as one.
       implementation: of the operations on the bank, see `pallas_kernels`: None for the best of the platform, or
@@ -52,8 +61,7 @@ class RuntimeConfig:
     """
 
     top_k: int = 16
-    top_k_method: Literal["exact", "approximate"] = "exact"
-    top_k_recall: float = 0.95
+    retriever: str = "exact"
     router_bias_scale: float = 1.0
     implementation: Implementation | None = None
     remat: Literal["none", "dots", "full"] = "none"
@@ -61,9 +69,9 @@ class RuntimeConfig:
     def __post_init__(self):
         require_choices(self)
         _require_sizes(self, "top_k")
-        scale, recall = self.router_bias_scale, self.top_k_recall
+        routing.parse(self.retriever)
+        scale = self.router_bias_scale
         require(is_number(scale) and scale > 0, f"router_bias_scale must be positive, got {scale!r}.")
-        require(is_number(recall) and 0 < recall <= 1, f"top_k_recall must be above 0 and at most 1, got {recall!r}.")
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -228,6 +236,7 @@ class MSAConfig(AttentionConfig):
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MSAConfig:
         """Build from `to_dict` output or a flat mapping; unknown names raise `ConfigError`."""
+        values = of_today(values)
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         require(not unknown, f"Unknown model settings {unknown}; known ones are {sorted(known)}.")

@@ -45,7 +45,7 @@ class ModelOutput:
     Attributes:
       hidden: [B, T, E], after the final norm; `MSATransformer.logits` takes it.
       own: keys and values of prefix and own tokens, the start of a cache.
-      document_scores: [L_r, B, N] float32, None without a bank or when a selection was reused.
+      document_scores: [L_r, B, N] float32 when asked for.
       selection: documents read by each router layer, [L_r, B, k] each field; None without a bank.
       same: [L_r, B] bool with `resume`: whether each router layer reads the same as before; False where left out.
       all_hidden: [L + 1, B, T, E] when asked for: the input of every layer, then `hidden`.
@@ -197,6 +197,7 @@ class MSATransformer(nnx.Module):
         max_routing: int | None = None,
         bank_gradients: bool = False,
         return_hidden: bool = False,
+        return_scores: bool = False,
         return_queries: bool = False,
     ) -> ModelOutput:
         """Stages 2 and 3: the active context attends to template prefix, selected documents, and itself.
@@ -219,6 +220,8 @@ class MSATransformer(nnx.Module):
           bank_gradients: say that the bank is differentiated. Results are the same: layers then take copies of
             their parts of the bank, which keeps gradients small, and else read it where it lies.
           return_hidden: also return every layer's input.
+          return_scores: also return the score of every document; needs a bank, no `selection`, and a retriever that
+            knows them.
           return_queries: also return the routing queries; needs a bank, no `selection` and no `max_routing`.
 
         Raises:
@@ -240,6 +243,8 @@ class MSATransformer(nnx.Module):
                 raise ValueError(
                     f"MSATransformer: bank_gradients needs content on the device, this bank's is on the {bank.tier}."
                 )
+        if return_scores and (bank is None or selection is not None):
+            raise ValueError("MSATransformer: return_scores needs routing: give a bank and no selection.")
         if return_queries and (bank is None or selection is not None or max_routing is not None):
             raise ValueError(
                 "MSATransformer: return_queries needs routing of all tokens: give a bank, no selection, no max_routing."
@@ -277,7 +282,7 @@ class MSATransformer(nnx.Module):
                         memory=own or bank.layer_at(xs["index"]),
                         route=route, visible=visible,
                         selection=xs["selection"], also=xs["also"], mean_over_tokens=mean_over_tokens,
-                        max_routing=max_routing,
+                        max_routing=max_routing, return_scores=return_scores,
                     )  # fmt: skip
                 y, result = layer(x, **kwargs)
                 query = result.query.astype(jnp.float32) if return_queries and reads_bank else None

@@ -53,6 +53,8 @@ def memory():
 
 @functools.partial(jax.jit, static_argnames="graphdef")
 def _call(graphdef, params, x, positions, kwargs):
+    if kwargs.get("memory") is not None and kwargs.get("selection") is None:
+        kwargs |= dict(return_scores=True)
     return nnx.merge(graphdef, params)(x, positions=positions, **kwargs)
 
 
@@ -145,7 +147,7 @@ def test_gradients_reach_documents_through_selected_content_and_through_scores()
     @jax.jit
     def forward(documents):
         states = layer.encode(documents, positions=DOC_POSITIONS, segment_ids=SEGMENTS)[1]
-        return layer(X, positions=POSITIONS, memory=layer.memory(states, LAYOUT))
+        return layer(X, positions=POSITIONS, memory=layer.memory(states, LAYOUT), return_scores=True)
 
     selected = np.asarray(forward(DOCS).selection.documents)
     for b in range(B):

@@ -50,7 +50,7 @@ def bank_of():
 
 @functools.partial(jax.jit, static_argnames="graphdef")
 def _forward(graphdef, params, bank, visible):
-    return nnx.merge(graphdef, params)(TOKENS, positions=POSITIONS, bank=bank, visible=visible)
+    return nnx.merge(graphdef, params)(TOKENS, positions=POSITIONS, bank=bank, visible=visible, return_scores=True)
 
 
 def forward(bank, visible, model=None):

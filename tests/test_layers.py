@@ -219,7 +219,9 @@ def run(graphdef, params, table, batch, x, positions, visible):
     layer = nnx.merge(graphdef, params)
     encoded, states = layer.encode(table[batch.tokens], positions=batch.positions, segment_ids=batch.segment_ids)
     layout = DocumentLayout(batch.chunk_documents, batch.starts, batch.lengths, max_length=W // layer.config.chunk_size)
-    return encoded, layer(x, positions=positions, memory=layer.memory(states, layout), visible=visible)
+    return encoded, layer(
+        x, positions=positions, memory=layer.memory(states, layout), visible=visible, return_scores=True
+    )
 
 
 FORMS = {

@@ -48,7 +48,8 @@ def bank_of(layers=1):
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "return_hidden"))
 def _forward(graphdef, params, tokens, kwargs, return_hidden=False):
-    return nnx.merge(graphdef, params)(tokens, return_hidden=return_hidden, **kwargs)
+    scores = kwargs.get("bank") is not None and kwargs.get("selection") is None
+    return nnx.merge(graphdef, params)(tokens, return_hidden=return_hidden, return_scores=scores, **kwargs)
 
 
 def forward(model=None, tokens=TOKENS, positions=POSITIONS, return_hidden=False, **kwargs):
@@ -117,7 +118,7 @@ def _layer_by_layer(split, tokens, positions, bank):
         for i in range(count):
             block = nnx.merge(graphdef, jax.tree.map(lambda leaf, i=i: leaf[i], state))
             inputs.append(x)
-            memory = dict(memory=bank.layer(len(scores))) if is_router else {}
+            memory = dict(memory=bank.layer(len(scores)), return_scores=True) if is_router else {}
             x, result = block(x, positions=positions, **memory)
             scores += [result.document_scores] if is_router else []
     return jnp.stack([*inputs, model.final_norm(x)]), jnp.stack(scores)
@@ -143,7 +144,7 @@ def test_any_layers_may_be_router_layers(layers):
         encoded = model.encode_documents(rows, segment_ids=rows, positions=rows, return_hidden=True)
         owners = jnp.arange(9)
         layout = DocumentLayout(owners, owners, owners, max_length=2)
-        return encoded, model(tokens, positions=tokens, bank=model.bank(encoded.states, layout))
+        return encoded, model(tokens, positions=tokens, bank=model.bank(encoded.states, layout), return_scores=True)
 
     graphdef, state = nnx.split(model)
     encoded, output = jax.eval_shape(ask, state, rows, jax.ShapeDtypeStruct((B, T), jnp.int32))
@@ -161,7 +162,7 @@ def test_remat_changes_neither_values_nor_gradients():
         states = model.encode_documents(
             batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions
         ).states
-        output = model(TOKENS, positions=POSITIONS, bank=model.bank(states, layout))
+        output = model(TOKENS, positions=POSITIONS, bank=model.bank(states, layout), return_scores=True)
         return jnp.sum(jnp.sin(model.logits(output.hidden))) + jnp.sum(output.document_scores**2)
 
     def run(remat):

@@ -41,7 +41,8 @@ def normal(seed, *shape):
 def scores_of(query, keys, layout, route, visible, mean, *, score="cosine"):
     query = routing.routing_query(query, num_kv_heads=K, score=score)
     keys = routing.routing_key(keys, score=score)
-    return routing.document_scores(query, keys, layout, route=route, visible=visible, mean_over_tokens=mean)
+    query = routing.averaged(query, route, mean)
+    return routing.document_scores(query, keys, layout, route=route, visible=visible)
 
 
 def layout_of(owners):
@@ -79,9 +80,10 @@ def test_document_scores_equal_a_loop(score, seed, owners, route, visible, mean)
 def test_the_mean_over_tokens_may_be_static_or_traced(mean):
     query, keys, route = normal(0, B, T, M), normal(1, C, M), np.array([[1, 0, 1], [1, 1, 0]], bool)
     layout = DocumentLayout.from_chunk_documents(np.repeat(np.arange(N + 1), 4)[:C], N)
-    score = functools.partial(routing.document_scores, jnp.asarray(query), jnp.asarray(keys), layout)
-    static = score(route=route, mean_over_tokens=mean)
-    traced = jax.jit(lambda mean: score(route=route, mean_over_tokens=mean))(mean)
+    score = lambda mean: routing.document_scores(  # noqa: E731
+        routing.averaged(jnp.asarray(query), route, mean), jnp.asarray(keys), layout, route=route
+    )
+    static, traced = score(mean), jax.jit(score)(mean)
     np.testing.assert_allclose(traced, static, atol=1e-6)
     products = np.einsum("btm,cm->btc", query, keys)
     per_chunk = [(p[r].mean if mean else p[r].max)(axis=0) for p, r in zip(products, route, strict=True)]
@@ -112,7 +114,7 @@ def test_select_takes_the_best(seed, owners, found, top_k):
     layout = layout_of(owners)
     present = found & (np.asarray(layout.lengths) > 0)
     scores = np.where(present, normal(seed, B, N), NO_SCORE).astype(np.float32)
-    selection = routing.select(jnp.asarray(scores), layout, top_k=top_k)
+    selection = routing.select(jnp.asarray(scores), layout, top_k)
     k = min(top_k, N)
     assert all(x.shape == (B, k) for x in jax.tree.leaves(selection))
     for b in range(B):
@@ -131,20 +133,20 @@ def test_an_empty_memory_selects_nothing():
     assert (layout.num_documents, layout.num_chunks, layout.max_length) == (0, 0, 1)
     query = jnp.asarray(normal(0, B, T, M))
     scores = routing.document_scores(query, jnp.zeros((0, M)), layout, route=jnp.ones((B, T), bool))
-    selection = routing.select(scores, layout, top_k=3)
+    selection = routing.select(scores, layout, 3)
     assert scores.shape == selection.documents.shape == selection.starts.shape == (B, 0)
 
 
 def test_gradients_reach_scores_through_the_selection_and_the_bias():
     layout = layout_of(np.minimum(np.arange(C), N))
     scores, beta = jnp.asarray(normal(3, B, N)), jnp.asarray([2.0, -1.0])
-    kept = jax.grad(lambda s: routing.select(s, layout, top_k=2).scores.sum())(scores)
+    kept = jax.grad(lambda s: routing.select(s, layout, 2).scores.sum())(scores)
     order = np.argsort(-np.asarray(scores), axis=1)
     want = np.zeros((B, N))
     np.put_along_axis(want, order[:, :2], 1, axis=1)
     np.testing.assert_array_equal(kept, want)
     # d/ds of beta * (s_d - max s): the best document's own gap is always 0, and it pushes the others down.
-    bias = lambda s: bias_of(routing.select(s, layout, top_k=2), beta)[:, :, 0].sum()  # noqa: E731
+    bias = lambda s: bias_of(routing.select(s, layout, 2), beta)[:, :, 0].sum()  # noqa: E731
     np.put_along_axis(want, order[:, :1], -2, axis=1)
     np.put_along_axis(want, order[:, 1:2], 2, axis=1)
     np.testing.assert_allclose(jax.grad(bias)(scores), want)

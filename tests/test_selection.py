@@ -105,8 +105,8 @@ def test_few_scores_are_selected_from_at_once():
 def test_approximate_top_k_finds_what_its_target_says(recall):
     layout = DocumentLayout.from_chunk_documents(np.arange(4001), 4001)
     scores = jnp.asarray(normal(0, 5, 4001))
-    choose = functools.partial(routing.select, layout=layout, top_k=16)
-    approximate = jax.jit(lambda s: choose(s, method="approximate", recall=recall))
+    choose = functools.partial(routing.select, layout=layout, k=16)
+    approximate = jax.jit(lambda s: choose(s, recall=recall))
     program = str(jax.make_jaxpr(approximate)(scores))
     assert f"recall_target={recall}" in program and "approx_top_k" in program
     got, want = approximate(scores), choose(scores)
@@ -127,20 +127,26 @@ def test_a_layer_selects_as_its_config_says():
         call = lambda x: layer(x, positions=positions, memory=layer.memory(states, layout)).out  # noqa: E731
         return str(jax.make_jaxpr(call)(x))
 
-    assert "recall_target=0.75" in program(top_k_method="approximate", top_k_recall=0.75)
+    assert "recall_target=0.75" in program(retriever="approximate:recall=0.75")
     assert "approx_top_k" not in program()
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("retriever", "message"),
     [
-        (dict(top_k_method="fast"), "top_k_method must be one of ('exact', 'approximate'), got 'fast'."),
-        (dict(top_k_recall=0.0), "top_k_recall must be above 0 and at most 1, got 0.0."),
-        (dict(top_k_recall=1.01), "top_k_recall must be above 0 and at most 1, got 1.01."),
-        (dict(top_k_recall=float("nan")), "top_k_recall must be above 0 and at most 1, got nan."),
-        (dict(top_k_recall="0.9"), "top_k_recall must be above 0 and at most 1, got '0.9'."),
+        ("fast", "retriever must be one of ('exact', 'approximate', 'two_level'), got 'fast'."),
+        (4, "retriever must be one of ('exact', 'approximate', 'two_level'), got 4."),
+        ("approximate:recall=0", "retriever approximate: recall must lie in (0, 1], got 0.0."),
+        ("approximate:recall=1.01", "retriever approximate: recall must lie in (0, 1], got 1.01."),
+        ("approximate:recall=nan", "retriever approximate: recall must lie in (0, 1], got nan."),
+        (
+            "approximate:recall=high",
+            "retriever 'approximate:recall=high': 'recall=high' is no setting of it; it has approximate:recall=FLOAT.",
+        ),
+        ("exact:recall=1", "retriever 'exact:recall=1': 'recall=1' is no setting of it; it has none."),
+        ("two_level:groups=0", "retriever two_level: group and groups must be at least 1, got 32 and 0."),
     ],
 )
-def test_settings_of_the_selection_that_cannot_work(changes, message):
+def test_retrievers_that_there_are_not(retriever, message):
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
-        AttentionConfig(**changes)
+        AttentionConfig(retriever=retriever)

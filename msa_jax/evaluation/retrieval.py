@@ -20,6 +20,7 @@ from msa_jax.data.sources.base import draw_numbers
 from msa_jax.errors import DataError
 from msa_jax.memory import DocumentLayout, MemoryBank
 from msa_jax.model import MSATransformer
+from msa_jax.routing import need_scores
 from msa_jax.training.step import active_positions
 
 _TOKENS_MULTIPLE = 32
@@ -72,6 +73,7 @@ def _scores(graphdef, params, tokens, mask, route, bank, past, mean_over_tokens)
         bank=bank,
         route=route & own,
         mean_over_tokens=mean_over_tokens,
+        return_scores=True,
     ).document_scores
 
 
@@ -88,7 +90,11 @@ def router_scores(
 
     Yields (which question, its scores), questions of about the same length together. `mean_over_tokens` scores by
     the mean over routing tokens, in all router layers, instead of the max.
+
+    Raises:
+      ConfigError: a retriever that scores only some documents.
     """
+    need_scores(model.config.retriever, "ranking every document")
     graphdef, params = nnx.split(model)
     prompts = [renderer.prompt(question) for question in questions]
     past = _prefix(graphdef, params, np.asarray([renderer.prefix], np.int32)) if renderer.prefix else None

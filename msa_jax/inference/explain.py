@@ -17,7 +17,7 @@ from flax import nnx
 from msa_jax.data.batch import ROUTING
 from msa_jax.memory import MemoryBank
 from msa_jax.model import MSATransformer
-from msa_jax.routing import top_k_indices
+from msa_jax.routing import need_scores, top_k_indices
 from pallas_kernels.chunk_scores.api import NO_SCORE
 
 # Questions are padded to a power of two of at least this.
@@ -101,6 +101,7 @@ def _route(graphdef, params, prefix, tokens, route, mask, bank, visible, *, docu
         bank=bank,
         route=route[None],
         visible=None if visible is None else visible[None],
+        return_scores=True,
         return_queries=True,
     )
     scores = output.document_scores[:, 0]
@@ -135,7 +136,9 @@ def explain_question(
 
     Raises:
       ValueError: `documents` below 1, no token that routes, or keys that another process holds.
+      ConfigError: a retriever that scores only some documents.
     """
+    need_scores(model.config.retriever, "explain")
     if documents < 1:
         raise ValueError(f"explain: documents must be at least 1, got {documents}.")
     if ROUTING not in roles:

@@ -16,10 +16,12 @@ import jax.numpy as jnp
 from flax import nnx, struct
 
 from msa_jax.inference.candidates import Candidates
-from msa_jax.inference.rows import Rows, Visibility, at_rest, best_documents, fetched, near_bank, still_there
+from msa_jax.inference.rows import Rows, Visibility, at_rest, fetched, near_bank, still_there
 from msa_jax.inference.sampling import SamplingState, choose
 from msa_jax.memory import MemoryBank
 from msa_jax.model import KeyValues, MSATransformer
+from msa_jax.routing import Query, gives_scores
+from msa_jax.routing.candidates import best_of_layers
 
 
 @struct.dataclass
@@ -129,6 +131,8 @@ def take_turn(
     memory = {}
     if bank is not None and routes:
         memory = dict(bank=bank, route=turn.route & exists, visible=visibility.of(turn.allowed, turn.seen))
+        scored = gives_scores(model.config.retriever)
+        memory |= dict(return_scores=scored, return_queries=not scored)
         if not fresh:
             memory |= dict(also=still_there(mine(rows.asked), bank), resume=mine(rows.selection))
     elif bank is not None:
@@ -154,8 +158,10 @@ def take_turn(
 
     put = lambda old, new, at: jax.tree.map(lambda x, y: x.at[:, at].set(y, mode="drop"), old, new)  # noqa: E731
     selection = output.selection
-    also = None if fresh else memory["also"]
-    documents, scores = best_documents(output.document_scores, selection, also, bank, reported)
+    documents, scores = best_of_layers(
+        selection, bank, scores=output.document_scores, query=Query(output.queries, memory["route"]),
+        visible=memory["visible"], also=memory.get("also"), reported=reported,
+    )  # fmt: skip
     alone = jnp.where(turn.alone, turn.rows, size)
     kept = kept.replace(asked=put(rows.asked, selection, alone))
     near = rows.near

@@ -1,7 +1,7 @@
 """What the device keeps of the questions in progress, and what is read and told of it within a compiled step.
 
 Sizes: B rows, b questions of one call, S slots of a cache, L layers, L_r router layers, N documents, A namespaces,
-k documents selected, R documents reported, C chunks.
+k documents selected, C chunks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from flax import struct
 from msa_jax.memory import MemoryBank, tiers
 from msa_jax.memory.selection import Selection
 from msa_jax.model import KeyValues, MSATransformer
-from msa_jax.routing import NO_SCORE, top_k_indices
+from msa_jax.routing import NO_SCORE
 
 
 @struct.dataclass
@@ -134,19 +134,3 @@ def near_bank(bank: MemoryBank, near: dict[str, jax.Array], selection: Selection
     )
     starts = selection.starts + each * jnp.arange(b, dtype=jnp.int32)[None, :, None]
     return MemoryBank(routing_keys=None, layout=layout, **arrays), selection.replace(starts=starts)
-
-
-def best_documents(scores, selection, also, bank, reported):
-    """Best documents [L_r, b, R] of each layer, and the scores of all of them in each layer, [L_r, b, L_r * R]."""
-    layers, b, n = scores.shape
-    documents = selection.documents[:, :, :reported]
-    if also is None and bank.layout.axes is None and documents.shape[2] < min(reported, n):
-        documents = top_k_indices(scores.reshape(layers * b, n), min(reported, n)).reshape(layers, b, -1)
-    everyone = jnp.moveaxis(documents, 0, 1).reshape(b, -1)
-    everyone = jnp.broadcast_to(everyone, (layers, *everyone.shape))
-    found = jnp.take_along_axis(scores, everyone, axis=2)
-    if also is not None:
-        # What the question's own tokens scored is known of what they selected.
-        equal = everyone[:, :, :, None] == also.documents[:, :, None, :]
-        found = jnp.maximum(found, jnp.max(jnp.where(equal, also.scores[:, :, None, :], NO_SCORE), axis=3))
-    return documents, found

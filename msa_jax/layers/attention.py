@@ -32,7 +32,7 @@ class AttentionOutput:
     Attributes:
       out: [B, T, E].
       k, v: [B, S, K, D], own keys and values after this call: the cache of the next one; all layers' with `layer`.
-      document_scores: [B, N] float32; None in a layer without router, or when a selection was reused.
+      document_scores: [B, N] float32, with `return_scores`.
       selection: the documents read; None in a layer without router or without memory.
       query: [B, T, M] float, what the tokens routed with, see `routing.routing_query`; None unless it routed.
     """
@@ -180,7 +180,7 @@ class MemorySparseAttention(SelfAttention):
         layer = MemorySparseAttention(AttentionConfig(hidden_size=64, chunk_size=8, top_k=2), rngs=rngs)
         docs_out, states = layer.encode(docs, positions=doc_positions, segment_ids=segment_ids)
         memory = layer.memory(states, layout)
-        result = layer(x, positions=positions, memory=memory)   # result.out, result.document_scores
+        result = layer(x, positions=positions, memory=memory, return_scores=True)
 
     Gradients reach the document pass through the content of the selected chunks, and the router through
     `result.document_scores` (give them to a loss of `msa_jax.training.losses`) and, with
@@ -251,6 +251,7 @@ class MemorySparseAttention(SelfAttention):
         also: Selection | None = None,
         mean_over_tokens: bool | jax.Array = False,
         max_routing: int | None = None,
+        return_scores: bool = False,
         mask: jax.Array | None = None,
         past_k: jax.Array | None = None,
         past_v: jax.Array | None = None,
@@ -271,12 +272,16 @@ class MemorySparseAttention(SelfAttention):
           mean_over_tokens: score by the mean over routing tokens, not the max (warm-up of training).
           max_routing: U, the most tokens of a question that route: only so many are scored. Of more, the first U
             route. Default T.
+          return_scores: also return the score of every document; the retriever must know them, and route here.
           mask, past_k, past_v, slot, layer: as in `SelfAttention`.
           implementation: of both operations, see `pallas_kernels`; default `config.implementation`.
 
         Raises:
-          ValueError: shapes or dtypes do not fit together.
+          ValueError: shapes or dtypes do not fit together, or scores of a selection that is reused.
+          ConfigError: scores of a retriever that does not know them.
         """
+        if return_scores and (memory is None or selection is not None):
+            raise ValueError("MemorySparseAttention: return_scores needs routing: give a memory and no selection.")
         if memory is None:
             return super().__call__(
                 x, positions=positions, mask=mask, past_k=past_k, past_v=past_v, slot=slot, layer=layer
@@ -308,15 +313,13 @@ class MemorySparseAttention(SelfAttention):
             query = routing.routing_query(projected, num_kv_heads=c.num_kv_heads, score=c.routing_score)
             if memory.routing_keys.dtype == jnp.int8:
                 query = query.astype(c.compute_dtype)
-            how = dict(top_k=c.top_k, method=c.top_k_method, recall=c.top_k_recall)
-            what = dict(route=route, visible=visible, mean_over_tokens=mean_over_tokens, implementation=implementation)
-            if memory.layout.axes is not None:
-                scores, selection = sharded.route(query, memory, **what, **how)
+            retriever = routing.retriever_of(c.retriever, memory.layout, implementation)
+            asked = routing.Query(routing.averaged(query, route, mean_over_tokens), route)
+            if return_scores:
+                routing.need_scores(c.retriever, "return_scores")
+                scores, selection = retriever.route_with_scores(asked, memory, visible, c.top_k)
             else:
-                scores = routing.document_scores(
-                    query, memory.routing_keys, memory.layout, key_scale=memory.key_scale, layer=memory.index, **what
-                )
-                selection = routing.select(scores, memory.layout, **how)
+                selection = retriever.route(asked, memory, visible, c.top_k)
             selection = selection if also is None else merge(selection, also)
         last = dict(bias=self._bias(selection), mask=mask, implementation=implementation)
         if memory.layout.axes is not None:

@@ -125,7 +125,7 @@ def _check_questions(report, recording, model, past, bank) -> None:
     run = _jit(model, lambda model, **kwargs: _with_logits(model, model(return_hidden=True, **kwargs)))
     output, logits = run(
         tokens=ids, positions=positions, mask=_with_prefix(past, exists), past=past, bank=bank,
-        route=(roles == 0) & exists,
+        route=(roles == 0) & exists, return_scores=True,
     )  # fmt: skip
     for i in range(config.num_layers + 1):
         name = f"query/hidden_{i}"

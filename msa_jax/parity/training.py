@@ -115,7 +115,7 @@ def forward(model: MSATransformer, recording: Recording, batch: Batch) -> tuple[
         mask=jnp.asarray(mask), past=past, bank=model.bank(states, layout), bank_gradients=True,
         route=jnp.asarray((take(roles.reshape(-1), batch.active) == 0) & (batch.active >= 0)),
         visible=jnp.asarray(batch.visible),
-        return_hidden=True,
+        return_hidden=True, return_scores=True,
     )  # fmt: skip
     parts.append((batch.active, output.all_hidden))
     # One place more than there are tokens takes the padding.

@@ -5,15 +5,16 @@ Sizes: B questions, T active tokens, M router width, C chunks, N documents, k do
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
 import jax
 import jax.numpy as jnp
 
-from msa_jax.memory.bank import DocumentLayout
+from msa_jax.memory.bank import DocumentLayout, LayerMemory
 from msa_jax.memory.selection import Selection
-from msa_jax.routing.query import mean_query
+from msa_jax.routing.interface import Query
 from pallas_kernels import chunk_scores
 from pallas_kernels.chunk_scores.api import NO_SCORE
 
@@ -32,7 +33,6 @@ def document_scores(
     *,
     route: jax.Array,
     visible: jax.Array | None = None,
-    mean_over_tokens: bool | jax.Array = False,
     key_scale: jax.Array | None = None,
     layer: jax.Array | None = None,
     implementation: str | None = None,
@@ -45,8 +45,6 @@ def document_scores(
       layout: which chunks belong to which document.
       route: [B, T] bool, True where a token routes.
       visible: [B, N] bool, documents a question may see; default all.
-      mean_over_tokens: average over routing tokens instead of taking their max (warm-up of training). May
-        be traced, so that changing phase does not recompile.
       key_scale: [C] float32, what int8 keys count in; [L_r, C] with `layer`.
       layer: scalar int32, which of stacked keys to read, where they lie.
       implementation: of `chunk_scores`.
@@ -54,8 +52,6 @@ def document_scores(
     Returns:
       [B, N] float32, `NO_SCORE` for documents that are absent or not visible.
     """
-    if mean_over_tokens is not False:
-        query = jnp.where(mean_over_tokens, mean_query(query, route), query)
     if keys.dtype != jnp.int8:
         query = query.astype(keys.dtype)
     per_chunk = chunk_scores(
@@ -130,21 +126,20 @@ def _range_max_bwd(max_length, residuals, grad):
 _range_max.defvjp(_range_max_fwd, _range_max_bwd)
 
 
-def top_k_indices(scores: jax.Array, k: int, *, method: str = "exact", recall: float = 0.95) -> jax.Array:
+def top_k_indices(scores: jax.Array, k: int, *, recall: float | None = None) -> jax.Array:
     """Where the k largest scores of each question are, best first.
 
     Args:
       scores: [B, N] float32.
       k: at most N.
-      method: "exact", equal scores in order of their index, as `jax.lax.top_k` has them; or "approximate",
-        `jax.lax.approx_max_k`: faster on TPU, the same as exact on other platforms.
-      recall: with "approximate", the part of the k best that is found on average, in (0, 1].
+      recall: None for exactly those, equal scores in order of their index, as `jax.lax.top_k` has them. Else
+        `jax.lax.approx_max_k`, which finds this part of the k best on average, in (0, 1].
 
     Returns:
       [B, k] int32.
     """
     b, n = scores.shape
-    if method == "approximate" and k:
+    if recall is not None and k:
         return jax.lax.approx_max_k(scores, k, recall_target=recall)[1]
     # A group of sqrt(N / k) makes both levels equally long.
     group = 1 << max(3, round(math.log2(max(n, 1) / max(k, 1)) / 2))
@@ -160,22 +155,44 @@ def top_k_indices(scores: jax.Array, k: int, *, method: str = "exact", recall: f
     return jnp.take_along_axis(groups, place // group, axis=1) * group + place % group
 
 
-def select(
-    scores: jax.Array, layout: DocumentLayout, *, top_k: int, method: str = "exact", recall: float = 0.95
-) -> Selection:
+def select(scores: jax.Array, layout: DocumentLayout, k: int, *, recall: float | None = None) -> Selection:
     """The min(k, N) best documents of `scores` [B, N]; gradients reach the scores, none the choice.
 
-    `method` and `recall` as in `top_k_indices`.
+    `recall` as in `top_k_indices`.
     """
-    k = min(top_k, layout.num_documents)
-    documents = top_k_indices(jax.lax.stop_gradient(scores), k, method=method, recall=recall)
-    best = jnp.take_along_axis(scores, documents, axis=1)
-    found = best > NO_SCORE / 2
+    documents = top_k_indices(jax.lax.stop_gradient(scores), min(k, layout.num_documents), recall=recall)
+    return selection_of(documents, jnp.take_along_axis(scores, documents, axis=1), layout)
+
+
+def selection_of(documents: jax.Array, scores: jax.Array, layout: DocumentLayout) -> Selection:
+    """The selection of documents [B, k], best first, by their scores [B, k]; `NO_SCORE` selects nothing."""
+    found = scores > NO_SCORE / 2
     return Selection(
         documents=documents.astype(jnp.int32),
-        scores=jnp.where(found, best, NO_SCORE),
+        scores=jnp.where(found, scores, NO_SCORE),
         starts=jnp.asarray(layout.starts)[documents],
         lengths=jnp.where(found, jnp.asarray(layout.lengths)[documents], 0),
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Exact:
+    """The retriever that scores every chunk: a `ScoringRetriever` over a memory on one device."""
+
+    implementation: str | None = None
+
+    def route(self, query: Query, memory: LayerMemory, visible: jax.Array | None, k: int) -> Selection:
+        return self.route_with_scores(query, memory, visible, k)[1]
+
+    def route_with_scores(
+        self, query: Query, memory: LayerMemory, visible: jax.Array | None, k: int
+    ) -> tuple[jax.Array, Selection]:
+        scores = document_scores(
+            query.vectors, memory.routing_keys, memory.layout, route=query.route, visible=visible,
+            key_scale=memory.key_scale, layer=memory.index, implementation=self.implementation,
+        )  # fmt: skip
+        return scores, self.select(scores, memory.layout, k)
+
+    def select(self, scores: jax.Array, layout: DocumentLayout, k: int) -> Selection:
+        """The best documents of scores [B, N]."""
+        return select(scores, layout, k)

@@ -36,8 +36,13 @@ def routing_key(pooled: jax.Array, *, score: str) -> jax.Array:
     return unit.reshape(*unit.shape[:-2], unit.shape[-2] * unit.shape[-1])
 
 
-def mean_query(query: jax.Array, mask: jax.Array) -> jax.Array:
-    """Every routing token replaced by their mean: the max over tokens then is the mean over tokens."""
-    weights = mask[..., None].astype(query.dtype)
+def averaged(query: jax.Array, route: jax.Array, mean_over_tokens: bool | jax.Array) -> jax.Array:
+    """Queries [B, T, M] with every token's replaced by the mean of those that route [B, T]: the max then is the mean.
+
+    `mean_over_tokens` says whether; it may be traced, so that changing phase of a training does not recompile.
+    """
+    if mean_over_tokens is False:
+        return query
+    weights = route[..., None].astype(query.dtype)
     mean = jnp.sum(query * weights, axis=1, keepdims=True) / jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), 1)
-    return jnp.broadcast_to(mean, query.shape)
+    return jnp.where(mean_over_tokens, mean, query)

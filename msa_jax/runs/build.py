@@ -32,6 +32,7 @@ from msa_jax.data import (
 )
 from msa_jax.data.sources.negatives import with_negatives
 from msa_jax.model import MSATransformer
+from msa_jax.routing import need_scores
 from msa_jax.runs.config import DataConfig, RunConfig
 from msa_jax.sharding import DATA, MEMORY, MODEL, Shardings, check_model
 from msa_jax.training import bag_of_words
@@ -206,7 +207,8 @@ def train_run(run: RunConfig, workdir: str | pathlib.Path) -> TrainingResult:
       TrainingDiverged: the loss became NaN or infinite.
     """
     workdir = pathlib.Path(workdir)
-    run.model_config(vocab_size=8)  # whatever is wrong with the model shows here, before any work
+    # Whatever is wrong with the model shows here, before any work.
+    need_scores(run.model_config(vocab_size=8).retriever, "training")
     distributed.agree(run.to_dict() | {"workdir": str(workdir)})
     mesh = make_mesh(run)
     # Process 0 makes the folder and the tokenizer that the others then find.

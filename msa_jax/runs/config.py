@@ -11,7 +11,7 @@ from typing import Any, Literal
 from ml_collections import ConfigDict, config_dict
 
 from msa_jax.errors import ConfigError
-from msa_jax.config import MSAConfig
+from msa_jax.config import MSAConfig, of_today
 from msa_jax.data import LossWeights, Template
 from msa_jax.data.episodes import SAMPLE_FORMS, SampleForm
 from msa_jax.data.sources.ruler_tasks import TASKS, check_tasks
@@ -200,7 +200,7 @@ class RunConfig:
                 if data.get(name) is not None:
                     data[name] = tuple(data[name])
             run = cls(
-                model=dict(values.pop("model", {})),
+                model=of_today(values.pop("model", {})),
                 data=DataConfig(**data),
                 tokenizer=TokenizerConfig(**dict(values.pop("tokenizer", {}))),
                 training=TrainingConfig.from_dict(values.pop("training")),

@@ -102,6 +102,7 @@ def ask(
         visible=asked.visible,
         mean_over_tokens=mean_over_tokens,
         max_routing=max_routing,
+        return_scores=True,
     )
 
 

@@ -25,8 +25,8 @@ def test_flags_become_options_of_load():
 
 def test_settings_of_the_model_that_a_bank_does_not_depend_on_can_be_changed():
     assert changes_of(options()) == {}
-    some = changes_of(options("--set=top_k=4", "--set", "top_k_method=approximate", "--set=router_bias_scale=1.5"))
-    assert some == dict(top_k=4, top_k_method="approximate", router_bias_scale=1.5)
+    some = changes_of(options("--set=top_k=4", "--set", "retriever=two_level:group=8", "--set=router_bias_scale=1.5"))
+    assert some == dict(top_k=4, retriever="two_level:group=8", router_bias_scale=1.5)
     for wrong in ("top_k", "chunk_size=8", "=4"):
         with pytest.raises(ConfigError, match=f"^--set {wrong}: give NAME=VALUE, the name one of top_k, "):
             changes_of(options(f"--set={wrong}"))

@@ -122,6 +122,7 @@ def model_of():
 def _run(graphdef, params, tokens, bank, kwargs, bank_gradients):
     model = nnx.merge(graphdef, params)
     positions = jnp.broadcast_to(jnp.arange(5, 5 + T), tokens.shape)
+    kwargs |= dict(return_scores="selection" not in kwargs)
     output = model(tokens, positions=positions, bank=bank, bank_gradients=bank_gradients, **kwargs)
     return model.logits(output.hidden), output.document_scores, output.selection
 

@@ -83,7 +83,7 @@ def model_of():
 def forward(params, graphdef, bank, kwargs):
     model = nnx.merge(graphdef, params)
     positions = jnp.broadcast_to(jnp.arange(5, 5 + T), TOKENS.shape)
-    output = model(TOKENS, positions=positions, bank=bank, **kwargs)
+    output = model(TOKENS, positions=positions, bank=bank, return_scores="selection" not in kwargs, **kwargs)
     return model.logits(output.hidden), output.document_scores, output.selection
 
 
@@ -218,7 +218,7 @@ def test_gradients_reach_the_layer_and_no_content_elsewhere(place):
     @functools.partial(jax.grad, argnums=(0, 1), allow_int=True)
     def gradient(params, content_v, bank):
         memory = bank.replace(content_v=content_v).layer_at(jnp.int32(1))
-        output = nnx.merge(graphdef, params)(x, positions=positions, memory=memory)
+        output = nnx.merge(graphdef, params)(x, positions=positions, memory=memory, return_scores=True)
         return jnp.sum(output.out**2) + jnp.sum(output.document_scores**2)
 
     banks = (bank_of(), placed(place))

@@ -75,7 +75,7 @@ def _forward(graphdef, params, prefix, tokens, route, bank, visible, return_quer
     positions = model.config.position_offset + jnp.arange(tokens.shape[1])[None]
     return model(
         tokens, positions=positions, past=model.encode_template(prefix), bank=bank, route=route, visible=visible,
-        return_queries=return_queries,
+        return_queries=return_queries, return_scores=bank is not None,
     )  # fmt: skip
 
 

@@ -44,7 +44,8 @@ def asked(model, documents, questions, **kwargs):
     """Output for questions that stand behind a prefix of one frame token."""
     past = model.encode_template(jnp.full((1, 1), FRAME))
     positions = jnp.broadcast_to(jnp.arange(questions.shape[1]) + 16, questions.shape)
-    return model(questions, positions=positions, past=past, bank=bank_of(model, documents), **kwargs)
+    bank = bank_of(model, documents)
+    return model(questions, positions=positions, past=past, bank=bank, return_scores=True, **kwargs)
 
 
 def scores(model, documents, questions) -> np.ndarray:
