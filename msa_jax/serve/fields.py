@@ -19,7 +19,7 @@ class Fields(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
 
 
-def read[Read: Fields](kind: type[Read], value: Any, where: str = "") -> Read:
+def read(kind: type[Fields], value: Any, where: str = "") -> Any:
     """A value as a `kind`. `where` is the value's own place, such as `messages[0]`; empty for the whole.
 
     Raises:
@@ -43,5 +43,6 @@ def read[Read: Fields](kind: type[Read], value: Any, where: str = "") -> Read:
             said = f"{shown(at)} is not a field of this request; there are {known}."
         case _:
             need = error["msg"].removeprefix("Value error, ").partition(" after validation")[0]
-            said = f"{at} {re.sub(r'^\w+ should ', 'must ', need)}, got {shown(error['input'])}."
+            need = re.sub(r"^\w+ should ", "must ", need)
+            said = f"{at} {need}, got {shown(error['input'])}."
     raise ApiError(400, said, param=at[:80] or None, code=code)
