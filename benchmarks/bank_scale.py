@@ -28,7 +28,7 @@ _RESULTS = "benchmarks/results/bank_scale.json"
 
 
 def sentences() -> list[str]:
-    from msa_jax.data.sources.pydocs import PythonDocsSource
+    from msa_jax.data.sources.python_docs import PythonDocsSource
 
     texts = PythonDocsSource("train", max_chars=3_000_000).passages()
     found = {" ".join(s.split()) for text in texts for s in re.split(r"(?<=[.!?])\s+", text)}

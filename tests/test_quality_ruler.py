@@ -9,8 +9,8 @@ from flax import nnx
 from benchmarks.quality import ruler, ruler_report
 from msa_jax.config import MSAConfig
 from msa_jax.data import Question, Renderer, RulerSource, Tokenizer
-from msa_jax.data.sources.ruler_tasks import NOISE, TASKS
-from msa_jax.data.uuids import draw_uuids
+from msa_jax.data.haystacks.ruler_tasks import NOISE, TASKS
+from msa_jax.data.haystacks.uuids import draw_uuids, word_pattern
 from msa_jax.evaluation.grown import GrownMemory
 from msa_jax.model import MSATransformer
 
@@ -59,7 +59,7 @@ def test_the_haystack_behind_a_memory_has_the_tokens_asked_for(tmp_path, monkeyp
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefgh", k=4)) for _ in range(60)]
     texts = [" ".join(rng.choices(words, k=400)) + "." for _ in range(8)]
-    spoken = Tokenizer.train([*texts, NOISE, *draw_uuids(np.random.default_rng(0), 2000)], 700, uuid_pairs=True)
+    spoken = Tokenizer.train([*texts, NOISE, *draw_uuids(np.random.default_rng(0), 2000)], 700, word_pattern=word_pattern())
     source = RulerSource(texts, spoken, document_tokens=300, split="eval", eval_fraction=0.5)
     renderer = Renderer(spoken, 300)
     config = MSAConfig(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from msa_jax import MSAConfig, MSATransformer
 from msa_jax.data import CorpusSource, Document, Question, Renderer, Template, Tokenizer
 from msa_jax.data.batch import Batch, pack_documents, pack_questions
-from msa_jax.data.sources.base import draw_numbers
+from msa_jax.data.splits import draw_numbers
 from msa_jax.errors import DataError
 from msa_jax.evaluation.mine import mine
 from msa_jax.evaluation.retrieval import (

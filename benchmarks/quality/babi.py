@@ -108,8 +108,8 @@ def summary(rows: Sequence[dict]) -> dict:
 def stories_of(run: RunConfig, task: int, part: str) -> list[Story]:
     """Stories of the test files, or those of the training files that are not trained on."""
     if part == "test":
-        return read_stories(run.data.folder, task, "test")
-    return BabiSource(run.data.folder, (task,), "eval", run.data.eval_fraction).stories
+        return read_stories(run.data.settings.folder, task, "test")
+    return BabiSource(run.data.settings.folder, (task,), "eval", run.data.eval_fraction).stories
 
 
 def main() -> None:

@@ -30,7 +30,6 @@ from msa_jax.evaluation.plots import token_count
 from msa_jax.inference.engine import Engine
 from msa_jax.inference.library import FixedLibrary
 from msa_jax.inference.settings import AskConfig, Budget, EngineConfig
-from msa_jax.runs.build import haystack
 from msa_jax.runs.config import RunConfig
 from msa_jax.runs.open import load_model, open_run, reconfigured
 from msa_jax.runs.workdir import written_settings
@@ -47,14 +46,14 @@ _MOST = {4_194_304: 256, 16_777_216: 128, 64_000_000: 64, 100_000_000: 128}
 def source(run: RunConfig, renderer: Renderer, folders: list[str]) -> NeedleSource:
     """Needles under keys that training never asked for, of training's words, in as much text as there is."""
     data, tokenizer = run.data, renderer.tokenizer
-    trained_on = list(haystack(data))
-    words = frequent_words(trained_on, tokenizer, data.num_words, data.key_format)
+    own = data.settings
+    words = frequent_words(own.haystack(), tokenizer, own.num_words, own.key_format)
     texts = list(PythonDocsSource("train", packages=None).passages())
     texts += [d.text for folder in folders for d in JsonlSource(folder).documents]
     return NeedleSource(
         texts, words, tokenizer,
-        document_tokens=data.document_len, split="eval", eval_fraction=data.eval_fraction, key_format=data.key_format,
-        hard_fraction=data.hard_fraction, needle_fraction=data.needle_fraction,
+        document_tokens=data.document_len, split="eval", eval_fraction=data.eval_fraction, key_format=own.key_format,
+        hard_fraction=own.hard_fraction, needle_fraction=own.needle_fraction,
     )  # fmt: skip
 
 

@@ -112,7 +112,7 @@ def main() -> None:
         return
 
     run = open_run(args.workdir)
-    folders = given or [pathlib.Path(f) for f in run.data.folders]
+    folders = given or run.data.settings.folders
     source, more = read_passages(folders, run.data.eval_fraction, args.distractors, beside)
     if args.untrained:
         tokenizer = open_tokenizer(run, args.workdir, train=False)
@@ -121,7 +121,7 @@ def main() -> None:
         model, renderer = load_model(run, args.workdir)
         with contextlib.closing(Checkpoints(args.workdir / "checkpoints")) as checkpoints:
             steps = checkpoints.latest_step
-    blocks, passages = cut_passages(source, renderer, titles=run.data.titles)
+    blocks, passages = cut_passages(source, renderer, titles=run.data.settings.titles)
     begin = time.monotonic()
     bank = encode_documents(
         model, renderer, blocks, row_len=run.row_len(model.config.chunk_size), seed=args.seed
@@ -135,7 +135,7 @@ def main() -> None:
         "chunks": int(bank.layout.num_chunks),
         "encode_seconds": seconds,
         "folders": _names(folders),
-        "config": run.to_dict() | {"data": run.to_dict()["data"] | {"folder": _names(run.data.folders)}},
+        "config": run.to_dict() | {"data": run.to_dict()["data"] | {"folder": _names(run.data.settings.folders)}},
     }
     cases = list(make_cases(folders, args.split, run.data.eval_fraction, bank, passages, source, more))
     rows = [case.row for case in cases]

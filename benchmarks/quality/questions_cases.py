@@ -13,7 +13,7 @@ import numpy as np
 from benchmarks.quality.bm25 import rank
 from benchmarks.quality.questions_report import ALL_AT, RECALL_AT
 from msa_jax.data import CorpusSource, Document, JsonlSource, Renderer, cut_documents
-from msa_jax.data.sources.base import Split
+from msa_jax.data.splits import Split
 from msa_jax.evaluation.retrieval import part_of, recall
 from msa_jax.memory import MemoryBank
 

@@ -30,8 +30,8 @@ from msa_jax.bank.capacity import capacity_for
 from msa_jax.checkpoints.run import Checkpoints
 from msa_jax.cli.compilation import keep_programs
 from msa_jax.data import Question, Renderer, RulerSource
-from msa_jax.data.sources.base import draw_numbers
-from msa_jax.data.sources.ruler_tasks import TASKS, check_tasks
+from msa_jax.data.haystacks.ruler_tasks import TASKS, check_tasks
+from msa_jax.data.splits import draw_numbers
 from msa_jax.errors import DataError
 from msa_jax.evaluation.evaluate import means
 from msa_jax.evaluation.grown import GrownMemory, Part

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from msa_jax.data.sources.ruler_tasks import TASKS
+from msa_jax.data.haystacks.ruler_tasks import TASKS
 from msa_jax.evaluation.plots import token_count
 
 

@@ -1,54 +1,33 @@
 """Sources -> documents and questions -> tokens -> packed batches. Knows no model."""
 
-from msa_jax.data.batch import Batch, DocumentBatch, QuestionBatch, pack_documents, pack_questions
-from msa_jax.data.chunker import split_text
-from msa_jax.data.pipeline import make_dataset
-from msa_jax.data.records import Document, Episode, Question
-from msa_jax.data.samples import LossWeights, Renderer
-from msa_jax.data.sources import (
-    BabiSource,
-    CorpusSource,
-    JsonlSource,
-    NeedleSource,
-    PythonDocsSource,
-    RulerSource,
-    Source,
-    cut_documents,
-    fitting_questions,
-    frequent_words,
-    ruler_texts,
-    training_texts,
-)
-from msa_jax.data.templates import Template
-from msa_jax.data.tokenizer import Tokenizer
-from msa_jax.errors import DataError
+import importlib
 
-__all__ = [
-    "BabiSource",
-    "Batch",
-    "CorpusSource",
-    "DataError",
-    "Document",
-    "DocumentBatch",
-    "Episode",
-    "JsonlSource",
-    "LossWeights",
-    "NeedleSource",
-    "PythonDocsSource",
-    "Question",
-    "QuestionBatch",
-    "Renderer",
-    "RulerSource",
-    "Source",
-    "Template",
-    "Tokenizer",
-    "cut_documents",
-    "fitting_questions",
-    "frequent_words",
-    "make_dataset",
-    "pack_documents",
-    "pack_questions",
-    "ruler_texts",
-    "split_text",
-    "training_texts",
-]
+_HOMES = {
+    "batch": ("Batch", "DocumentBatch", "QuestionBatch", "pack_documents", "pack_questions"),
+    "chunker": ("split_text",),
+    "config": ("DataConfig", "TokenizerConfig"),
+    "corpora.corpus": ("CorpusSource",),
+    "corpora.cutting": ("cut_documents", "fitting_questions"),
+    "haystacks.keys": ("frequent_words",),
+    "haystacks.ruler_tasks": ("ruler_texts",),
+    "pipeline": ("make_dataset",),
+    "records": ("Document", "Episode", "Question"),
+    "samples": ("LossWeights", "Renderer"),
+    "sources": ("Source", "SourceSettings"),
+    "sources.babi": ("BabiSource",),
+    "sources.jsonl": ("JsonlSource",),
+    "sources.needles": ("NeedleSource", "training_texts"),
+    "sources.python_docs": ("PythonDocsSource",),
+    "sources.ruler": ("RulerSource",),
+    "templates": ("Template",),
+    "tokenizer": ("Tokenizer",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+__all__ = sorted(_HOME_OF)  # noqa: PLE0605
+
+
+def __getattr__(name: str):
+    # Each when it is asked for: the input pipeline takes a second to import, and most uses need none.
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)

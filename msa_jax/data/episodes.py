@@ -11,7 +11,6 @@ from msa_jax.data.records import Document, Episode, Question
 from msa_jax.data.samples import Renderer
 
 SampleForm = Literal["chain", "at_once", "steps", "question", "latent"]
-SAMPLE_FORMS = ("chain", "at_once", "steps", "question", "latent")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ import numpy as np
 from msa_jax.data.batch import Batch, pack_parts, pack_questions, rows_needed
 from msa_jax.data.episodes import SampleForm, render_episode
 from msa_jax.data.samples import LossWeights, Renderer
-from msa_jax.data.sources.base import Source, stable_hash
+from msa_jax.data.sources import Source
+from msa_jax.data.splits import stable_hash
 from msa_jax.data.tokenizer import Tokenizer
 from msa_jax.errors import DataError
 

@@ -11,7 +11,6 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from msa_jax.data.templates import Template
-from msa_jax.data.uuids import word_pattern
 from msa_jax.errors import DataError
 from msa_jax.files import write_text
 
@@ -55,13 +54,12 @@ class Tokenizer:
 
     @classmethod
     def train(
-        cls, texts: Iterable[str], vocab_size: int, template: Template | None = None, *, uuid_pairs: bool = False
+        cls, texts: Iterable[str], vocab_size: int, template: Template | None = None, *, word_pattern: str | None = None
     ) -> "Tokenizer":
         """Trains byte-level BPE on `texts`, each digit its own token; `vocab_size` includes special tokens.
 
-        With `uuid_pairs` a uuid is always cut into its 16 pairs of hexadecimal digits and 4 hyphens; `texts` must show
-        enough of them for each pair to become a token. The default template is `Template.compact()`. The same texts
-        give the same tokenizer.
+        `word_pattern`: regular expression (Oniguruma's) of the pieces that tokens lie within; by default GPT-2's words
+        with every digit alone. The default template is `Template.compact()`. The same texts give the same tokenizer.
         Raises DataError when `vocab_size` cannot hold the 256 bytes and the special tokens.
         """
         template = template or Template.compact()
@@ -72,8 +70,8 @@ class Tokenizer:
             )
         inner = tokenizers.Tokenizer(models.BPE())
         words = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        if uuid_pairs:
-            split = pre_tokenizers.Split(Regex(word_pattern()), "isolated")
+        if word_pattern:
+            split = pre_tokenizers.Split(Regex(word_pattern), "isolated")
             words = [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
         inner.pre_tokenizer = pre_tokenizers.Sequence(words)
         inner.decoder = decoders.ByteLevel()

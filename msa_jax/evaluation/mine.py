@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from msa_jax.data import CorpusSource, Renderer
-from msa_jax.data.sources.negatives import write_negatives
+from msa_jax.data.corpora.negatives import write_negatives
 from msa_jax.errors import ConfigError, MSAError
 from msa_jax.evaluation.retrieval import encode_documents, router_scores
 from msa_jax.export import export, require_new
@@ -82,8 +82,8 @@ def main() -> int:
 
 def _mine(args: argparse.Namespace) -> None:
     run = open_run(args.workdir)
-    if run.data.source in ("needles", "ruler"):
-        raise ConfigError("needles are new in every batch, and hard by data.hard_fraction: there is nothing to mine.")
+    if not run.data.settings.lasting_documents:
+        raise ConfigError(f"documents of data.source {run.data.source!r} are new in every batch: nothing can be mined.")
     if args.export:
         require_new(args.export)
     model, renderer = load_model(run, args.workdir)

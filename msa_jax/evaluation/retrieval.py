@@ -16,7 +16,7 @@ from flax import nnx
 from msa_jax.bank import encode_bank
 from msa_jax.data import Document, Renderer, pack_documents
 from msa_jax.data.batch import ROUTING
-from msa_jax.data.sources.base import draw_numbers
+from msa_jax.data.splits import draw_numbers
 from msa_jax.errors import DataError
 from msa_jax.memory import DocumentLayout, MemoryBank
 from msa_jax.model import MSATransformer

@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import pathlib
-from collections.abc import Iterable
-from typing import Literal
 
 import jax
 from flax import nnx
@@ -14,26 +12,12 @@ from flax import nnx
 from msa_jax import distributed
 from msa_jax.checkpoints import pretrained
 from msa_jax.errors import ConfigError
-from msa_jax.data import (
-    BabiSource,
-    JsonlSource,
-    NeedleSource,
-    PythonDocsSource,
-    Renderer,
-    RulerSource,
-    Source,
-    Tokenizer,
-    cut_documents,
-    fitting_questions,
-    frequent_words,
-    make_dataset,
-    ruler_texts,
-    training_texts,
-)
-from msa_jax.data.sources.negatives import with_negatives
+from msa_jax.data import Renderer, Source, Tokenizer, make_dataset
+from msa_jax.data.config import DataConfig
+from msa_jax.data.splits import Split
 from msa_jax.model import MSATransformer
 from msa_jax.routing import need_scores
-from msa_jax.runs.config import DataConfig, RunConfig
+from msa_jax.runs.config import RunConfig
 from msa_jax.sharding import DATA, MEMORY, MODEL, Shardings, check_model
 from msa_jax.training import bag_of_words
 from msa_jax.training.init import copy_circuit, embedding_stream, tie_router
@@ -43,63 +27,9 @@ from msa_jax.runs.workdir import check_workdir
 _LOG = logging.getLogger(__name__)
 
 
-def haystack(data: DataConfig) -> list[str]:
-    """Text that needles are put in."""
-    if data.folder:
-        return [d.text for d in JsonlSource(data.folders).documents]
-    return list(_python_docs(data, "train").passages())
-
-
-def _python_docs(data: DataConfig, split: str) -> PythonDocsSource:
-    return PythonDocsSource(
-        split, packages=data.packages, include_sources=data.include_sources, max_chars=data.max_chars,
-        eval_fraction=data.eval_fraction,
-    )  # fmt: skip
-
-
-def _jsonl(data: DataConfig, split: str) -> JsonlSource:
-    return JsonlSource(
-        data.folders, split, data.eval_fraction, pair_fraction=data.pair_fraction, hidden_fraction=data.hidden_fraction
-    )
-
-
-def _texts(data: DataConfig) -> Iterable[str]:
-    """What a tokenizer is trained on."""
-    if data.source == "needles":
-        return training_texts(haystack(data), num_words=data.num_words, key_format=data.key_format)
-    if data.source == "ruler":
-        return ruler_texts(haystack(data))
-    return make_source(data, None, "train").texts()
-
-
-def make_source(data: DataConfig, tokenizer: Tokenizer | None, split: Literal["train", "eval"]) -> Source:
-    """The source of a split, no document longer than `document_len`; uncut without a tokenizer, which needles need."""
-    if data.source == "babi":
-        return BabiSource(data.folder, data.babi_tasks, split, data.eval_fraction)
-    if data.source not in ("needles", "ruler"):
-        corpus = _jsonl(data, split) if data.source == "jsonl" else _python_docs(data, split)
-        if tokenizer is None:
-            return corpus
-        renderer = Renderer(tokenizer, data.document_len)
-        corpus = cut_documents(corpus, tokenizer, renderer.body_len, titles=data.titles)
-        if split == "eval":
-            return corpus
-        corpus = fitting_questions(
-            corpus, renderer, data.question_len, samples=data.samples, unanswerable=data.unanswerable > 0
-        )
-        return with_negatives(corpus, data.hard_negatives, data.num_negatives) if data.hard_negatives else corpus
-    texts = haystack(data)
-    if data.source == "ruler":
-        return RulerSource(
-            texts, tokenizer,
-            document_tokens=data.document_len, tasks=data.ruler_tasks, split=split, eval_fraction=data.eval_fraction,
-            hard_fraction=data.hard_fraction, needle_fraction=data.needle_fraction,
-        )  # fmt: skip
-    return NeedleSource(
-        texts, frequent_words(texts, tokenizer, data.num_words, data.key_format), tokenizer,
-        document_tokens=data.document_len, split=split, eval_fraction=data.eval_fraction,
-        hard_fraction=data.hard_fraction, needle_fraction=data.needle_fraction, key_format=data.key_format,
-    )  # fmt: skip
+def make_source(data: DataConfig, tokenizer: Tokenizer, split: Split) -> Source:
+    """The source of a split, no document longer than `data.document_len`."""
+    return data.settings.build(data, tokenizer, split)
 
 
 def open_tokenizer(run: RunConfig, workdir: pathlib.Path, *, train: bool) -> Tokenizer:
@@ -111,8 +41,9 @@ def open_tokenizer(run: RunConfig, workdir: pathlib.Path, *, train: bool) -> Tok
     if run.tokenizer.path:
         tokenizer = Tokenizer.load(run.tokenizer.path, template, add_missing=True)
     else:
-        pairs = run.tokenizer.uuid_pairs
-        tokenizer = Tokenizer.train(_texts(run.data), run.tokenizer.vocab_size, template, uuid_pairs=pairs)
+        source = run.data.settings
+        texts, pattern = source.texts(run.data), source.word_pattern
+        tokenizer = Tokenizer.train(texts, run.tokenizer.vocab_size, template, word_pattern=pattern)
     tokenizer.save(folder)
     return tokenizer
 

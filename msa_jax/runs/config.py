@@ -12,141 +12,14 @@ from ml_collections import ConfigDict, config_dict
 
 from msa_jax.errors import ConfigError
 from msa_jax.config import MSAConfig, of_today
-from msa_jax.data import LossWeights, Template
-from msa_jax.data.episodes import SAMPLE_FORMS, SampleForm
-from msa_jax.data.sources.ruler_tasks import TASKS, check_tasks
+from msa_jax.data.config import DataConfig, TokenizerConfig
+from msa_jax.data.samples import LossWeights
+from msa_jax.data.sources import field_types, names, owners, settings_type
 from msa_jax.sharding import MeshConfig
 from msa_jax.training.config import OptimizerConfig, Phase, TrainingConfig
 
-_TEMPLATES = {"compact": Template.compact, "paper": Template.paper, "chinese": Template.chinese}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Where documents and questions come from, and the shape of a batch.
-
-    Attributes:
-      source: "needles" in real text, "ruler" (RULER's needle tasks), "python_docs" (documentation of this Python
-        installation), "jsonl", or "babi".
-      folder: of documents.jsonl, for "jsonl"; for "needles" and "ruler" the haystack, empty for Python's documentation.
-        Several, parted by commas, are one corpus. For "babi" of its files.
-      babi_tasks: numbers of bAbI's tasks.
-      titles: every text begins with its title; for "python_docs" and "jsonl".
-      pair_fraction, hidden_fraction: of "jsonl", see `JsonlSource`.
-      hard_negatives: file of documents mistaken for what questions ask for (`msa_jax.evaluation.mine`); a batch holds
-        num_negatives of them for each question that the file knows.
-      packages: installed distributions whose documentation is read too; None reads all.
-      include_sources: read their source code too. max_chars: stop reading after so many characters.
-      document_len: tokens of a rendered document at most; longer texts are cut.
-      row_len: W of packed rows; default the documents' length, rounded up to whole chunks.
-      num_documents, num_questions: N and B of a training batch.
-      question_len: T, tokens of a question with its whole reply.
-      num_words: words that needle keys are made of. key_format: how, each word's name in braces.
-      hard_fraction, needle_fraction: see `NeedleSource`, `RulerSource`.
-      ruler_tasks: RULER's tasks that "ruler" asks; a memory that eval.py makes is of one task.
-      eval_fraction: share of questions and passages held out.
-      loss_weights: of ids, answers and quoted ids; see `LossWeights`.
-      samples: "chain" trains on a question's whole reply with the one routing of the question, "at_once" on one that
-        names all documents before it reads them, "steps" on one step of the chain at a time, as Memory Interleave
-        asks it, "question" on its router alone, "latent" on one that reads no text and answers from pooled memory.
-        unanswerable: share of samples whose supporting documents are hidden from them, and which learn to say so.
-        label_fraction: share of samples whose relevant documents the auxiliary loss, and logged recall, know of. See
-        `render_episode`.
-    """
-
-    source: Literal["needles", "ruler", "python_docs", "jsonl", "babi"] = "needles"
-    folder: str = ""
-    titles: bool = False
-    pair_fraction: float = 0.0
-    hidden_fraction: float = 1.0
-    hard_negatives: str = ""
-    num_negatives: int = 1
-    babi_tasks: tuple[int, ...] = (1, 2)
-    packages: tuple[str, ...] | None = ()
-    include_sources: bool = False
-    max_chars: int | None = None
-    document_len: int = 64
-    row_len: int | None = None
-    num_documents: int = 64
-    num_questions: int = 48
-    question_len: int = 128
-    num_words: int = 256
-    key_format: str = "{a}-{n}"
-    ruler_tasks: tuple[str, ...] = tuple(TASKS)
-    hard_fraction: float = 0.75
-    needle_fraction: float = 1.0
-    eval_fraction: float = 0.1
-    loss_weights: LossWeights = LossWeights()
-    samples: SampleForm = "chain"
-    unanswerable: float = 0.0
-    label_fraction: float = 1.0
-
-    def __post_init__(self):
-        if self.source not in ("needles", "ruler", "python_docs", "jsonl", "babi"):
-            raise ConfigError(f"data.source must be needles, ruler, python_docs, jsonl or babi, got {self.source!r}.")
-        if self.source == "babi" and not (self.folder and self.babi_tasks):
-            raise ConfigError('data.source "babi" needs data.folder, with its qa1_*_train.txt, and data.babi_tasks.')
-        check_tasks(self.ruler_tasks)
-        if self.source == "jsonl" and not self.folders:
-            raise ConfigError('data.source "jsonl" needs data.folder, a folder with a documents.jsonl.')
-        if self.samples not in SAMPLE_FORMS:
-            raise ConfigError(f"data.samples must be one of {SAMPLE_FORMS}, got {self.samples!r}.")
-        if not 0 <= self.unanswerable < 1:
-            raise ConfigError(f"data.unanswerable must be a share in [0, 1), got {self.unanswerable}.")
-        if self.hard_negatives and self.source in ("needles", "ruler"):
-            raise ConfigError("data.hard_negatives is for documents that stay; needles have data.hard_fraction.")
-        if self.samples == "question" and self.unanswerable:
-            raise ConfigError('data.samples "question" has no replies that could refuse: set data.unanswerable to 0.')
-        if not 0 <= self.label_fraction <= 1:
-            raise ConfigError(f"data.label_fraction must be in 0..1, got {self.label_fraction}.")
-        for name in ("document_len", "num_documents", "num_questions", "question_len", "num_negatives"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"data.{name} must be at least 1, got {getattr(self, name)}.")
-        if not (0 <= self.pair_fraction < 1 and 0 <= self.hidden_fraction <= 1):
-            raise ConfigError(
-                "data.pair_fraction must lie in [0, 1) and data.hidden_fraction in [0, 1], got "
-                f"{self.pair_fraction} and {self.hidden_fraction}."
-            )
-
-    @property
-    def folders(self) -> tuple[str, ...]:
-        return tuple(name.strip() for name in self.folder.split(",") if name.strip())
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TokenizerConfig:
-    """A tokenizer trained on the run's texts, or a checkpoint's own.
-
-    Attributes:
-      vocab_size: of a trained one, special tokens included. uuid_pairs: it cuts uuids into pairs of digits; see
-        `Tokenizer.train`.
-      path: folder of a tokenizer.json to use instead.
-      template: "compact", "paper", "chinese", or a JSON file of one's own frames, which is read when the tokenizer is
-        made and saved with it. numbers: "place" or "plain", how document numbers are spelt; empty leaves it to the
-        template. id_digits: of document numbers; 0 leaves it to the template.
-    """
-
-    vocab_size: int = 4096
-    uuid_pairs: bool = False
-    path: str = ""
-    template: str = "compact"
-    numbers: Literal["", "place", "plain"] = ""
-    id_digits: int = 0
-
-    def __post_init__(self):
-        if self.template not in _TEMPLATES and not self.template.endswith(".json"):
-            raise ConfigError(
-                f"tokenizer.template must be {', '.join(_TEMPLATES)} or a .json file of frames, got {self.template!r}."
-            )
-        if self.numbers not in ("", "place", "plain"):
-            raise ConfigError(f"tokenizer.numbers must be place, plain or empty, got {self.numbers!r}.")
-
-    def make_template(self) -> Template:
-        """The template named; raises DataError if it is a file and that is missing or damaged."""
-        template = _TEMPLATES[self.template]() if self.template in _TEMPLATES else Template.load(self.template)
-        return dataclasses.replace(
-            template, numbers=self.numbers or template.numbers, id_digits=self.id_digits or template.id_digits
-        )
+# Settings that stood elsewhere when runs were first written: where they were, and where they are.
+_MOVED = {("tokenizer", "uuid_pairs"): ("data", "uuid_pairs")}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -191,17 +64,11 @@ class RunConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
         """Validate nested plain mappings; unknown names and bad values raise `ConfigError`."""
-        values = dict(values)
+        values = as_named_today(values)
         try:
-            data = dict(values.pop("data", {}))
-            if "loss_weights" in data:
-                data["loss_weights"] = LossWeights(**data["loss_weights"])
-            for name in ("packages", "ruler_tasks", "babi_tasks"):
-                if data.get(name) is not None:
-                    data[name] = tuple(data[name])
             run = cls(
                 model=of_today(values.pop("model", {})),
-                data=DataConfig(**data),
+                data=DataConfig.from_dict(values.pop("data", {})),
                 tokenizer=TokenizerConfig(**dict(values.pop("tokenizer", {}))),
                 training=TrainingConfig.from_dict(values.pop("training")),
                 evaluation=EvalConfig(**dict(values.pop("evaluation", {}))),
@@ -219,15 +86,16 @@ class RunConfig:
                     "training.bag_of_words sums a question's words in the layer below the first router layer, and "
                     f"model.router_layers {layers} begin with layer 0; begin with 1, or leave bag_of_words out."
                 )
-            if run.training.bag_of_words and run.data.source not in ("jsonl", "python_docs"):
+            if run.training.bag_of_words and not run.data.settings.lasting_documents:
+                fitting = " or ".join(name for name in names() if settings_type(name).lasting_documents)
                 raise ConfigError(
                     "training.bag_of_words weighs words by how many documents hold them, and data.source "
-                    f"{run.data.source!r} makes its documents up; take jsonl or python_docs, or leave bag_of_words out."
+                    f"{run.data.source!r} makes its documents up; take {fitting}, or leave bag_of_words out."
                 )
         return run
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | {"data": self.data.to_dict()}
 
     def model_config(self, vocab_size: int) -> MSAConfig:
         changes = {name: value for name, value in self.model.items() if value is not None}
@@ -243,6 +111,15 @@ class RunConfig:
 
     def row_len(self, chunk_size: int) -> int:
         return self.data.row_len or -(-self.data.document_len // chunk_size) * chunk_size
+
+
+def as_named_today(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a run under the names that they have now, if they were written under earlier ones."""
+    values = {part: dict(given) if isinstance(given, Mapping) else given for part, given in values.items()}
+    for (old_part, old), (part, name) in _MOVED.items():
+        if old in values.get(old_part, {}):
+            values.setdefault(part, {}).setdefault(name, values[old_part].pop(old))
+    return values
 
 
 def _field(hint: Any, value: Any) -> Any:
@@ -266,6 +143,17 @@ def _filled(kind: type, values: Mapping[str, Any], *, unset: bool = False) -> di
     return fields | given
 
 
+def _filled_data(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Every field of the data and of all sources, so that another source can be chosen by flag."""
+    filled = _filled(DataConfig, values)
+    del filled["settings"]
+    for name, sources in owners().items():
+        kind = settings_type(sources[0])
+        defaults = {settings_type(source).__dataclass_fields__[name].default for source in sources}
+        filled[name] = _field(field_types(kind)[name], values.get(name, defaults.pop() if len(defaults) == 1 else None))
+    return filled | {"loss_weights": dataclasses.asdict(LossWeights(**values.get("loss_weights", {})))}
+
+
 def full_config(values: Mapping[str, Any]) -> ConfigDict:
     """Settings of a run with all their fields, so that each can be changed by flag; for files in `configs/`.
 
@@ -274,13 +162,11 @@ def full_config(values: Mapping[str, Any]) -> ConfigDict:
     unknown = sorted(set(values) - {field.name for field in dataclasses.fields(RunConfig)})
     if unknown:
         raise ConfigError(f"Run settings: unknown {unknown}.")
-    values = {name: dict(part) if isinstance(part, Mapping) else part for name, part in values.items()}
+    values = as_named_today(values)
     training = values.get("training", {})
-    data = values.get("data", {})
     filled = {
         "model": {"preset": "tiny"} | _filled(MSAConfig, values.get("model", {}), unset=True),
-        "data": _filled(DataConfig, data)
-        | {"loss_weights": dataclasses.asdict(LossWeights(**data.get("loss_weights", {})))},
+        "data": _filled_data(values.get("data", {})),
         "tokenizer": _filled(TokenizerConfig, values.get("tokenizer", {})),
         "training": _filled(TrainingConfig, training)
         | {

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from msa_jax.data import CorpusSource, Document, JsonlSource, Question
-from msa_jax.data.sources.base import in_split, stable_hash
+from msa_jax.data.splits import in_split, stable_hash
 from msa_jax.errors import DataError
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from msa_jax.data import CorpusSource, Document, JsonlSource, Question, cut_documents
-from msa_jax.data.sources.negatives import with_negatives, write_negatives
+from msa_jax.data.corpora.negatives import with_negatives, write_negatives
 from msa_jax.errors import DataError
 
 TEXT = "This is passage {} of the first kind. It holds {} words or so."

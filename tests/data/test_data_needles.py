@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from msa_jax.data import NeedleSource, Renderer, Tokenizer, frequent_words, training_texts
-from msa_jax.data.sources.keys import KeyPool, common_words
+from msa_jax.data.haystacks.keys import KeyPool, common_words
 from msa_jax.errors import DataError
 
 NEEDLE = re.compile(r"One of the special magic numbers for ([a-z]+)-([a-z]+) is: (\d{7})\.")

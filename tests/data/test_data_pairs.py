@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from msa_jax.data import CorpusSource, Document, JsonlSource, Question
-from msa_jax.data.sources.pairs import make_pairs
+from msa_jax.data.corpora.pairs import make_pairs
 
 SENTENCES = ("Town {} lies on a big river.", "It has {} old bridges now.", "Some {} people live here today.")
 

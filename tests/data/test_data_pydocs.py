@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from msa_jax.data import PythonDocsSource
-from msa_jax.data.sources.python_files import package_files, read_objects, standard_library_files
+from msa_jax.data.corpora.python_files import package_files, read_objects, standard_library_files
 from msa_jax.errors import DataError
 
 

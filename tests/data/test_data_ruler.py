@@ -10,9 +10,9 @@ import pytest
 
 from msa_jax.data import Renderer, RulerSource, Tokenizer
 from msa_jax.data.episodes import render_episode
-from msa_jax.data.sources.ruler_documents import RulerDocuments
-from msa_jax.data.sources.ruler_tasks import DEPTHS, NOISE, TASKS, ruler_words
-from msa_jax.data.uuids import draw_uuids
+from msa_jax.data.haystacks.ruler_documents import RulerDocuments
+from msa_jax.data.haystacks.ruler_tasks import DEPTHS, NOISE, TASKS, ruler_words
+from msa_jax.data.haystacks.uuids import draw_uuids, word_pattern
 from msa_jax.errors import DataError
 
 UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
@@ -35,7 +35,7 @@ def spoken(haystack) -> Tokenizer:
     words = ruler_words()
     texts = [*haystack, NOISE * 20, *draw_uuids(np.random.default_rng(0), 2500), *words["adjective"], *words["noun"]]
     texts += [TASKS["niah_single_1"].needle("red-apple", "1") + TASKS["niah_single_3"].question(["red-apple"])] * 50
-    return Tokenizer.train(texts, 2500, uuid_pairs=True)
+    return Tokenizer.train(texts, 2500, word_pattern=word_pattern())
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from msa_jax.data import Tokenizer, training_texts
-from msa_jax.data.uuids import draw_uuids
+from msa_jax.data.haystacks.uuids import draw_uuids, word_pattern
 
 
 @pytest.fixture(scope="module")
 def pairing(haystack) -> Tokenizer:
     texts = [*training_texts(haystack, num_words=60), *draw_uuids(np.random.default_rng(1), 2500)]
-    return Tokenizer.train(texts, 1300, uuid_pairs=True)
+    return Tokenizer.train(texts, 1300, word_pattern=word_pattern())
 
 
 def test_uuids_are_of_version_four_and_drawn_anew():
@@ -49,7 +49,7 @@ def test_other_text_is_cut_as_ever(pairing, text):
 
 def test_without_uuids_the_tokenizer_is_the_usual_one(haystack):
     texts = list(training_texts(haystack, num_words=60))
-    usual, pairing = Tokenizer.train(texts, 700), Tokenizer.train(texts, 700, uuid_pairs=True)
+    usual, pairing = Tokenizer.train(texts, 700), Tokenizer.train(texts, 700, word_pattern=word_pattern())
     assert [usual.token(i) for i in range(700)] == [pairing.token(i) for i in range(700)]
     for text in [*haystack[:9], "don't  say\n\n 12 times,3x or [4]!"]:
         assert usual.encode(text) == pairing.encode(text)

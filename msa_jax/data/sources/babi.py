@@ -5,13 +5,41 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from msa_jax.data.records import Document, Episode, Question
-from msa_jax.data.sources.base import Split, check_split, in_split
-from msa_jax.errors import DataError
+from msa_jax.data.sources import SourceSettings
+from msa_jax.data.splits import Split, check_split, in_split
+from msa_jax.data.tokenizer import Tokenizer
+from msa_jax.errors import DataError, require
+
+if TYPE_CHECKING:
+    from msa_jax.data.config import DataConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(SourceSettings):
+    """bAbI's stories, each question about its own.
+
+    Attributes:
+      folder: of the set's files, such as qa1_single-supporting-fact_train.txt.
+      babi_tasks: numbers of its tasks.
+    """
+
+    folder: str = ""
+    babi_tasks: tuple[int, ...] = (1, 2)
+
+    def __post_init__(self):
+        given = self.folder and self.babi_tasks
+        require(given, 'data.source "babi" needs data.folder, with its qa1_*_train.txt, and data.babi_tasks.')
+
+    def texts(self, data: DataConfig) -> Iterator[str]:
+        return BabiSource(self.folder, self.babi_tasks, "train", data.eval_fraction).texts()
+
+    def build(self, data: DataConfig, tokenizer: Tokenizer, split: Split) -> BabiSource:
+        return BabiSource(self.folder, self.babi_tasks, split, data.eval_fraction)
 
 
 @dataclass(frozen=True, slots=True)

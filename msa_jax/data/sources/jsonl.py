@@ -1,13 +1,50 @@
 """Folders of documents.jsonl and, if there are questions, questions.jsonl."""
 
+from __future__ import annotations
+
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from msa_jax.data.records import Document, Question
-from msa_jax.data.sources.base import CorpusSource, Split, check_split, in_split
-from msa_jax.data.sources.jsonl_rows import Faults, read_documents, read_questions
-from msa_jax.data.sources.pairs import make_pairs
-from msa_jax.errors import DataError
+from msa_jax.data.corpora.corpus import CorpusSource
+from msa_jax.data.corpora.jsonl_rows import folders_of, merged_documents, merged_questions
+from msa_jax.data.corpora.pairs import make_pairs
+from msa_jax.data.corpora.settings import CorpusSettings
+from msa_jax.data.records import Question
+from msa_jax.data.splits import Split, check_split, in_split
+from msa_jax.errors import DataError, require
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(CorpusSettings):
+    """One's own documents, and questions if there are any.
+
+    Attributes:
+      folder: of documents.jsonl and questions.jsonl; several, parted by commas, are one corpus.
+      pair_fraction: share of a batch's questions that are titles and sentences asking for their document.
+      hidden_fraction: how often such a sentence is taken out of the document that it asks for.
+    """
+
+    folder: str = ""
+    pair_fraction: float = 0.0
+    hidden_fraction: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.folders != [], 'data.source "jsonl" needs data.folder, a folder with a documents.jsonl.')
+        require(
+            0 <= self.pair_fraction < 1 and 0 <= self.hidden_fraction <= 1,
+            "data.pair_fraction must lie in [0, 1) and data.hidden_fraction in [0, 1], got "
+            f"{self.pair_fraction} and {self.hidden_fraction}.",
+        )
+
+    @property
+    def folders(self) -> list[Path]:
+        return folders_of(self.folder)
+
+    def read(self, split: Split, eval_fraction: float) -> JsonlSource:
+        fractions = dict(pair_fraction=self.pair_fraction, hidden_fraction=self.hidden_fraction)
+        return JsonlSource(self.folders, split, eval_fraction, **fractions)
 
 
 class JsonlSource(CorpusSource):
@@ -50,8 +87,8 @@ class JsonlSource(CorpusSource):
         folders = [Path(f) for f in ([folders] if isinstance(folders, str | Path) else folders)]
         if not folders:
             raise DataError("no folder was given; name one that holds documents.jsonl")
-        documents = _merged_documents(folders, max_document_chars)
-        questions = _merged_questions(folders, documents)
+        documents = merged_documents(folders, max_document_chars)
+        questions = merged_questions(folders, documents)
         pairs = make_pairs(documents) if pair_fraction or questions is None else []
         asked = pairs if questions is None else questions
         own = [q for q in asked if in_split(q.question, split, eval_fraction)]
@@ -63,37 +100,6 @@ class JsonlSource(CorpusSource):
         if pairs and pairs is not asked and split == "train":
             own = _shared(own, pairs, pair_fraction)
         super().__init__(documents, own, hidden_fraction=hidden_fraction)
-
-
-def _merged_documents(folders: Sequence[Path], max_chars: int) -> list[Document]:
-    faults = Faults()
-    merged: dict[str, Document] = {}
-    for folder in folders:
-        path = folder / "documents.jsonl"
-        for document in read_documents(path, max_chars, faults):
-            known = merged.setdefault(document.id, document)
-            if known != document:
-                faults.add(
-                    str(path),
-                    f"document {document.id!r} has another title or text in a folder before this one; give different "
-                    "documents different ids",
-                )
-        faults.throw()  # before any question: a broken document would break the questions that need it
-    return list(merged.values())
-
-
-def _merged_questions(folders: Sequence[Path], documents: Sequence[Document]) -> list[Question] | None:
-    """None where no folder has questions.jsonl."""
-    faults, ids = Faults(), {document.id for document in documents}
-    merged: dict[str, Question] = {}
-    paths = [folder / "questions.jsonl" for folder in folders if (folder / "questions.jsonl").is_file()]
-    for path in paths:
-        for question in read_questions(path, ids, faults):
-            if question.id in merged:
-                faults.add(str(path), f"question {question.id!r} is in a folder before this one too; make ids unique")
-            merged[question.id] = question
-    faults.throw()
-    return list(merged.values()) if paths else None
 
 
 def _shared(questions: list[Question], pairs: list[Question], pair_fraction: float) -> list[Question]:

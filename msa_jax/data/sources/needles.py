@@ -1,19 +1,51 @@
 """Needles in haystacks, in RULER's form: real text, each document with one made-up fact inserted in it."""
 
+from __future__ import annotations
+
+import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from msa_jax.data.haystacks.keys import KeyPool, common_words, frequent_words, key_fields
+from msa_jax.data.haystacks.passages import Haystack, Passages, Windows
+from msa_jax.data.haystacks.settings import HaystackSettings
 from msa_jax.data.records import Document, Episode, Question
 from msa_jax.data.samples import Renderer
-from msa_jax.data.sources.base import Split, check_split, draw_numbers
-from msa_jax.data.sources.haystack import Haystack, Passages, Windows
-from msa_jax.data.sources.keys import KeyPool, common_words, key_fields
+from msa_jax.data.splits import Split, check_split, draw_numbers
 from msa_jax.data.tokenizer import Tokenizer
 from msa_jax.errors import DataError
 
+if TYPE_CHECKING:
+    from msa_jax.data.config import DataConfig
+
 NEEDLE = "One of the special magic numbers for {key} is: {value}."
 QUESTION = "What is the special magic number for {key} mentioned in the provided text?"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(HaystackSettings):
+    """Needles whose keys are made of the haystack's own words.
+
+    Attributes:
+      num_words: the commonest words, which keys are made of.
+      key_format: how, each word's name in braces; "{a}-{b}-{n}" makes keys of three words.
+    """
+
+    num_words: int = 256
+    key_format: str = "{a}-{n}"
+
+    def texts(self, data: DataConfig) -> Iterator[str]:
+        return training_texts(self.haystack(), num_words=self.num_words, key_format=self.key_format)
+
+    def build(self, data: DataConfig, tokenizer: Tokenizer, split: Split) -> NeedleSource:
+        texts = self.haystack()
+        return NeedleSource(
+            texts, frequent_words(texts, tokenizer, self.num_words, self.key_format), tokenizer,
+            document_tokens=data.document_len, split=split, eval_fraction=data.eval_fraction,
+            hard_fraction=self.hard_fraction, needle_fraction=self.needle_fraction, key_format=self.key_format,
+        )  # fmt: skip
 
 
 def training_texts(
@@ -90,14 +122,6 @@ class NeedleSource:
 
     def __len__(self) -> int:
         return len(self._haystack)
-
-    def texts(self) -> Iterator[str]:
-        return training_texts(
-            self._haystack_texts,
-            needle=self._needle,
-            question=self._question,
-            key_format=self.keys.key_format,
-        )
 
     def episode(
         self, indices: Sequence[int], num_documents: int, rng: np.random.Generator, id_digits: int = 7

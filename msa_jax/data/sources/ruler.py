@@ -1,14 +1,16 @@
 """RULER's eight needle tasks (arXiv 2404.06654): memories of one task, and training episodes that mix them."""
 
+from __future__ import annotations
+
+import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from msa_jax.data.records import Document, Episode, Question
-from msa_jax.data.sources.base import Split, check_split, draw_numbers
-from msa_jax.data.sources.keys import KeyPool
-from msa_jax.data.sources.ruler_documents import RulerDocuments
-from msa_jax.data.sources.ruler_tasks import (
+from msa_jax.data.haystacks.keys import KeyPool
+from msa_jax.data.haystacks.ruler_documents import RulerDocuments
+from msa_jax.data.haystacks.ruler_tasks import (
     DEPTHS,
     KEY_FORMAT,
     TASKS,
@@ -18,11 +20,48 @@ from msa_jax.data.sources.ruler_tasks import (
     ruler_texts,
     ruler_words,
 )
+from msa_jax.data.haystacks.settings import HaystackSettings
+from msa_jax.data.haystacks.uuids import draw_uuids, word_pattern
+from msa_jax.data.records import Document, Episode, Question
+from msa_jax.data.splits import Split, check_split, draw_numbers
 from msa_jax.data.tokenizer import Tokenizer
-from msa_jax.data.uuids import draw_uuids
 from msa_jax.errors import DataError
 
+if TYPE_CHECKING:
+    from msa_jax.data.config import DataConfig
+
 Blocks = Iterator[tuple[list[Document], list[int]]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(HaystackSettings):
+    """RULER's needle tasks.
+
+    Attributes:
+      ruler_tasks: the tasks that are asked; a memory that eval.py makes is of one task.
+      uuid_pairs: the tokenizer cuts uuids into pairs of digits, 20 tokens with the hyphens.
+    """
+
+    ruler_tasks: tuple[str, ...] = tuple(TASKS)
+    uuid_pairs: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_tasks(self.ruler_tasks)
+
+    @property
+    def word_pattern(self) -> str | None:
+        return word_pattern() if self.uuid_pairs else None
+
+    def texts(self, data: DataConfig) -> Iterator[str]:
+        return ruler_texts(self.haystack())
+
+    def build(self, data: DataConfig, tokenizer: Tokenizer, split: Split) -> RulerSource:
+        return RulerSource(
+            self.haystack(), tokenizer,
+            document_tokens=data.document_len, tasks=self.ruler_tasks, split=split, eval_fraction=data.eval_fraction,
+            hard_fraction=self.hard_fraction, needle_fraction=self.needle_fraction,
+        )  # fmt: skip
 
 
 class RulerSource:
@@ -53,17 +92,14 @@ class RulerSource:
         check_tasks(tasks)
         self.tasks = tuple(tasks)
         self.keys = KeyPool(ruler_words(), KEY_FORMAT, split, eval_fraction)
-        self._split, self._texts = split, list(haystack_texts)
+        self._split = split
         self._hard_fraction, self._needle_fraction = hard_fraction, needle_fraction
-        self._made = RulerDocuments(self._texts, tokenizer, document_tokens, split, eval_fraction)
+        self._made = RulerDocuments(list(haystack_texts), tokenizer, document_tokens, split, eval_fraction)
         self._made.check_needles(self.tasks, dict(zip(self.keys.fields, self.keys.words, strict=True)))
 
     def __len__(self) -> int:
         """Passages of the text. What a slot asks is drawn anew each time; only the tasks depend on it."""
         return len(self._made.passages)
-
-    def texts(self) -> Iterator[str]:
-        return ruler_texts(self._texts)
 
     def episode(
         self, indices: Sequence[int], num_documents: int, rng: np.random.Generator, id_digits: int = 7

@@ -8,8 +8,8 @@ from typing import Literal
 
 import numpy as np
 
+from msa_jax.data.haystacks.uuids import draw_uuids
 from msa_jax.data.records import Question
-from msa_jax.data.uuids import draw_uuids
 from msa_jax.errors import DataError
 
 KEY_FORMAT = "{adjective}-{noun}"

@@ -4,10 +4,10 @@ import dataclasses
 import logging
 
 from msa_jax.data.chunker import split_text
+from msa_jax.data.corpora.corpus import CorpusSource
 from msa_jax.data.episodes import SampleForm, longest_sample
 from msa_jax.data.records import Document, Question
 from msa_jax.data.samples import Renderer
-from msa_jax.data.sources.base import CorpusSource
 from msa_jax.data.tokenizer import Tokenizer
 from msa_jax.errors import DataError
 

@@ -1,85 +1,17 @@
-"""What a source is, and the one way of splitting and drawing that all sources share."""
+"""Sources over given documents and questions: what sources of real text build on."""
 
-import hashlib
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, Protocol
 
 import numpy as np
 
 from msa_jax.data.records import Document, Episode, Question
+from msa_jax.data.splits import draw_numbers
 from msa_jax.errors import DataError
 
-Split = Literal["train", "eval"]
 # Words that say something: of a sentence that asks for its document, and of a document that lacks it.
 MIN_WORDS = 5
-
-
-class Source(Protocol):
-    """Documents and questions of one split. Reading is thread-safe; all randomness comes from `rng`."""
-
-    def __len__(self) -> int:
-        """Number of question slots: what `indices` index."""
-
-    def texts(self) -> Iterator[str]:
-        """What a tokenizer is trained on, always in the same order."""
-
-    def episode(
-        self, indices: Sequence[int], num_documents: int, rng: np.random.Generator, id_digits: int = 7
-    ) -> Episode:
-        """Asks the questions at `indices` of `num_documents` distinct documents in random order.
-
-        All supporting documents are there; the others are drawn by `rng`, and so are the documents' numbers,
-        out of 0..10**id_digits - 1. Raises DataError when `num_documents` is too small or the source has too
-        few.
-        """
-
-    def memory(
-        self, num_documents: int, num_questions: int, rng: np.random.Generator, *, id_digits: int = 7
-    ) -> tuple[list[Question], Iterator[tuple[list[Document], list[int]]]]:
-        """An episode of any size, block by block: (questions, iterator of (documents, numbers)).
-
-        All numbers and ids are distinct over all blocks. Raises DataError when `num_documents` is too small
-        or the source has too few.
-        """
-
-
-def check_split(split: str, eval_fraction: float) -> None:
-    """Raises DataError unless the split exists and the fraction leaves something on both sides."""
-    if split not in ("train", "eval"):
-        raise DataError(f'split must be "train" or "eval", got {split!r}')
-    if not 0 < eval_fraction < 1:
-        raise DataError(f"eval_fraction must lie between 0 and 1, got {eval_fraction}")
-
-
-def stable_hash(key: str | bytes) -> int:
-    """64-bit hash that is the same on every machine and in every process."""
-    data = key.encode() if isinstance(key, str) else key
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
-
-
-def in_split(key: str | bytes, split: Split, eval_fraction: float) -> bool:
-    """Whether what `key` names belongs to `split`: decided by the key alone, so it never moves."""
-    return (stable_hash(key) < eval_fraction * 2**64) == (split == "eval")
-
-
-def draw_numbers(rng: np.random.Generator, count: int, id_digits: int) -> np.ndarray:
-    """Distinct document numbers, int64 [count], out of 0..10**id_digits - 1."""
-    limit = 10**id_digits
-    if count > limit:
-        raise DataError(
-            f"{count} documents cannot have distinct numbers of {id_digits} digits; raise id_digits"
-        )
-    if count * 2 > limit:
-        return rng.permutation(limit)[:count]
-    found = np.empty(0, np.int64)
-    while len(found) < count:
-        found = first_unique(np.concatenate([found, rng.integers(0, limit, count + 16)]))
-    return found[:count]
-
-
-def first_unique(values: np.ndarray) -> np.ndarray:
-    """The distinct values in order of first appearance."""
-    return values[np.sort(np.unique(values, return_index=True)[1])]
 
 
 def without(document: Document, hidden: str) -> Document:
@@ -118,21 +50,9 @@ class CorpusSource:
         self._num_negatives = num_negatives
         self._negatives = {name: [self._index[i] for i in ids] for name, ids in (negatives or {}).items()}
 
-    def with_(
-        self,
-        documents: Sequence[Document],
-        questions: Sequence[Question],
-        negatives: Mapping[str, Sequence[str]] | None = None,
-        num_negatives: int = 1,
-    ) -> "CorpusSource":
-        """Other documents and questions with the same `hidden_fraction`; negatives only as given."""
-        return CorpusSource(
-            documents,
-            questions,
-            hidden_fraction=self._hidden_fraction,
-            negatives=negatives,
-            num_negatives=num_negatives,
-        )
+    def with_(self, documents: Sequence[Document], questions: Sequence[Question], **negatives) -> CorpusSource:
+        """Other documents and questions with the same `hidden_fraction`; `negatives` and their number as given."""
+        return CorpusSource(documents, questions, hidden_fraction=self._hidden_fraction, **negatives)
 
     def __len__(self) -> int:
         return len(self.questions)

@@ -8,7 +8,7 @@ from string import Formatter
 
 import numpy as np
 
-from msa_jax.data.sources.base import Split, first_unique, stable_hash
+from msa_jax.data.splits import Split, first_unique, stable_hash
 from msa_jax.data.tokenizer import Tokenizer
 from msa_jax.errors import DataError
 

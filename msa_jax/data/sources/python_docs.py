@@ -1,23 +1,37 @@
 """The documentation of the Python installation at hand: real text that every machine has."""
 
+from __future__ import annotations
+
+import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import chain
 
 from msa_jax.data.chunker import sentences
-from msa_jax.data.records import Document, Question
-from msa_jax.data.sources.base import CorpusSource, Split, check_split, in_split
-from msa_jax.data.sources.python_files import (
+from msa_jax.data.corpora.corpus import CorpusSource
+from msa_jax.data.corpora.python_files import (
+    InstalledSettings,
     PythonObject,
     package_files,
     read_objects,
     read_topics,
     standard_library_files,
 )
+from msa_jax.data.corpora.settings import CorpusSettings
+from msa_jax.data.records import Document, Question
+from msa_jax.data.splits import Split, check_split, in_split
 from msa_jax.errors import DataError
 
 _MIN_QUESTION_WORDS = 5
 _MIN_REST_CHARS = 80
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(CorpusSettings, InstalledSettings):
+    """Docstrings of this Python: their first sentences ask for the rest."""
+
+    def read(self, split: Split, eval_fraction: float) -> PythonDocsSource:
+        return PythonDocsSource(split, eval_fraction=eval_fraction, **self.installed())
 
 
 class PythonDocsSource(CorpusSource):

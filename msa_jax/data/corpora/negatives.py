@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from msa_jax.data.sources.base import CorpusSource
+from msa_jax.data.corpora.corpus import CorpusSource
 from msa_jax.errors import DataError
 from msa_jax.files import write_text
 
@@ -48,4 +48,4 @@ def with_negatives(source: CorpusSource, path: str | Path, num_negatives: int) -
             f"{path} names the document {unknown!r}, which is not there: it was mined with documents cut otherwise; "
             "use that run's tokenizer, id_digits and document_len, or mine again"
         )
-    return source.with_(source.documents, source.questions, found, num_negatives)
+    return source.with_(source.documents, source.questions, negatives=found, num_negatives=num_negatives)

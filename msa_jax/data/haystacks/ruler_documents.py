@@ -4,13 +4,13 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from msa_jax.data.haystacks.passages import Passages, Windows
+from msa_jax.data.haystacks.ruler_tasks import KEY_FORMAT, NOISE, TASKS, VALUE_DIGITS
+from msa_jax.data.haystacks.uuids import draw_uuids
 from msa_jax.data.records import Document
 from msa_jax.data.samples import Renderer
-from msa_jax.data.sources.base import Split
-from msa_jax.data.sources.haystack import Passages, Windows
-from msa_jax.data.sources.ruler_tasks import KEY_FORMAT, NOISE, TASKS, VALUE_DIGITS
+from msa_jax.data.splits import Split
 from msa_jax.data.tokenizer import Tokenizer
-from msa_jax.data.uuids import draw_uuids
 from msa_jax.errors import DataError
 
 

@@ -1,7 +1,7 @@
 """Reads documents.jsonl and questions.jsonl, and names up to ten faults at once with file, line and remedy."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ _QUESTION_FIELDS = {"id": str, "question": str, "answers": list, "supporting_ids
 _KINDS = {str: "a string", list: "a list of strings"}
 
 
-class Faults:
+class _Faults:
     """Collects faults, so that a user mends ten at once."""
 
     def __init__(self):
@@ -31,7 +31,44 @@ class Faults:
             raise DataError("\n".join(self.found))
 
 
-def read_documents(path: Path, max_chars: int, faults: Faults) -> list[Document]:
+def folders_of(names: str) -> list[Path]:
+    """The folders of a setting that parts them by commas."""
+    return [Path(name.strip()) for name in names.split(",") if name.strip()]
+
+
+def merged_documents(folders: Sequence[Path], max_chars: int = 1_000_000) -> list[Document]:
+    """Documents of all folders; one that several hold is there once. Raises DataError naming up to ten faults."""
+    faults = _Faults()
+    merged: dict[str, Document] = {}
+    for folder in folders:
+        path = folder / "documents.jsonl"
+        for document in _read_documents(path, max_chars, faults):
+            known = merged.setdefault(document.id, document)
+            if known != document:
+                faults.add(
+                    str(path),
+                    f"document {document.id!r} has another title or text in a folder before this one; give different "
+                    "documents different ids",
+                )
+        faults.throw()  # before any question: a broken document would break the questions that need it
+    return list(merged.values())
+
+
+def merged_questions(folders: Sequence[Path], documents: Sequence[Document]) -> list[Question] | None:
+    """Questions of all folders, or None where none has a questions.jsonl. Raises DataError as `merged_documents`."""
+    faults, ids = _Faults(), {document.id for document in documents}
+    merged: dict[str, Question] = {}
+    paths = [folder / "questions.jsonl" for folder in folders if (folder / "questions.jsonl").is_file()]
+    for path in paths:
+        for question in _read_questions(path, ids, faults):
+            if question.id in merged:
+                faults.add(str(path), f"question {question.id!r} is in a folder before this one too; make ids unique")
+            merged[question.id] = question
+    faults.throw()
+    return list(merged.values()) if paths else None
+
+
+def _read_documents(path: Path, max_chars: int, faults: _Faults) -> list[Document]:
     if not path.is_file():
         raise DataError(f"{path} does not exist; give a folder that holds documents.jsonl")
     documents = []
@@ -53,7 +90,7 @@ def read_documents(path: Path, max_chars: int, faults: Faults) -> list[Document]
     return documents
 
 
-def read_questions(path: Path, documents: set[str], faults: Faults) -> list[Question]:
+def _read_questions(path: Path, documents: set[str], faults: _Faults) -> list[Question]:
     questions = []
     for where, row in _rows(path, _QUESTION_FIELDS, faults):
         supporting = row["supporting_ids"]
@@ -69,7 +106,7 @@ def read_questions(path: Path, documents: set[str], faults: Faults) -> list[Ques
     return questions
 
 
-def _rows(path: Path, fields: dict[str, type], faults: Faults) -> Iterator[tuple[str, dict[str, Any]]]:
+def _rows(path: Path, fields: dict[str, type], faults: _Faults) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows whose fields are all there and of the right type, with where they stand; ids are unique."""
     seen: dict[str, int] = {}
     with path.open("rb") as lines:

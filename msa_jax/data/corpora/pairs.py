@@ -4,8 +4,9 @@ from collections import Counter
 from collections.abc import Sequence
 
 from msa_jax.data.chunker import sentences
+from msa_jax.data.corpora.corpus import MIN_WORDS
 from msa_jax.data.records import Document, Question
-from msa_jax.data.sources.base import MIN_WORDS, stable_hash
+from msa_jax.data.splits import stable_hash
 
 
 def make_pairs(documents: Sequence[Document]) -> list[Question]:

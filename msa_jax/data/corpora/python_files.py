@@ -9,10 +9,31 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from msa_jax.data.sources import SourceSettings
 from msa_jax.errors import DataError
 
 _SKIPPED_FOLDERS = {"test", "tests", "testing", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstalledSettings(SourceSettings):
+    """A source that reads the documentation of this Python.
+
+    Attributes:
+      packages: installed distributions that are read besides the standard library; None reads all.
+      include_sources: read their source code too.
+      max_chars: stop reading after so many characters; None reads everything.
+    """
+
+    packages: tuple[str, ...] | None = ()
+    include_sources: bool = False
+    max_chars: int | None = None
+
+    def installed(self) -> dict[str, Any]:
+        """These settings as arguments of `PythonDocsSource`."""
+        return dict(packages=self.packages, include_sources=self.include_sources, max_chars=self.max_chars)
 
 
 @dataclass(frozen=True, slots=True)

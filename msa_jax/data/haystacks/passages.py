@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from msa_jax.data.sources.base import Split, in_split
+from msa_jax.data.splits import Split, in_split
 from msa_jax.data.tokenizer import Tokenizer
 from msa_jax.errors import DataError
 
