@@ -23,10 +23,11 @@ def get_config() -> ConfigDict:
                 "router_bias": True,
                 "router_bias_init": 20.0,
             },
-            "tokenizer": {"vocab_size": 12288, "uuid_pairs": True, "template": "compact"},
+            "tokenizer": {"vocab_size": 12288, "template": "compact"},
             "data": {
                 "source": "ruler",
                 "ruler_tasks": TASKS,
+                "uuid_pairs": True,
                 "document_len": 76,
                 "num_documents": 64,
                 "num_questions": 24,

@@ -59,7 +59,8 @@ def test_the_haystack_behind_a_memory_has_the_tokens_asked_for(tmp_path, monkeyp
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefgh", k=4)) for _ in range(60)]
     texts = [" ".join(rng.choices(words, k=400)) + "." for _ in range(8)]
-    spoken = Tokenizer.train([*texts, NOISE, *draw_uuids(np.random.default_rng(0), 2000)], 700, word_pattern=word_pattern())
+    texts_of_all = [*texts, NOISE, *draw_uuids(np.random.default_rng(0), 2000)]
+    spoken = Tokenizer.train(texts_of_all, 700, word_pattern=word_pattern())
     source = RulerSource(texts, spoken, document_tokens=300, split="eval", eval_fraction=0.5)
     renderer = Renderer(spoken, 300)
     config = MSAConfig(

@@ -1,5 +1,6 @@
 """Every field of a run can be changed by flag, and what files in configs/ return is valid."""
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -8,8 +9,10 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
+from msa_jax.data.sources import settings_type
 from msa_jax.errors import ConfigError
 from msa_jax.runs.config import RunConfig, full_config
+from msa_jax.runs.open import open_run
 from msa_jax.runs.workdir import check_workdir, written_settings
 
 
@@ -68,7 +71,8 @@ def test_every_kind_of_field_can_be_set_by_flag(parse):
     )
     model = run.model_config(vocab_size=64)
     assert (model.num_layers, model.router_layers, model.dtype) == (6, (1, 5), "bfloat16")
-    assert (run.data.max_chars, run.data.packages, run.data.loss_weights.id) == (1000, ("numpy",), 2.5)
+    assert run.data.loss_weights.id == 2.5
+    assert (run.data.settings.max_chars, run.data.settings.packages) == (1000, ("numpy",))
     assert [p.steps for p in run.training.phases] == [50, 7]
     assert run.training.optimizer.ema_decay == 0.5 and not run.training.tied_router
     assert run.evaluation.seed == 9
@@ -92,3 +96,29 @@ def test_settings_stay_as_they_were_written_when_runs_come_to_have_more(settings
     check_workdir(run, tmp_path)
     assert written_settings(tmp_path) == written != json.loads(json.dumps(run.to_dict()))
     assert RunConfig.from_dict(written) == run
+
+
+def test_a_run_folder_of_an_earlier_version_is_the_same_run(settings, tmp_path):
+    """Runs were once written with the settings of all sources, those of others without effect, and other names."""
+    settings["data"]["max_chars"] = 9_000
+    written = json.loads(json.dumps(RunConfig.from_dict(settings).to_dict()))
+    for source in ("babi", "jsonl", "python_docs", "ruler"):
+        for field in dataclasses.fields(settings_type(source)):
+            written["data"].setdefault(field.name, field.default)
+    written["data"] |= {"titles": True, "ruler_tasks": ["niah_single_1"]}
+    written["tokenizer"]["uuid_pairs"] = written["data"].pop("uuid_pairs")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(written))
+    check_workdir(RunConfig.from_dict(settings), tmp_path)
+    assert open_run(tmp_path) == RunConfig.from_dict(settings) and path.read_text() == json.dumps(written)
+    other = RunConfig.from_dict(settings | {"data": settings["data"] | {"num_words": 12}})
+    with pytest.raises(ConfigError, match="other settings of data.num_words;"):
+        check_workdir(other, tmp_path)
+
+
+def test_settings_are_read_under_earlier_names(settings):
+    ruler = {"data": settings["data"] | {"source": "ruler", "num_words": 256}, "tokenizer": {"uuid_pairs": True}}
+    for made in (settings | ruler, full_config(settings | ruler).to_dict()):
+        assert RunConfig.from_dict(made).data.settings.uuid_pairs
+    with pytest.raises(ConfigError, match="data.uuid_pairs is a setting of ruler, and does nothing with .*'needles'"):
+        RunConfig.from_dict(settings | {"tokenizer": {"uuid_pairs": True}})
