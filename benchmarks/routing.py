@@ -14,7 +14,7 @@ from absl import app, flags, logging
 
 from benchmarks.measure import environment, median_seconds, write_json
 from msa_jax import routing
-from msa_jax.memory import DocumentLayout
+from msa_jax.memory import DocumentLayout, LayerMemory
 from pallas_kernels import chunk_scores
 
 _CHUNKS = flags.DEFINE_integer("chunks", 16_384, "C, chunks of the bank.")
@@ -53,6 +53,11 @@ def _forms(query, per_head, keys, layout):
         "chunk_scores + document max + top-k": lambda: route_and_select(query, keys),
         "per-head scores": lambda: naive(per_head, keys),
     }
+    memory = LayerMemory(keys, None, None, layout)
+    for name in routing.RETRIEVERS:
+        retriever = routing.retriever_of(name, layout)
+        choose = jax.jit(lambda query, memory, retriever=retriever: retriever.route(query, memory, None, 16))
+        forms[f"retriever {name}"] = lambda choose=choose: choose(routing.Query(query, route), memory)
     if importlib.util.find_spec("faiss"):
         import faiss
 

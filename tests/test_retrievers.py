@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msa_jax import routing
+from msa_jax.ask.__main__ import open_session, parser
 from msa_jax.bank.quantization import quantize
-from msa_jax.errors import ConfigError
+from msa_jax.errors import ConfigError, QuestionError
 from msa_jax.inference.explain import explain_question
+from msa_jax.inference.explanation import explanation_of
 from msa_jax.memory import DocumentLayout, LayerMemory, MemoryBank
 from msa_jax.memory.selection import Selection
 from msa_jax.routing import NO_SCORE, Query
@@ -125,7 +127,8 @@ def test_a_memory_that_is_spread_is_routed_over_alike(setting):
 
 def answers(retriever):
     config = dataclasses.replace(ENGINE, slots=1, prefill_rows=1, decode_steps=1, reported_documents=2)
-    engine = Scripted(model_of(retriever=retriever), renderer(), library_of(), config)
+    layers = dict(num_layers=2, router_layers=(0, 1))
+    engine = Scripted(model_of(retriever=retriever, **layers), renderer(), library_of(**layers), config)
     engine.scripts = {QUESTIONS[0]: names(4) + names(30)}
     return engine.ask(QUESTIONS[:1], config=ASK)
 
@@ -150,6 +153,11 @@ def test_who_needs_the_score_of_every_document_is_told_of_a_retriever_without(tm
     tokens, roles = renderer().prompt(QUESTIONS[0])
     with pytest.raises(ConfigError, match=f"^explain {REFUSED}"):
         explain_question(model, renderer().prefix, tokens, roles, library_of().bank)
+    with pytest.raises(QuestionError, match=f"^explain {REFUSED}"):
+        explanation_of(model, renderer(), library_of(), library_of().view(None), QUESTIONS[0], documents=1)
+    options = parser().parse_args(["--bank=b", "--workdir=w", "--explain", "--set=retriever=two_level", "what"])
+    with pytest.raises(ConfigError, match=f"^--explain {REFUSED}"):
+        open_session(options, ASK, ENGINE)
     run = RunConfig.from_dict(dict(model=dict(retriever="two_level"), training=dict(phases=[dict(steps=1)])))
     with pytest.raises(ConfigError, match=f"^training {REFUSED}"):
         train_run(run, tmp_path / "run")

@@ -25,6 +25,7 @@ from msa_jax.cli.loading import add_flags, changes_of, loading_of
 from msa_jax.errors import BankError, ConfigError, DataError, MSAError
 from msa_jax.inference.answer import Answer
 from msa_jax.inference.settings import MODES, AskConfig, Budget, EngineConfig, Sampling
+from msa_jax.routing import need_scores
 
 _HELP = {
     "temperature": "0 takes the most likely token always",
@@ -121,6 +122,9 @@ def questions_of(options) -> list[str]:
 
 def open_session(options, config: AskConfig, engine: EngineConfig):
     """The session that is asked. What is not there is noticed before the model is loaded."""
+    changes = changes_of(options)
+    if options.explain:
+        need_scores(changes.get("retriever", "exact"), "--explain")
     if options.namespace:
         with BankReader(options.bank) as bank:
             unknown = set(options.namespace) - set(bank.table.namespaces)
@@ -133,7 +137,7 @@ def open_session(options, config: AskConfig, engine: EngineConfig):
     from msa_jax.inference.session import Session
     return Session.open(
         options.bank, workdir=options.workdir, checkpoint=options.checkpoint, engine=engine, defaults=config,
-        loading=loading_of(options), changes=changes_of(options),
+        loading=loading_of(options), changes=changes,
     )  # fmt: skip
 
 

@@ -9,10 +9,11 @@ import numpy as np
 
 from msa_jax.data.records import Document
 from msa_jax.data.samples import Renderer
-from msa_jax.errors import QuestionError
+from msa_jax.errors import ConfigError, QuestionError
 from msa_jax.inference.explain import explain_question
 from msa_jax.inference.library import Library, View
 from msa_jax.model import MSATransformer
+from msa_jax.routing import need_scores
 
 _TORN = "\N{REPLACEMENT CHARACTER}"
 
@@ -63,8 +64,12 @@ def explanation_of(
     """Explain a question to a library.
 
     Raises:
-      QuestionError: it is empty, or there is no bank.
+      QuestionError: it is empty, there is no bank, or the retriever scores only some documents.
     """
+    try:
+        need_scores(model.config.retriever, "explain")
+    except ConfigError as e:
+        raise QuestionError(str(e)) from None
     if not question.strip():
         raise QuestionError("the question is empty.")
     if library.bank is None:
