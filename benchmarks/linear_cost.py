@@ -30,6 +30,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from msa_jax.config import MSAConfig
+from msa_jax.context import Route
 from msa_jax.data.batch import Batch, DocumentBatch, QuestionBatch
 from msa_jax.evaluation.plots import token_count
 from msa_jax.memory import DocumentLayout, MemoryBank
@@ -148,13 +149,12 @@ def time_question(tokens: int) -> float:
     graphdef, params = nnx.split(model)
 
     @jax.jit
-    def ask(params, tokens, positions, bank):
-        output = nnx.merge(graphdef, params)(tokens, positions=positions, bank=bank)
+    def ask(params, tokens, bank):
+        output = nnx.merge(graphdef, params).prefill(tokens, read=Route(bank))
         return output.hidden, output.own, output.selection
 
     question = jnp.asarray(rng.integers(1, config.vocab_size, size=(1, 64)), jnp.int32)
-    positions = config.position_offset + jnp.arange(64)[None]
-    return _median_of(lambda: ask(params, question, positions, bank))
+    return _median_of(lambda: ask(params, question, bank))
 
 
 CURVES = {

@@ -31,6 +31,7 @@ from msa_jax.bank import BankDocument, BankSpec, MemoryStore, load  # noqa: E402
 from msa_jax.bank.change import Encoded  # noqa: E402
 from msa_jax.bank.manifest import fingerprint_of  # noqa: E402
 from msa_jax.config import MSAConfig  # noqa: E402
+from msa_jax.context import Reuse, Route  # noqa: E402
 from msa_jax.memory import tiers  # noqa: E402
 from msa_jax.model import MSATransformer  # noqa: E402
 
@@ -69,29 +70,25 @@ def latency(tokens: int, repeats: int) -> dict:
 
     @jax.jit
     def ask(params, tokens, bank):
-        positions = config.position_offset + jnp.arange(T, dtype=jnp.int32)[None]
-        output = nnx.merge(graph, params)(tokens, positions=positions, bank=bank)
-        return output.hidden, output.own, output.selection
+        model = nnx.merge(graph, params)
+        output = model.prefill(tokens, read=Route(bank))
+        return output.hidden, model.cache(1, T + 1).add(output.own), output.selection
 
     @jax.jit
-    def token(params, own, bank, selection):
-        tokens = jnp.zeros((1, 1), jnp.int32)
-        slot = jnp.int32(T - 1)
-        return nnx.merge(graph, params)(
-            tokens, positions=tokens + T, past=own, slot=slot, bank=bank, selection=selection
-        ).hidden  # fmt: skip
+    def token(params, context, bank, selection):
+        return nnx.merge(graph, params).decode(jnp.zeros(1, jnp.int32), context, read=Reuse(bank, selection))[0]
 
     fetch = jax.jit(tiers.fetch)
     with tempfile.TemporaryDirectory() as folder:
         store = random_bank(pathlib.Path(folder) / "bank", config, model, tokens)
         loaded = {name: load(store, content=name) for name in ("device", "host", "disk")}
         banks = {name: each.bank for name, each in loaded.items()}
-        _, own, selection = ask(params, questions[0], banks["device"])
+        _, context, selection = ask(params, questions[0], banks["device"])
         each = {name: iter(questions * (repeats + 1)) for name in banks}
         forms = {f"question, {name}": lambda name=name: ask(params, next(each[name]), banks[name]) for name in banks}
         near, selected = fetch(banks["disk"], selection)
         decoding = {name: (bank, selection) for name, bank in banks.items()} | {"fetched": (near, selected)}
-        forms |= {f"token, {name}": lambda args=args: token(params, own, *args) for name, args in decoding.items()}
+        forms |= {f"token, {name}": lambda args=args: token(params, context, *args) for name, args in decoding.items()}
         forms |= {f"fetch, {name}": lambda name=name: fetch(banks[name], selection) for name in ("host", "disk")}
         seconds = median_seconds(forms, repeats)
     milliseconds = {name: round(1e3 * value, 3) for name, value in seconds.items()}

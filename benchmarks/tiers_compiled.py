@@ -15,9 +15,10 @@ from flax import nnx  # noqa: E402
 
 from msa_jax.cli.compilation import for_other_chips
 from msa_jax.config import MSAConfig  # noqa: E402
+from msa_jax.context import Context, KeyValues, Reuse, Route  # noqa: E402
 from msa_jax.memory import ContentSource, DocumentLayout, MemoryBank, StoredContent, tiers  # noqa: E402
 from msa_jax.memory.selection import Selection
-from msa_jax.model import KeyValues, MSATransformer  # noqa: E402
+from msa_jax.model import MSATransformer  # noqa: E402
 
 # Chips of the smallest machine that holds 100M tokens with content in host memory, and 64 chunks (4K tokens) as the
 # longest document.
@@ -104,22 +105,23 @@ def program(case: Case, chip: str):
     if case.step == "fetch":
         return lambda state, bank, selection: tiers.fetch(bank, selection), args | dict(selection=selection)
 
-    def step(state, tokens, bank, **kwargs):
-        output = nnx.merge(graph, state)(tokens, bank=bank, **kwargs)
+    def prefill(state, tokens, bank):
+        output = nnx.merge(graph, state).prefill(tokens, read=Route(bank))
         return output.hidden, output.own, output.selection
 
-    tokens = array((b, 64 if case.step == "prefill" else 1), "int32")
-    args |= dict(tokens=tokens, positions=tokens)
-    if case.step == "decode":
-        cache = array((config.num_layers, b, 512, heads, width), "bfloat16")
-        args |= dict(past=KeyValues(cache, cache), slot=array((), "int32"), selection=selection)
-    return step, args
+    def decode(state, tokens, context, bank, selection):
+        return nnx.merge(graph, state).decode(tokens, context, read=Reuse(bank, selection))
+
+    if case.step == "prefill":
+        return prefill, args | dict(tokens=array((b, 64), "int32"))
+    cache, one = array((config.num_layers, b, 512, heads, width), "bfloat16"), array((b,), "int32")
+    return decode, args | dict(tokens=one, context=Context(KeyValues(cache, cache), one, one), selection=selection)
 
 
 def compiled(case: Case, chip: str) -> dict[str, float | str]:
     """Bytes that the compiled step takes, or that it does not fit."""
     function, args = program(case, chip)
-    donate = ("past",) if case.step == "decode" else ()
+    donate = ("context",) if case.step == "decode" else ()
     with for_other_chips(), jax.set_mesh(programs.mesh_of(chip)):
         try:
             # A bank's keys are there whether a step reads them or not.

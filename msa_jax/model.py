@@ -15,19 +15,12 @@ from jax.sharding import PartitionSpec as P
 
 from msa_jax import routing
 from msa_jax.config import MSAConfig
+from msa_jax.context import Context, KeyValues, Read, Resume, Reuse, Route
 from msa_jax.layers.block import DecoderBlock, layers_of, scan_stack, stack
 from msa_jax.layers.norm import RMSNorm
 from msa_jax.memory import ChunkStates, DocumentLayout, LayerMemory, MemoryBank, Selection
 from msa_jax.memory.selection import reads_alike
 from msa_jax.sharding import Shardings, constrain
-
-
-@struct.dataclass
-class KeyValues:
-    """Keys and values of own tokens for every layer: a template prefix, or a cache; [L, B, S, K, D]."""
-
-    k: jax.Array
-    v: jax.Array
 
 
 @struct.dataclass
@@ -40,16 +33,17 @@ class EncodedDocuments:
 
 @struct.dataclass
 class ModelOutput:
-    """What the active context gives.
+    """What the tokens of the active context give.
 
     Attributes:
       hidden: [B, T, E], after the final norm; `MSATransformer.logits` takes it.
-      own: keys and values of prefix and own tokens, the start of a cache.
-      document_scores: [L_r, B, N] float32 when asked for.
+      own: keys and values of these tokens, [L, B, T, K, D]: `Context.add` puts them into a cache.
+      document_scores: [L_r, B, N] float32 when asked for (`Route.want`).
       selection: documents read by each router layer, [L_r, B, k] each field; None without a bank.
-      same: [L_r, B] bool with `resume`: whether each router layer reads the same as before; False where left out.
+      same: [L_r, B] bool with `Resume`: whether each router layer reads the same as before; False where left out.
       all_hidden: [L + 1, B, T, E] when asked for: the input of every layer, then `hidden`.
-      queries: [L_r, B, T, M] float32 when asked for: what every token routes with, whether or not it may.
+      queries: [L_r, B, T or U, M] float32 when asked for: what tokens route with, whether or not they may; with
+        `max_routing` those of its U alone.
     """
 
     hidden: jax.Array
@@ -174,88 +168,157 @@ class MSATransformer(nnx.Module):
             layout=layout,
         )
 
-    def encode_template(self, tokens: jax.Array) -> KeyValues:
-        """Keys and values [L, B, S, K, D] of template prefixes [B, S], positions from 0, without memory."""
-        b, s = tokens.shape
-        return self(tokens, positions=jnp.broadcast_to(jnp.arange(s), (b, s))).own
+    # Questions
 
-    def __call__(
+    def encode_template(self, tokens: jax.Array) -> Context | None:
+        """Template prefixes [B, S] int32 at positions from 0, without memory: what questions stand behind.
+
+        B may be 1, for a prefix that all questions share. None of S 0: questions then stand behind nothing.
+        """
+        b, s = tokens.shape
+        if not s:
+            return None
+        own = self.prefill(tokens, positions=jnp.broadcast_to(jnp.arange(s, dtype=jnp.int32), (b, s))).own
+        return Context(own, jnp.full(b, s, jnp.int32), jnp.full(b, self.config.position_offset, jnp.int32))
+
+    def cache(self, batch: int, size: int, template: Context | None = None) -> Context:
+        """Room for `size` tokens of each of `batch` questions, those of the template first."""
+        c = self.config
+        room = jnp.zeros((c.num_layers, batch, size, c.num_kv_heads, c.head_dim), c.compute_dtype)
+        past, length = KeyValues(room, room), jnp.zeros(batch, jnp.int32)
+        if template is not None:
+            past = jax.tree.map(lambda x, first: x.at[:, :, : template.size].set(first), past, template.past)
+            length = jnp.broadcast_to(template.length, batch)
+        return Context(past, length, jnp.full(batch, c.position_offset, jnp.int32))
+
+    def prefill(
         self,
         tokens: jax.Array,
         *,
-        positions: jax.Array,
-        mask: jax.Array | None = None,
-        past: KeyValues | None = None,
-        slot: jax.Array | None = None,
-        bank: MemoryBank | None = None,
-        route: jax.Array | None = None,
-        visible: jax.Array | None = None,
-        selection: Selection | None = None,
-        also: Selection | None = None,
-        resume: Selection | None = None,
-        mean_over_tokens: bool | jax.Array = False,
-        max_routing: int | None = None,
-        bank_gradients: bool = False,
+        lengths: jax.Array | None = None,
+        template: Context | None = None,
+        positions: jax.Array | None = None,
+        read: Route | Reuse | None = None,
         return_hidden: bool = False,
-        return_scores: bool = False,
-        return_queries: bool = False,
     ) -> ModelOutput:
-        """Stages 2 and 3: the active context attends to template prefix, selected documents, and itself.
+        """Begin a context: tokens that attend to the template, to what they read, and to themselves (stage 2).
 
         Args:
-          tokens: [B, T] int32.
-          positions: [B, T] int32; the active context starts at `config.position_offset`.
-          mask: [B, S] bool, tokens that exist, those of `past` included; default all.
-          past: a template prefix (batch 1 or B), or with `slot` a cache of fixed size S.
-          slot: int32 [B] or one for all, where in the cache the one new token goes, at S or beyond nowhere; without it
-            `past` is extended.
-          bank: memory bank; None reads no memory.
-          route: [B, T] bool, tokens that route (role 0); default all that `mask` keeps.
-          visible: [B, N] bool, documents that a question may see; default all.
-          selection: [L_r, B, k] fields, documents selected at prefill; skips routing.
-          also: [L_r, B, k] fields, what tokens of `past` selected, where they route with those given.
-          resume: [L_r, B, k] fields, what tokens of `past` read. Where a layer now selects other documents for every
-            question, those tokens are no longer what they were, and the layers behind it are left out.
-          mean_over_tokens, max_routing: see `MemorySparseAttention`.
-          bank_gradients: say that the bank is differentiated. Results are the same: layers then take copies of
-            their parts of the bank, which keeps gradients small, and else read it where it lies.
+          tokens: [B, T] int32, padded at the end.
+          lengths: [B] int32, how many there are of each question; default T.
+          template: what `encode_template` gave; None for none.
+          positions: [B, T] int32; default from `config.position_offset` on.
+          read: of a memory, and how; None reads none.
           return_hidden: also return every layer's input.
-          return_scores: also return the score of every document; needs a bank, no `selection`, and a retriever that
-            knows them.
-          return_queries: also return the routing queries; needs a bank, no `selection` and no `max_routing`.
 
         Raises:
           ValueError: shapes or dtypes that do not fit together, those of the bank included.
+          ConfigError: scores are wanted of a retriever that does not know them.
         """
-        c = self.config
-        new = tokens.shape[1] if slot is None or past is None else 0  # a slot's token is within the cache
-        expected = (tokens.shape[0], new + (0 if past is None else past.k.shape[2]))
-        if mask is not None and mask.shape != expected:
-            raise ValueError(f"MSATransformer: mask must be [B, S] = {expected}, got {mask.shape}.")
-        if bank is not None:
-            bank.check()
-            if bank.num_layers != len(c.router_layers):
-                raise ValueError(
-                    f"MSATransformer: the model has {len(c.router_layers)} router layers, the bank {bank.num_layers}: "
-                    "it is another model's."
-                )
-            if bank_gradients and bank.tier != "device":
-                raise ValueError(
-                    f"MSATransformer: bank_gradients needs content on the device, this bank's is on the {bank.tier}."
-                )
-        if return_scores and (bank is None or selection is not None):
-            raise ValueError("MSATransformer: return_scores needs routing: give a bank and no selection.")
-        if return_queries and (bank is None or selection is not None or max_routing is not None):
+        if positions is None:
+            positions = self.config.position_offset + self._places(tokens)
+        return self._append(tokens, positions, lengths, template, read, return_hidden)
+
+    def extend(
+        self,
+        tokens: jax.Array,
+        context: Context,
+        *,
+        lengths: jax.Array | None = None,
+        read: Reuse | Resume | None = None,
+    ) -> ModelOutput:
+        """Go on with a context: more tokens behind those that it holds, in one pass. See `prefill`.
+
+        Args:
+          context: of B questions, or of one that stands for all; `Context.add` puts what comes of it behind.
+        """
+        return self._append(tokens, context.position[:, None] + self._places(tokens), lengths, context, read)
+
+    def decode(
+        self, token: jax.Array, context: Context, *, write: jax.Array | None = None, read: Reuse | None = None
+    ) -> tuple[jax.Array, Context]:
+        """Go on with a context by one token a question, in a cache that is written in place (stage 3).
+
+        Args:
+          token: [B] int32.
+          context: a cache of B questions, `length` of each below its size.
+          write: [B] bool, questions whose token is kept; of others the context stays, and what is given means nothing.
+          read: the documents that were selected at prefill; None reads no memory.
+
+        Returns:
+          The hidden state [B, E], which `logits` takes, and the context with the token behind.
+        """
+        own = jnp.arange(context.size)[None] <= context.length[:, None]
+        slot = context.length if write is None else jnp.where(write, context.length, context.size)
+        output = self._run(
+            token[:, None], positions=context.position[:, None], mask=own, past=context.past, slot=slot, read=read
+        )
+        one = jnp.int32(1) if write is None else write.astype(jnp.int32)
+        return output.hidden[:, 0], Context(output.own, context.length + one, context.position + one)
+
+    @staticmethod
+    def _places(tokens):
+        return jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+
+    def _append(self, tokens, positions, lengths, context, read, return_hidden=False):
+        b, t = tokens.shape
+        exists = None
+        if lengths is not None:
+            if lengths.shape != (b,):
+                raise ValueError(f"MSATransformer: lengths must be [B] = {(b,)}, got {lengths.shape}.")
+            exists = jnp.arange(t)[None] < lengths[:, None]
+        if isinstance(read, Route | Resume) and read.tokens is not None and exists is not None:
+            read = read.replace(tokens=read.tokens & exists)
+        if context is None:
+            return self._run(tokens, positions=positions, mask=exists, read=read, return_hidden=return_hidden)
+        before = jnp.arange(context.size)[None] < context.length[:, None]
+        parts = [before, jnp.ones((b, t), bool) if exists is None else exists]
+        mask = jnp.concatenate([jnp.broadcast_to(x, (b, x.shape[1])) for x in parts], axis=1)
+        return self._run(
+            tokens, positions=positions, mask=mask, past=context.past, read=read, return_hidden=return_hidden
+        )
+
+    def _check(self, bank: MemoryBank, read: Read) -> None:
+        bank.check()
+        if bank.num_layers != len(self.config.router_layers):
             raise ValueError(
-                "MSATransformer: return_queries needs routing of all tokens: give a bank, no selection, no max_routing."
+                f"MSATransformer: the model has {len(self.config.router_layers)} router layers, the bank "
+                f"{bank.num_layers}: it is another model's."
             )
+        if isinstance(read, Route) and read.bank_gradients and bank.tier != "device":
+            raise ValueError(
+                f"MSATransformer: bank_gradients needs content on the device, this bank's is on the {bank.tier}."
+            )
+
+    def _run(self, tokens, *, positions, mask, read, past=None, slot=None, return_hidden=False) -> ModelOutput:
+        """All layers. `past` [L, B or 1, S, K, D] stands before the tokens; with `slot` [B] it is a cache of which
+        the one token takes that place, and `own` of the output is the cache."""
+        c, bank = self.config, None if read is None else read.bank
+        how, by_layer, differentiated = {}, {}, False
+        if bank is not None:
+            self._check(bank, read)
+        match read:
+            case Route():
+                differentiated = read.bank_gradients
+                mean = False if read.mean_over_tokens is None else read.mean_over_tokens
+                how = dict(
+                    route=read.tokens, visible=read.visible, mean_over_tokens=mean, max_routing=read.max_routing
+                )
+            case Reuse():
+                by_layer = dict(selection=read.selection)
+            case Resume():
+                how = dict(route=read.tokens, visible=read.visible)
+                by_layer = dict(also=read.also, before=read.selection)
+        resumes, want = isinstance(read, Resume), getattr(read, "want", ())
+        if want:
+            how["return_scores"] = "scores" in want
         spread = lambda x: constrain(x, self.shardings.questions)  # noqa: E731
         x = spread(self._embed(tokens))
-        own, scores, selections, queries, hidden, same = [], [], [], [], [], []
+        outputs = []
         first_router = 0
-        stands = None if resume is None else jnp.ones(tokens.shape[0], bool)  # what tokens before these are
+        stands = jnp.ones(tokens.shape[0], bool) if resumes else None  # what tokens before these are
         # A cache goes from layer to layer whole and is written in place; taken apart, all of it would be copied.
-        cached = slot is not None and past is not None
+        cached = slot is not None
         cache = (past.k, past.v) if cached else None
         for (is_router, first, count), group in zip(c.layer_groups, self.groups, strict=True):
             reads_bank = is_router and bank is not None
@@ -266,9 +329,9 @@ class MSATransformer(nnx.Module):
             xs["layer"] = jnp.arange(part.start, part.stop, dtype=jnp.int32) if cached else None
             if reads_bank:
                 take = lambda x, routers=routers: x[routers]  # noqa: E731
-                xs["memory"] = jax.tree.map(take, bank.arrays) if bank_gradients else None
-                xs["index"] = None if bank_gradients else jnp.arange(routers.start, routers.stop, dtype=jnp.int32)
-                xs["selection"], xs["also"], xs["before"] = jax.tree.map(take, (selection, also, resume))
+                xs["memory"] = jax.tree.map(take, bank.arrays) if differentiated else None
+                xs["index"] = None if differentiated else jnp.arange(routers.start, routers.stop, dtype=jnp.int32)
+                xs |= jax.tree.map(take, by_layer)
                 xs["last"] = jnp.arange(part.start, part.stop) == c.num_layers - 1
 
             def body(layer, carry, xs, reads_bank=reads_bank):
@@ -278,23 +341,21 @@ class MSATransformer(nnx.Module):
                 kwargs["layer"] = xs["layer"]
                 if reads_bank:
                     own = xs["memory"] and LayerMemory(**xs["memory"], layout=bank.layout)
-                    kwargs |= dict(
-                        memory=own or bank.layer_at(xs["index"]),
-                        route=route, visible=visible,
-                        selection=xs["selection"], also=xs["also"], mean_over_tokens=mean_over_tokens,
-                        max_routing=max_routing, return_scores=return_scores,
-                    )  # fmt: skip
+                    kwargs |= how | dict(memory=own or bank.layer_at(xs["index"]))
+                    kwargs |= {name: xs[name] for name in by_layer if name != "before"}
                 y, result = layer(x, **kwargs)
-                query = result.query.astype(jnp.float32) if return_queries and reads_bank else None
                 caches = (result.k, result.v)
-                own_now = None if cached else KeyValues(*caches)
-                alike = None
-                if reads_bank and stands is not None:
+                kept = {"own": None if cached else KeyValues(*(cache[:, -tokens.shape[1] :] for cache in caches))}
+                kept["document_scores"], kept["selection"] = result.document_scores, result.selection
+                if "queries" in want and result.query is not None:
+                    kept["queries"] = result.query.astype(jnp.float32)
+                if return_hidden:
+                    kept["all_hidden"] = x
+                if reads_bank and resumes:
                     # What the last layer reads reaches no key or value of another token.
-                    alike = xs["last"] | reads_alike(result.selection, xs["before"], biased=c.router_bias)
-                    stands = stands & alike
-                ys = (own_now, result.document_scores, result.selection, query, x if return_hidden else None, alike)
-                return (spread(y), caches if cached else None, stands), ys
+                    same = xs["last"] | reads_alike(result.selection, xs["before"], biased=c.router_bias)
+                    stands, kept["same"] = stands & same, same
+                return (spread(y), caches if cached else None, stands), kept
 
             def unless_over(layer, carry, xs, body=body):
                 def nothing(carry, xs):
@@ -303,17 +364,14 @@ class MSATransformer(nnx.Module):
 
                 return jax.lax.cond(jnp.any(carry[2]), functools.partial(body, layer), nothing, carry, xs)
 
-            run = body if resume is None else unless_over
-            (x, cache, stands), ys = scan_stack(group, run, (x, cache, stands), xs, remat=c.remat)
-            for kept, value in zip((own, scores, selections, queries, hidden, same), ys, strict=True):
-                kept.append(value)
+            (x, cache, stands), kept = scan_stack(
+                group, unless_over if resumes else body, (x, cache, stands), xs, remat=c.remat
+            )
+            outputs.append(kept)
         x = self.final_norm(x)
-        return ModelOutput(
-            hidden=x,
-            own=KeyValues(*cache) if cached else _concat(own),
-            document_scores=_concat(scores),
-            selection=_concat(selections),
-            queries=_concat(queries),
-            same=_concat(same),
-            all_hidden=_concat([*hidden, x[None]]) if return_hidden else None,
-        )
+        found = {name: _concat([o.get(name) for o in outputs]) for name in dict.fromkeys(k for o in outputs for k in o)}
+        if return_hidden:
+            found["all_hidden"] = _concat([found["all_hidden"], x[None]])
+        if cached:
+            found["own"] = KeyValues(*cache)
+        return ModelOutput(hidden=x, **found)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from msa_jax import MemoryBank, MSAConfig, MSATransformer
 from msa_jax.bank.encoder import RowEncoder, _encode_rows, encode_bank
+from msa_jax.context import Route
 from msa_jax.data.batch import pack_documents
 from msa_jax.memory import DocumentLayout
 
@@ -50,7 +51,7 @@ def bank_of():
 
 @functools.partial(jax.jit, static_argnames="graphdef")
 def _forward(graphdef, params, bank, visible):
-    return nnx.merge(graphdef, params)(TOKENS, positions=POSITIONS, bank=bank, visible=visible, return_scores=True)
+    return nnx.merge(graphdef, params).prefill(TOKENS, read=Route(bank, visible=visible, want=("scores",)))
 
 
 def forward(bank, visible, model=None):
@@ -126,7 +127,7 @@ def test_a_bank_without_documents():
     assert (bank.num_chunks, bank.num_documents, bank.layout.max_length) == (0, N, 1)
     got = forward(bank, np.ones((B, N), bool))
     assert not np.any(got.selection.lengths)
-    alone = jax.jit(lambda split: nnx.merge(*split)(TOKENS, positions=POSITIONS).hidden)(nnx.split(model_of()))
+    alone = jax.jit(lambda split: nnx.merge(*split).prefill(TOKENS).hidden)(nnx.split(model_of()))
     close(got.hidden, alone)
 
 

@@ -7,13 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from msa_jax import MemoryBank, MSAConfig, MSATransformer
+from msa_jax.context import Context, Resume, Reuse, Route
 from msa_jax.data.batch import pack_documents
 from msa_jax.memory import DocumentLayout
-from msa_jax.model import KeyValues
 
 B, T, V, N, P, W, PREFIX = 2, 6, 37, 5, 4, 12, 3
+SCORES = ("scores",)
 CONFIG = MSAConfig(
     vocab_size=V, hidden_size=12, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6, mlp_size=20, chunk_size=P,
     top_k=2, position_offset=5, tie_embeddings=False,
@@ -46,66 +49,102 @@ def bank_of(layers=1):
     return MemoryBank(keys, content_k, content_v, layout=DocumentLayout.from_chunk_documents(owners, N))
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "return_hidden"))
-def _forward(graphdef, params, tokens, kwargs, return_hidden=False):
-    scores = kwargs.get("bank") is not None and kwargs.get("selection") is None
-    return nnx.merge(graphdef, params)(tokens, return_hidden=return_hidden, return_scores=scores, **kwargs)
+@functools.partial(jax.jit, static_argnames=("graphdef", "verb", "static"))
+def _said(graphdef, params, verb, args, kwargs, static):
+    return getattr(nnx.merge(graphdef, params), verb)(*args, **kwargs, **dict(static))
 
 
-def forward(model=None, tokens=TOKENS, positions=POSITIONS, return_hidden=False, **kwargs):
-    return _forward(*nnx.split(model or model_of()), tokens, kwargs | dict(positions=positions), return_hidden)
+def say(verb, *args, model=None, static=(), **kwargs):
+    """What a verb of the model gives, compiled."""
+    return jax.device_get(_said(*nnx.split(model or model_of()), verb, args, kwargs, static))
+
+
+def prefill(tokens=TOKENS, **kwargs):
+    return say("prefill", tokens, **kwargs)
 
 
 @functools.cache
 def template_of():
-    return jax.jit(lambda split: nnx.merge(*split).encode_template(TEMPLATE))(nnx.split(model_of()))
+    return say("encode_template", TEMPLATE)
 
 
 def close(got, want, atol=2e-5):
     np.testing.assert_allclose(got, want, atol=atol)
 
 
-def test_prefill_then_decode_equals_one_pass():
-    """Prompts of 3 and 6 tokens, right-padded, then 4 more tokens each in a cache after a template prefix."""
-    bank, more = bank_of(), 4
-    sizes, tokens = np.array([3, T]), np.random.default_rng(3).integers(0, V, (B, T + more)).astype(np.int32)
-    index = np.arange(T + more)
-    positions = np.broadcast_to(CONFIG.position_offset + index, tokens.shape)
-    past = template_of()
-    ones = np.ones((B, PREFIX), bool)
-    exists = np.concatenate([ones, index < (sizes + more)[:, None]], axis=1)
-    route = index < sizes[:, None]
-    whole = forward(tokens=tokens, positions=positions, mask=exists, past=past, bank=bank, route=route)
+@functools.cache
+def room():
+    return jax.jit(lambda split, template: nnx.merge(*split).cache(B, PREFIX + T + 5, template))(
+        nnx.split(model_of()), template_of()
+    )
 
-    mask = np.concatenate([ones, route[:, :T]], axis=1)
-    step = forward(tokens=tokens[:, :T], positions=positions[:, :T], mask=mask, past=past, bank=bank)
-    selection = step.selection
-    close(step.document_scores, whole.document_scores)
-    np.testing.assert_array_equal(selection.documents, whole.selection.documents)
+
+add = jax.jit(Context.add)
+
+
+@settings(max_examples=8)
+@given(data=st.data())
+def test_prefill_then_decode_and_then_extend_equal_one_pass(data):
+    """Prompts of any lengths, padded at the end, then tokens one by one, of some questions only, then several."""
+    bank, ones = bank_of(), st.lists(st.integers(1, T), min_size=B, max_size=B)
+    sizes = np.array(data.draw(ones), np.int32)
+    writes = np.array(data.draw(st.lists(st.lists(st.booleans(), min_size=B, max_size=B), min_size=2, max_size=2)))
+    more = np.array(data.draw(st.lists(st.integers(1, 3), min_size=B, max_size=B)), np.int32)
+    tokens = np.random.default_rng(3).integers(0, V, (B, T + 5)).astype(np.int32)
+    route = np.arange(T + 5)[None] < sizes[:, None]
+    lengths = sizes + writes.sum(0) + more
+    whole = prefill(tokens, lengths=lengths, template=template_of(), read=Route(bank, route, want=SCORES))
+
+    first = prefill(tokens[:, :T], lengths=sizes, template=template_of(), read=Route(bank, want=SCORES))
+    close(first.document_scores, whole.document_scores)
+    np.testing.assert_array_equal(first.selection.documents, whole.selection.documents)
     for b in range(B):
-        close(step.hidden[b, : sizes[b]], whole.hidden[b, : sizes[b]])
-    cache = jax.tree.map(lambda x: np.pad(x, ((0, 0), (0, 0), (0, more), (0, 0), (0, 0))), step.own)
-    mask = np.pad(mask, ((0, 0), (0, more)))
-    for i in range(more):
-        slot, at = PREFIX + T + i, (sizes + i)[:, None]
-        mask[:, slot] = True
-        step = forward(
-            tokens=np.take_along_axis(tokens, at, axis=1), positions=np.take_along_axis(positions, at, axis=1),
-            mask=mask, past=cache, slot=jnp.int32(slot), bank=bank, selection=selection,
-        )  # fmt: skip
-        cache = KeyValues(k=step.own.k, v=step.own.v)
-        close(step.hidden[:, 0], np.take_along_axis(np.asarray(whole.hidden), at[:, :, None], axis=1)[:, 0])
-    assert step.document_scores is None
+        close(first.hidden[b, : sizes[b]], whole.hidden[b, : sizes[b]])
+    context, read, at = add(room(), first.own, sizes), Reuse(bank, first.selection), sizes.copy()
+    for write in writes:
+        hidden, context = say("decode", tokens[range(B), at], context, write=write, read=read)
+        close(hidden[write], whole.hidden[write, at[write]])
+        at += write
+    np.testing.assert_array_equal(context.length, at + PREFIX)
+    rest = np.stack([tokens[b, at[b] : at[b] + 3] for b in range(B)])
+    last = say("extend", rest, context, lengths=more, read=read)
+    for b in range(B):
+        close(last.hidden[b, : more[b]], whole.hidden[b, at[b] : at[b] + more[b]])
+    assert last.document_scores is None
+    context = add(context, last.own, more)
+    for b in range(B):
+        close(context.past.k[:, b, PREFIX : context.length[b]], whole.own.k[:, b, : lengths[b]])
+
+
+@settings(max_examples=8)
+@given(split=st.lists(st.integers(1, T - 1), min_size=B, max_size=B), seed=st.integers(0, 3))
+def test_resuming_over_a_cache_equals_prefill_of_the_whole(split, seed):
+    """As long as what the first tokens read is what all of them select: `same` says whether it is."""
+    bank, sizes = bank_of(), np.array(split, np.int32)
+    tokens = np.random.default_rng(seed).integers(0, V, (B, T)).astype(np.int32)
+    whole = prefill(tokens, template=template_of(), read=Route(bank))
+    first = prefill(tokens, lengths=sizes, template=template_of(), read=Route(bank))
+    context = add(room(), first.own, sizes)
+    rest = np.stack([np.pad(tokens[b, sizes[b] :], (0, sizes[b])) for b in range(B)])
+    # The second of two layers is the router, and the last: what it reads concerns no key of another token.
+    read = Resume(bank, selection=first.selection, also=first.selection)
+    got = say("extend", rest, context, lengths=T - sizes, read=read)
+    assert np.asarray(got.same).all()
+    np.testing.assert_array_equal(got.selection.documents, whole.selection.documents)
+    close(got.selection.scores, whole.selection.scores)
+    for b in range(B):
+        close(got.hidden[b, : T - sizes[b]], whole.hidden[b, sizes[b] :])
 
 
 def test_a_template_prefix_equals_one_pass():
     tokens = np.concatenate([np.repeat(TEMPLATE, B, axis=0), TOKENS], axis=1)
     positions = np.concatenate([np.broadcast_to(np.arange(PREFIX, dtype=np.int32), (B, PREFIX)), POSITIONS], axis=1)
-    whole = forward(tokens=tokens, positions=positions)
-    rest = forward(past=template_of())
+    whole = prefill(tokens, positions=positions)
+    rest = prefill(template=template_of())
     close(rest.hidden, whole.hidden[:, PREFIX:])
-    close(rest.own.k, whole.own.k)
+    close(rest.own.k, whole.own.k[:, :, PREFIX:])
     assert whole.document_scores is None and whole.selection is None
+    assert say("encode_template", TEMPLATE[:, :0]) is None  # nothing stands before nothing
 
 
 @jax.jit
@@ -126,7 +165,7 @@ def _layer_by_layer(split, tokens, positions, bank):
 
 def test_stacked_layers_equal_single_ones():
     model = model_of(num_layers=4, router_layers=(0, 2, 3))
-    got = forward(model, bank=bank_of(3), return_hidden=True)
+    got = prefill(model=model, read=Route(bank_of(3), want=SCORES), static=(("return_hidden", True),))
     hidden, scores = _layer_by_layer(nnx.split(model), TOKENS, POSITIONS, bank_of(3))
     close(got.all_hidden, hidden)
     close(got.document_scores, scores)
@@ -144,7 +183,7 @@ def test_any_layers_may_be_router_layers(layers):
         encoded = model.encode_documents(rows, segment_ids=rows, positions=rows, return_hidden=True)
         owners = jnp.arange(9)
         layout = DocumentLayout(owners, owners, owners, max_length=2)
-        return encoded, model(tokens, positions=tokens, bank=model.bank(encoded.states, layout), return_scores=True)
+        return encoded, model.prefill(tokens, read=Route(model.bank(encoded.states, layout), want=SCORES))
 
     graphdef, state = nnx.split(model)
     encoded, output = jax.eval_shape(ask, state, rows, jax.ShapeDtypeStruct((B, T), jnp.int32))
@@ -162,7 +201,7 @@ def test_remat_changes_neither_values_nor_gradients():
         states = model.encode_documents(
             batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions
         ).states
-        output = model(TOKENS, positions=POSITIONS, bank=model.bank(states, layout), return_scores=True)
+        output = model.prefill(TOKENS, read=Route(model.bank(states, layout), want=SCORES))
         return jnp.sum(jnp.sin(model.logits(output.hidden))) + jnp.sum(output.document_scores**2)
 
     def run(remat):
@@ -184,7 +223,8 @@ def test_remat_changes_neither_values_nor_gradients():
 def test_bfloat16_is_near_float32():
     kwargs = dict(top_k=N + 3)  # all documents, so that no choice hangs on rounding
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.ndim > 1 else x, bank_of())
-    got, want = forward(model_of(**kwargs, dtype="bfloat16"), bank=half), forward(model_of(**kwargs), bank=bank_of())
+    got = prefill(model=model_of(**kwargs, dtype="bfloat16"), read=Route(half, want=SCORES))
+    want = prefill(model=model_of(**kwargs), read=Route(bank_of(), want=SCORES))
     assert got.hidden.dtype == got.own.k.dtype == jnp.bfloat16 and got.document_scores.dtype == jnp.float32
     error = np.abs(got.hidden.astype(jnp.float32) - want.hidden)
     assert error.mean() < 0.02 and error.max() < 0.2
@@ -199,15 +239,8 @@ def test_logits_are_scores_against_the_output_embedding(tied):
     close(model.logits(jnp.asarray(hidden)), hidden @ np.asarray(table).T, atol=1e-4)
 
 
-@pytest.mark.parametrize("change", [{}, {"past": True}, {"past": True, "slot": 0}])
-def test_a_mask_of_the_wrong_length_is_refused(change):
-    want = {0: (B, T), 1: (B, T + PREFIX), 2: (B, PREFIX)}[len(change)]
-    if "past" in change:
-        zeros = np.zeros((2, 1, PREFIX, 2, 6), np.float32)
-        change = change | dict(past=KeyValues(k=zeros, v=zeros))
-    with pytest.raises(ValueError, match="MSATransformer: mask must be"):
-        try:
-            model_of()(TOKENS, positions=POSITIONS, mask=np.ones((B, 99), bool), **change)
-        except ValueError as error:
-            assert f"{want}, got {(B, 99)}" in str(error)
-            raise
+@pytest.mark.parametrize("verb", ["prefill", "extend"])
+def test_lengths_of_another_number_of_questions_are_refused(verb):
+    context = (room(),) if verb == "extend" else ()
+    with pytest.raises(ValueError, match=r"MSATransformer: lengths must be \[B\] = \(2,\), got \(3,\)"):
+        getattr(model_of(), verb)(TOKENS, *context, lengths=np.ones(3, np.int32))

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from msa_jax import routing
 from msa_jax.ask.__main__ import open_session, parser
 from msa_jax.bank.quantization import quantize
+from msa_jax.context import Route
 from msa_jax.errors import ConfigError, QuestionError
 from msa_jax.inference.explain import explain_question
 from msa_jax.inference.explanation import explanation_of
@@ -162,16 +163,12 @@ def test_who_needs_the_score_of_every_document_is_told_of_a_retriever_without(tm
     with pytest.raises(ConfigError, match=f"^training {REFUSED}"):
         train_run(run, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    ask = lambda tokens: model(tokens, positions=tokens, bank=library_of().bank, return_scores=True)  # noqa: E731
+    ask = lambda tokens: model.prefill(tokens, read=Route(library_of().bank, want=("scores",)))  # noqa: E731
     with pytest.raises(ConfigError, match=f"^return_scores {REFUSED}"):
         jax.eval_shape(ask, jnp.zeros((1, 3), jnp.int32))
 
 
-def test_scores_are_given_by_those_who_route():
-    model = model_of()
-    tokens = jnp.zeros((1, 3), jnp.int32)
-    for wrong in (dict(), dict(bank=library_of().bank, selection=0)):
-        with pytest.raises(ValueError, match="return_scores needs routing: give a bank and no selection"):
-            model(tokens, positions=tokens, return_scores=True, **wrong)
-    output = nnx.eval_shape(lambda: model(tokens, positions=tokens, bank=library_of().bank))
+def test_scores_are_given_to_those_who_want_them():
+    model, tokens = model_of(), jnp.zeros((1, 3), jnp.int32)
+    output = nnx.eval_shape(lambda: model.prefill(tokens, read=Route(library_of().bank)))
     assert output.document_scores is None and output.selection.documents.shape == (2, 1, 2)

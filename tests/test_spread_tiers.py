@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from msa_jax import MSAConfig, MSATransformer
 from msa_jax.bank.quantization import quantize
+from msa_jax.context import Route
 from msa_jax.memory import DocumentLayout, MemoryBank, tiers
 from msa_jax.memory.selection import Selection
 from msa_jax.sharding import MeshConfig, Shardings
@@ -66,11 +67,10 @@ def spread(bank, mesh, tier):
 def ask():
     graphdef, state = nnx.split(MSATransformer(CONFIG, rngs=nnx.Rngs(0)))
     tokens = jnp.asarray(np.random.default_rng(5).integers(1, 48, size=(2, TOKENS)), jnp.int32)
-    positions = jnp.broadcast_to(19 + jnp.arange(TOKENS), tokens.shape)
 
     @jax.jit
     def step(state, bank):
-        output = nnx.merge(graphdef, state)(tokens, positions=positions, bank=bank)
+        output = nnx.merge(graphdef, state).prefill(tokens, read=Route(bank))
         return output.hidden, output.selection.documents
 
     return lambda bank: jax.device_get(step(state, bank))

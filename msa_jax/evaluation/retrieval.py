@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from msa_jax.bank import encode_bank
+from msa_jax.context import Route
 from msa_jax.data import Document, Renderer, pack_documents
 from msa_jax.data.batch import ROUTING
 from msa_jax.data.splits import draw_numbers
@@ -21,7 +22,6 @@ from msa_jax.errors import DataError
 from msa_jax.memory import DocumentLayout, MemoryBank
 from msa_jax.model import MSATransformer
 from msa_jax.routing import need_scores
-from msa_jax.training.step import active_positions
 
 _TOKENS_MULTIPLE = 32
 
@@ -55,26 +55,14 @@ def part_of(bank: MemoryBank, documents: Sequence[int]) -> MemoryBank:
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
-def _prefix(graphdef, params, tokens):
+def _template(graphdef, params, tokens):
     return nnx.merge(graphdef, params).encode_template(tokens)
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
-def _scores(graphdef, params, tokens, mask, route, bank, past, mean_over_tokens):
+def _scores(graphdef, params, tokens, lengths, template, read):
     model = nnx.merge(graphdef, params)
-    if past is not None:
-        mask = jnp.concatenate([jnp.ones((mask.shape[0], past.k.shape[2]), bool), mask], axis=1)
-    own = mask[:, -tokens.shape[1] :]
-    return model(
-        tokens,
-        positions=active_positions(own, model.config.position_offset),
-        mask=mask,
-        past=past,
-        bank=bank,
-        route=route & own,
-        mean_over_tokens=mean_over_tokens,
-        return_scores=True,
-    ).document_scores
+    return model.prefill(tokens, lengths=lengths, template=template, read=read).document_scores
 
 
 def router_scores(
@@ -97,20 +85,21 @@ def router_scores(
     need_scores(model.config.retriever, "ranking every document")
     graphdef, params = nnx.split(model)
     prompts = [renderer.prompt(question) for question in questions]
-    past = _prefix(graphdef, params, np.asarray([renderer.prefix], np.int32)) if renderer.prefix else None
+    template = _template(graphdef, params, np.asarray([renderer.prefix], np.int32))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i][0]))
     for first in range(0, len(order), batch_size):
         some = order[first : first + batch_size]
         longest = max(len(prompts[i][0]) for i in some)
         shape = (batch_size, -(-longest // _TOKENS_MULTIPLE) * _TOKENS_MULTIPLE)
         tokens = np.full(shape, renderer.tokenizer.pad_id, np.int32)
-        mask, route = np.zeros(shape, bool), np.zeros(shape, bool)
+        lengths, route = np.ones(batch_size, np.int32), np.zeros(shape, bool)
         for row, i in enumerate(some):
             ids, roles = prompts[i]
             tokens[row, : len(ids)] = ids
-            mask[row, : len(ids)] = True
+            lengths[row] = len(ids)
             route[row, : len(ids)] = np.asarray(roles) == ROUTING
-        scores = _scores(graphdef, params, tokens, mask, route, bank, past, mean_over_tokens)
+        read = Route(bank, route, mean_over_tokens=mean_over_tokens, want=("scores",))
+        scores = _scores(graphdef, params, tokens, lengths, template, read)
         yield from zip(some, np.asarray(scores).swapaxes(0, 1), strict=False)
 
 

@@ -53,9 +53,8 @@ class Engine:
         self._graphdef, self._params = nnx.split(model)
         self._model = model
         self._head = len(renderer.prefix)
-        self._prefix = None
-        if self._head:
-            self._prefix = jax.jit(lambda m, tokens: m.encode_template(tokens))(model, np.array([renderer.prefix]))
+        prefix = np.asarray([renderer.prefix], np.int32)
+        self._template = jax.jit(lambda model: model.encode_template(prefix))(model)
         tokenizer = renderer.tokenizer
         template = tokenizer.template
         self._stops = tuple(
@@ -78,7 +77,7 @@ class Engine:
         bank = self.library.bank
         self._device = None  # two of it may be more than there is room for
         rows = empty_rows(
-            self._model, self._prefix, bank, rows=self.config.slots, length=self._head + self.config.context
+            self._model, self._template, bank, rows=self.config.slots, length=self._head + self.config.context
         )
         self._device = settled(rows, (self._params, bank and bank.layout))
 
@@ -303,7 +302,8 @@ class Engine:
 
     def _take_turn(self, turn: Turn, *, fresh: bool, routes: bool) -> Written:
         self._device, written = take_turn(
-            self._graphdef, self._params, self._prefix, self._device, self.library.bank, self.library.visibility, turn,
+            self._graphdef, self._params, self._template, self._device,
+            self.library.bank, self.library.visibility, turn,
             fresh=fresh, routes=routes, reported=self.config.reported_documents,
         )  # fmt: skip
         return jax.device_get(written.replace(logits=None))
@@ -314,7 +314,7 @@ class Engine:
         self._device, written = decode(
             self._graphdef, self._params, self._device, self.library.bank,
             batching.current_of(talks, sampling=sampling, head=self._head, candidates=self._candidates),
-            head=self._head, columns=self._head + self.config.bucket(min(longest, self.config.context)),
+            columns=self._head + self.config.bucket(min(longest, self.config.context)),
             steps=self.config.decode_steps, stop_tokens=self._stops,
         )  # fmt: skip
         return np.asarray(written)

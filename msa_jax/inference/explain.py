@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from msa_jax.context import Route
 from msa_jax.data.batch import ROUTING
 from msa_jax.memory import MemoryBank
 from msa_jax.model import MSATransformer
@@ -89,20 +90,14 @@ def _best_chunks(queries, route, keys, key_scale, start, length, *, size):
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "documents"))
-def _route(graphdef, params, prefix, tokens, route, mask, bank, visible, *, documents):
+def _route(graphdef, params, prefix, tokens, route, length, bank, visible, *, documents):
     """Best documents [d] by mean score, their scores and ranks [L_r, d], and queries [L_r, T, M]."""
     model: MSATransformer = nnx.merge(graphdef, params)
-    past = model.encode_template(prefix[None]) if prefix.size else None
-    output = model(
+    output = model.prefill(
         tokens[None],
-        positions=model.config.position_offset + jnp.arange(tokens.size, dtype=jnp.int32)[None],
-        mask=jnp.concatenate([jnp.ones(prefix.size, bool), mask])[None],
-        past=past,
-        bank=bank,
-        route=route[None],
-        visible=None if visible is None else visible[None],
-        return_scores=True,
-        return_queries=True,
+        lengths=length[None],
+        template=model.encode_template(prefix[None]),
+        read=Route(bank, route[None], None if visible is None else visible[None], want=("scores", "queries")),
     )
     scores = output.document_scores[:, 0]
     best = top_k_indices(jnp.mean(scores, axis=0, keepdims=True), documents)[0]
@@ -144,12 +139,12 @@ def explain_question(
     if ROUTING not in roles:
         raise ValueError("explain: the question has no token that routes.")
     size = max(_SHORTEST, 1 << (len(tokens) - 1).bit_length())
-    padded, route, mask = np.zeros(size, np.int32), np.zeros(size, bool), np.zeros(size, bool)
-    padded[: len(tokens)], mask[: len(tokens)] = tokens, True
+    padded, route = np.zeros(size, np.int32), np.zeros(size, bool)
+    padded[: len(tokens)] = tokens
     route[: len(tokens)] = np.asarray(roles) == ROUTING
     best, scores, ranks, queries = jax.device_get(
         _route(
-            *nnx.split(model), np.asarray(prefix, np.int32), padded, route, mask, bank, visible,
+            *nnx.split(model), np.asarray(prefix, np.int32), padded, route, np.int32(len(tokens)), bank, visible,
             documents=min(documents, bank.num_documents),
         )
     )  # fmt: skip

@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 
+from msa_jax.context import Context, Resume, Route
 from msa_jax.inference.candidates import Candidates
-from msa_jax.inference.rows import Rows, Visibility, at_rest, fetched, near_bank, still_there
+from msa_jax.inference.rows import Rows, Visibility, at_rest, fetched, reuse, still_there
 from msa_jax.inference.sampling import SamplingState, choose
 from msa_jax.memory import MemoryBank
-from msa_jax.model import KeyValues, MSATransformer
+from msa_jax.model import MSATransformer
 from msa_jax.routing import Query, gives_scores
 from msa_jax.routing.candidates import best_of_layers
 
@@ -95,7 +96,7 @@ class Current:
 def take_turn(
     graphdef: nnx.GraphDef,
     params: nnx.State,
-    prefix: KeyValues | None,
+    template: Context | None,
     rows: Rows,
     bank: MemoryBank | None,
     visibility: Visibility | None,
@@ -109,7 +110,7 @@ def take_turn(
 
     Args:
       graphdef, params: `nnx.split(model)`.
-      prefix: of the template, [L, 1, S_p, K, D].
+      template: of one question, which all stand behind; None for none.
       rows: donated.
       bank, visibility: what is asked; both None without a memory.
       turn: the tokens.
@@ -119,37 +120,28 @@ def take_turn(
       reported: R.
     """
     model: MSATransformer = nnx.merge(graphdef, params)
-    b, t = turn.tokens.shape
-    size, slots = rows.cache.k.shape[1:3]
+    size = rows.cache.k.shape[1]
     place = jnp.minimum(turn.rows, size - 1)
     mine = lambda tree: jax.tree.map(lambda x: x[:, place], tree)  # noqa: E731
-    exists = jnp.arange(t)[None] < turn.lengths[:, None]
-    past, before = prefix, jnp.ones((b, 0 if prefix is None else prefix.k.shape[2]), bool)
-    if not fresh:
-        past, before = mine(rows.cache), jnp.arange(slots)[None] < turn.begin[:, None]
-    head = 0 if prefix is None else prefix.k.shape[2]
-    memory = {}
+    read, asked = None, None
     if bank is not None and routes:
-        memory = dict(bank=bank, route=turn.route & exists, visible=visibility.of(turn.allowed, turn.seen))
-        scored = gives_scores(model.config.retriever)
-        memory |= dict(return_scores=scored, return_queries=not scored)
+        exists = jnp.arange(turn.tokens.shape[1])[None] < turn.lengths[:, None]
+        read = Route(
+            bank, turn.route & exists, visibility.of(turn.allowed, turn.seen),
+            want=("scores",) if gives_scores(model.config.retriever) else ("queries",),
+        )  # fmt: skip
         if not fresh:
-            memory |= dict(also=still_there(mine(rows.asked), bank), resume=mine(rows.selection))
+            asked = still_there(mine(rows.asked), bank)
+            read = Resume(bank, mine(rows.selection), asked, read.tokens, read.visible, want=read.want)
     elif bank is not None:
-        source, selected = bank, still_there(mine(rows.selection), bank)
-        if rows.near is not None:
-            source, selected = near_bank(bank, mine(rows.near), selected)
-        memory = dict(bank=source, selection=selected)
-    output = model(
-        turn.tokens,
-        positions=model.config.position_offset + (turn.begin - head)[:, None] + jnp.arange(t)[None],
-        mask=jnp.concatenate([before, exists], axis=1),
-        past=past,
-        **memory,
-    )
-    columns = jnp.where(exists, turn.begin[:, None] + jnp.arange(t)[None], slots)
-    keep = lambda cache, own: cache.at[:, turn.rows[:, None], columns].set(own[:, :, -t:], mode="drop")  # noqa: E731
-    kept = rows.replace(cache=jax.tree.map(keep, rows.cache, output.own))
+        read = reuse(bank, mine(rows.selection), mine(rows.near))
+    if fresh:
+        output = model.prefill(turn.tokens, lengths=turn.lengths, template=template, read=read)
+    else:
+        context = rows.context(mine(rows.cache), turn.begin, model.config.position_offset)
+        output = model.extend(turn.tokens, context, lengths=turn.lengths, read=read)
+    cache = rows.cache.put(output.own, begin=turn.begin, lengths=turn.lengths, rows=turn.rows)
+    kept = rows.replace(cache=cache)
     last = jnp.take_along_axis(output.hidden, (turn.lengths - 1)[:, None, None], axis=1)[:, 0]
     logits = model.logits(last)
     written = Written(choose(logits, turn.sampling), logits, None, None, None)
@@ -159,8 +151,8 @@ def take_turn(
     put = lambda old, new, at: jax.tree.map(lambda x, y: x.at[:, at].set(y, mode="drop"), old, new)  # noqa: E731
     selection = output.selection
     documents, scores = best_of_layers(
-        selection, bank, scores=output.document_scores, query=Query(output.queries, memory["route"]),
-        visible=memory["visible"], also=memory.get("also"), reported=reported,
+        selection, bank, scores=output.document_scores, query=Query(output.queries, read.tokens),
+        visible=read.visible, also=asked, reported=reported,
     )  # fmt: skip
     alone = jnp.where(turn.alone, turn.rows, size)
     kept = kept.replace(asked=put(rows.asked, selection, alone))
@@ -173,7 +165,7 @@ def take_turn(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("graphdef", "head", "columns", "steps", "stop_tokens"), donate_argnames=("rows",)
+    jax.jit, static_argnames=("graphdef", "columns", "steps", "stop_tokens"), donate_argnames=("rows",)
 )
 def decode(
     graphdef: nnx.GraphDef,
@@ -182,7 +174,6 @@ def decode(
     bank: MemoryBank | None,
     current: Current,
     *,
-    head: int,
     columns: int,
     steps: int,
     stop_tokens: tuple[int, ...],
@@ -192,7 +183,6 @@ def decode(
     Args:
       rows: donated.
       current: of those rows.
-      head: S_p, tokens of the template prefix.
       columns: of the cache that are read: as long as the longest of the rows will be, or more.
       steps: U.
       stop_tokens: any of them ends a question's text.
@@ -204,9 +194,7 @@ def decode(
     count = current.token.shape[0]
     few = lambda tree: jax.tree.map(lambda x: x[:, :count], tree)  # noqa: E731
     used = jax.tree.map(lambda x: x[:, :count, :columns], rows.cache)
-    source, selected = bank, None if bank is None else still_there(few(rows.selection), bank)
-    if rows.near is not None:
-        source, selected = near_bank(bank, few(rows.near), selected)
+    read = None if bank is None else reuse(bank, few(rows.selection), few(rows.near))
     stops = jnp.asarray(stop_tokens, jnp.int32)
 
     def more(carry):
@@ -214,30 +202,22 @@ def decode(
         return (step < steps) & jnp.any(running)
 
     def one(carry):
-        step, cache, token, running, written, held = carry
-        length = current.length + step
-        output = model(
-            token[:, None],
-            positions=model.config.position_offset + (length - head)[:, None],
-            mask=jnp.arange(columns)[None] <= length[:, None],
-            past=cache,
-            slot=jnp.where(running, length, columns),
-            bank=source,
-            selection=selected,
-        )
+        step, context, token, running, written, held = carry
+        hidden, context = model.decode(token, context, write=running, read=read)
         sampling = current.sampling.replace(count=current.sampling.count + step.astype(jnp.uint32))
-        logits = model.logits(output.hidden[:, 0])
+        logits = model.logits(hidden)
         if held is not None:
             logits = jax.lax.cond(jnp.any(held.held), held.restrict, lambda logits: logits, logits)
         token = jnp.where(running, choose(logits, sampling), -1)
         held = None if held is None else held.wrote(token)
         written = jax.lax.dynamic_update_slice_in_dim(written, token[:, None], step, axis=1)
         running = running & ~jnp.isin(token, stops) & (step + 1 < current.left)
-        return step + 1, output.own, jnp.maximum(token, 0), running, written, held
+        return step + 1, context, jnp.maximum(token, 0), running, written, held
 
     start = (
-        jnp.int32(0), used, current.token, current.left > 0, jnp.full((count, steps), -1, jnp.int32), current.candidates
+        jnp.int32(0), rows.context(used, current.length, model.config.position_offset), current.token,
+        current.left > 0, jnp.full((count, steps), -1, jnp.int32), current.candidates,
     )  # fmt: skip
-    _, cache, _, _, written, _ = jax.lax.while_loop(more, one, start)
+    _, context, _, _, written, _ = jax.lax.while_loop(more, one, start)
     back = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, 0, axis=1)  # noqa: E731
-    return at_rest(rows.replace(cache=jax.tree.map(back, rows.cache, cache))), written
+    return at_rest(rows.replace(cache=jax.tree.map(back, rows.cache, context.past))), written

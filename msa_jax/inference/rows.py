@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from msa_jax.context import Context, KeyValues, Reuse
 from msa_jax.memory import MemoryBank, tiers
 from msa_jax.memory.selection import Selection
-from msa_jax.model import KeyValues, MSATransformer
+from msa_jax.model import MSATransformer
 from msa_jax.routing import NO_SCORE
 
 
@@ -27,12 +28,18 @@ class Rows:
       selection: [L_r, B, k] fields, what each router layer reads. None without a bank.
       asked: the same, as the question's own tokens alone select it, whatever was read since.
       near: content of what is selected, [L_r, B, k * longest, ...], if the bank's own is not on the device.
+      head: tokens of the template prefix.
     """
 
     cache: KeyValues
     selection: Selection | None
     asked: Selection | None
     near: dict[str, jax.Array] | None
+    head: int = struct.field(pytree_node=False)
+
+    def context(self, past: KeyValues, length: jax.Array, offset: int) -> Context:
+        """Of some rows: `length` [b] tokens of each, of which the first behind the template prefix is at `offset`."""
+        return Context(past, length, offset + length - self.head)
 
 
 @struct.dataclass
@@ -50,17 +57,13 @@ class Visibility:
 
 
 def empty_rows(
-    model: MSATransformer, prefix: KeyValues | None, bank: MemoryBank | None, *, rows: int, length: int
+    model: MSATransformer, template: Context | None, bank: MemoryBank | None, *, rows: int, length: int
 ) -> Rows:
-    """Rows without questions: the template prefix [L, 1, S_p, K, D] and room; `length` is S."""
-    c = model.config
-    shape = (c.num_layers, rows, length, c.num_kv_heads, c.head_dim)
-    cache = KeyValues(k=jnp.zeros(shape, c.compute_dtype), v=jnp.zeros(shape, c.compute_dtype))
-    if prefix is not None:
-        cache = jax.tree.map(lambda x, first: x.at[:, :, : first.shape[2]].set(first), cache, prefix)
+    """Rows without questions: the template prefix and room; `length` is S."""
+    cache, head = model.cache(rows, length, template).past, 0 if template is None else template.size
     if bank is None:
-        return Rows(cache=cache, selection=None, asked=None, near=None)
-    selected = (bank.num_layers, rows, min(c.top_k, bank.num_documents))
+        return Rows(cache=cache, selection=None, asked=None, near=None, head=head)
+    selected = (bank.num_layers, rows, min(model.config.top_k, bank.num_documents))
 
     def nothing():
         zeros = [jnp.zeros(selected, jnp.int32) for _ in range(3)]
@@ -72,7 +75,7 @@ def empty_rows(
     if bank.tier != "device" and bank.layout.axes is None:
         one = jax.eval_shape(lambda bank, selection: fetched(bank, selection)[0], bank, nothing())
         near = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one)
-    return Rows(cache=cache, selection=nothing(), asked=nothing(), near=near)
+    return Rows(cache=cache, selection=nothing(), asked=nothing(), near=near, head=head)
 
 
 def still_there(selection: Selection, bank: MemoryBank) -> Selection:
@@ -134,3 +137,9 @@ def near_bank(bank: MemoryBank, near: dict[str, jax.Array], selection: Selection
     )
     starts = selection.starts + each * jnp.arange(b, dtype=jnp.int32)[None, :, None]
     return MemoryBank(routing_keys=None, layout=layout, **arrays), selection.replace(starts=starts)
+
+
+def reuse(bank: MemoryBank, selection: Selection, near: dict[str, jax.Array] | None) -> Reuse:
+    """What some rows go on to read of what they selected."""
+    selection = still_there(selection, bank)
+    return Reuse(bank, selection) if near is None else Reuse(*near_bank(bank, near, selection))

@@ -32,13 +32,12 @@ def check_backbone(recording: Recording) -> Report:
         raise DataError(f"{recording.path / 'io.npz'}: input_ids must be tokens below {model.config.vocab_size}.")
     graphdef, params = nnx.split(model)
 
-    def whole(params, tokens, positions):
+    def whole(params, tokens):
         model = nnx.merge(graphdef, params)
-        output = model(tokens, positions=positions, return_hidden=True)
+        output = model.prefill(tokens, return_hidden=True)
         return output.all_hidden, model.logits(output.hidden)
 
-    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-    hidden, logits = compiled(whole)(params, tokens, positions)
+    hidden, logits = compiled(whole)(params, tokens)
     for i, ours in enumerate(hidden):
         report.relative(f"hidden_{i}", ours, recording.array(f"hidden_{i}"), tolerance=BACKBONE_TOLERANCE)
     report.relative("logits", logits, recording.array("logits"), tolerance=BACKBONE_TOLERANCE)
@@ -65,6 +64,6 @@ def _written(model, tokens: np.ndarray, steps: int) -> np.ndarray:
         sampling=greedy,
     )  # fmt: skip
     _, rest = decode(
-        graphdef, params, rows, None, current, head=0, columns=length + steps, steps=steps - 1, stop_tokens=()
+        graphdef, params, rows, None, current, columns=length + steps, steps=steps - 1, stop_tokens=()
     )
     return np.concatenate([np.asarray(first.token)[:, None], jax.device_get(rest)], axis=1)

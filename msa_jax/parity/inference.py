@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from msa_jax.context import Context, Route
 from msa_jax.errors import DataError
 from msa_jax.inference.programs import Current, Turn, decode, take_turn
 from msa_jax.inference.rows import Visibility, empty_rows
 from msa_jax.inference.sampling import from_settings
 from msa_jax.inference.settings import Sampling
 from msa_jax.memory import ChunkStates, DocumentLayout, MemoryBank
-from msa_jax.model import KeyValues
 from msa_jax.parity.recording import TEMPLATE, Recording, compiled, document_chunks, pack, take
 from msa_jax.parity.report import Report
 from msa_jax.routing import l2_normalise
@@ -36,10 +36,10 @@ def check_inference(recording: Recording) -> Report:
     """
     model = recording.model(routing_score=routing_score_of(recording))
     report = Report(f"{recording.path}: inference")
-    past, bank = _check_documents(report, recording, model)
-    _check_questions(report, recording, model, past, bank)
+    template, bank = _check_documents(report, recording, model)
+    _check_questions(report, recording, model, template, bank)
     if "decode/input_tokens" in recording:
-        _check_decoding(report, recording, model, past, bank)
+        _check_decoding(report, recording, model, template, bank)
     return report
 
 
@@ -57,13 +57,13 @@ def _jit(model, method):
     return lambda **arrays: run(params, arrays)
 
 
-def _check_documents(report, recording, model) -> tuple[KeyValues | None, MemoryBank]:
+def _check_documents(report, recording, model) -> tuple[Context | None, MemoryBank]:
     config = model.config
     ids = _ids(recording, "docs/input_ids", config.vocab_size, None)
     roles, positions = (recording.array(f"docs/{name}", ids.size) for name in ("doc_ids", "position_ids"))
     numbers = np.unique(roles[roles > 0])
-    template = np.flatnonzero(roles == TEMPLATE)
-    if not len(numbers) or len(template) + np.sum(roles > 0) != ids.size:
+    prefix = np.flatnonzero(roles == TEMPLATE)
+    if not len(numbers) or len(prefix) + np.sum(roles > 0) != ids.size:
         raise DataError(f"{recording.path / 'io.npz'}: docs/doc_ids must be template tokens and documents.")
 
     rows = pack([np.flatnonzero(roles == n) for n in numbers], multiple=config.chunk_size)
@@ -73,17 +73,17 @@ def _check_documents(report, recording, model) -> tuple[KeyValues | None, Memory
     )
     hidden = np.full((config.num_layers + 1, ids.size, config.hidden_size), np.nan)
     hidden[:, rows[rows >= 0]] = np.asarray(encoded.hidden)[:, rows >= 0]
-    past = None
-    if len(template):
-        run = _jit(model, lambda model, **kwargs: model(return_hidden=True, **kwargs))
-        prefix = run(tokens=ids[None, template], positions=positions[None, template])
-        past = prefix.own
-        hidden[:, template] = prefix.all_hidden[:, 0]
+    template = None
+    if len(prefix):
+        run = _jit(model, lambda model, **kwargs: model.prefill(return_hidden=True, **kwargs))
+        output = run(tokens=ids[None, prefix], positions=positions[None, prefix])
+        template = Context(output.own, jnp.full(1, len(prefix)), jnp.full(1, config.position_offset))
+        hidden[:, prefix] = output.all_hidden[:, 0]
     for i in range(config.num_layers + 1):
         report.activation(f"docs/hidden_{i}", hidden[i], recording.array(f"docs/hidden_{i}"))
-    for i in range(config.num_layers if past is not None else 0):
+    for i in range(config.num_layers if template is not None else 0):
         for name in ("k", "v"):
-            ours = np.swapaxes(getattr(past, name)[i, 0], 0, 1)
+            ours = np.swapaxes(getattr(template.past, name)[i, 0], 0, 1)
             report.activation(f"template/{name}_{i}", ours, recording.array(f"template/{name}_{i}"))
 
     index, owners = document_chunks((rows >= 0).sum(1), rows.shape[1] // config.chunk_size, config.chunk_size)
@@ -91,7 +91,7 @@ def _check_documents(report, recording, model) -> tuple[KeyValues | None, Memory
     _check_bank(report, recording, config.router_layers, states, numbers[owners])
     # Documents keep their numbers: the bank has room for one that is not there.
     layout = DocumentLayout.from_chunk_documents(numbers[owners] - 1, int(numbers[-1]))
-    return past, model.bank(states, layout)
+    return template, model.bank(states, layout)
 
 
 def _check_bank(report, recording, layers, states: ChunkStates, owners: np.ndarray) -> None:
@@ -113,7 +113,7 @@ def _check_bank(report, recording, layers, states: ChunkStates, owners: np.ndarr
             report.activation(f"bank/{name}_{layer}", np.swapaxes(ours, 0, 1), recorded[name])
 
 
-def _check_questions(report, recording, model, past, bank) -> None:
+def _check_questions(report, recording, model, template, bank) -> None:
     config = model.config
     ids = _ids(recording, "query/input_ids", config.vocab_size, None, None)
     roles, exists, positions = (
@@ -122,14 +122,20 @@ def _check_questions(report, recording, model, past, bank) -> None:
     exists = exists == 1
     if np.any(roles[exists] > 0) or not exists.any(1).all():
         raise DataError(f"{recording.path / 'io.npz'}: each question needs a token, and no document token.")
-    run = _jit(model, lambda model, **kwargs: _with_logits(model, model(return_hidden=True, **kwargs)))
+    # Without their padding, wherever that is, and back.
+    order = np.argsort(~exists, axis=1, kind="stable")
+    unpadded = lambda x: np.take_along_axis(x, order, axis=1)  # noqa: E731
+    run = _jit(model, lambda model, **kwargs: _with_logits(model, model.prefill(return_hidden=True, **kwargs)))
     output, logits = run(
-        tokens=ids, positions=positions, mask=_with_prefix(past, exists), past=past, bank=bank,
-        route=(roles == 0) & exists, return_scores=True,
+        tokens=unpadded(ids), lengths=exists.sum(1), positions=unpadded(positions), template=template,
+        read=Route(bank, unpadded(roles) == 0, want=("scores",)),
     )  # fmt: skip
+    places = np.argsort(order, axis=1)[..., None]
+    hidden = np.take_along_axis(np.asarray(output.all_hidden), places[None], axis=2)
+    logits = np.take_along_axis(np.asarray(logits), places, axis=1)
     for i in range(config.num_layers + 1):
         name = f"query/hidden_{i}"
-        report.activation(name, output.all_hidden[i], recording.array(name), valid=exists)
+        report.activation(name, hidden[i], recording.array(name), valid=exists)
     report.activation("query/logits", logits, recording.array("query/logits"), valid=exists)
     present = np.broadcast_to(np.asarray(bank.layout.lengths) > 0, (len(ids), bank.num_documents))
     for i, layer in enumerate(config.router_layers):
@@ -147,18 +153,13 @@ def _with_logits(model, output):
     return output, model.logits(output.hidden)
 
 
-def _with_prefix(past, exists):
-    prefix = 0 if past is None else past.k.shape[2]
-    return np.concatenate([np.ones((len(exists), prefix), bool), exists], axis=1)
-
-
-def _check_decoding(report, recording, model, past, bank) -> None:
+def _check_decoding(report, recording, model, template, bank) -> None:
     """The recorded questions and steps through the programs that answer questions: a row of a cache each."""
     exists = recording.array("query/attention_mask") == 1
     ids, roles = recording.array("query/input_ids"), recording.array("query/doc_ids")
     batch, lengths = len(exists), exists.sum(1).astype(np.int32)
     tokens = _ids(recording, "decode/input_tokens", model.config.vocab_size, batch, None).astype(np.int32)
-    steps, head = tokens.shape[1], 0 if past is None else past.k.shape[2]
+    steps, head = tokens.shape[1], 0 if template is None else template.size
     if not steps:
         return
     # Without their padding, wherever that is.
@@ -172,7 +173,7 @@ def _check_decoding(report, recording, model, past, bank) -> None:
     def turn(rows, new, count, begin, *, fresh):
         nothing = np.zeros(batch, np.int32)
         return take_turn(
-            graphdef, params, past, rows, bank, everything,
+            graphdef, params, template, rows, bank, everything,
             Turn(
                 rows=np.arange(batch, dtype=np.int32), tokens=new, lengths=count, begin=begin,
                 route=unpadded(roles) == 0 if fresh else np.zeros(new.shape, bool), alone=np.full(batch, fresh),
@@ -182,7 +183,7 @@ def _check_decoding(report, recording, model, past, bank) -> None:
         )  # fmt: skip
 
     def ask():
-        rows = empty_rows(model, past, bank, rows=batch, length=slots)
+        rows = empty_rows(model, template, bank, rows=batch, length=slots)
         return turn(rows, unpadded(ids).astype(np.int32), lengths, np.full(batch, head, np.int32), fresh=True)
 
     with jax.default_matmul_precision("highest"):
@@ -202,6 +203,6 @@ def _check_decoding(report, recording, model, past, bank) -> None:
             )
             rows, _ = ask()
             _, chosen = decode(
-                graphdef, params, rows, bank, current, head=head, columns=slots, steps=steps, stop_tokens=()
+                graphdef, params, rows, bank, current, columns=slots, steps=steps, stop_tokens=()
             )
             report.equal("decode/tokens", chosen, best)

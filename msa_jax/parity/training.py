@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from msa_jax.checkpoints.published import published_tensors, to_published
+from msa_jax.context import Context, Route
 from msa_jax.errors import DataError
 from msa_jax.memory import DocumentLayout
 from msa_jax.model import MSATransformer
@@ -101,23 +102,22 @@ def forward(model: MSATransformer, recording: Recording, batch: Batch) -> tuple[
     layout = DocumentLayout.from_chunk_documents(owners, len(rows))
     states = jax.tree.map(lambda x: x[:, index], encoded.states)
 
-    mask, past, parts = batch.active >= 0, None, [(rows, encoded.hidden)]
+    template, parts = None, [(rows, encoded.hidden)]
+
+    def prefill(places, **kwargs):
+        lengths = jnp.asarray(np.sum(places >= 0, axis=1))
+        output = model.prefill(
+            gather(ids, places), positions=gather(positions, places), lengths=lengths, return_hidden=True, **kwargs
+        )
+        parts.append((places, output.all_hidden))
+        return output, lengths
+
     if batch.prefix.shape[1]:
-        exists = batch.prefix >= 0
-        template = model(
-            gather(ids, batch.prefix), positions=gather(positions, batch.prefix), mask=jnp.asarray(exists),
-            return_hidden=True,
-        )  # fmt: skip
-        past, mask = template.own, np.concatenate([exists, mask], axis=1)
-        parts.append((batch.prefix, template.all_hidden))
-    output = model(
-        gather(ids, batch.active), positions=gather(positions, batch.active),
-        mask=jnp.asarray(mask), past=past, bank=model.bank(states, layout), bank_gradients=True,
-        route=jnp.asarray((take(roles.reshape(-1), batch.active) == 0) & (batch.active >= 0)),
-        visible=jnp.asarray(batch.visible),
-        return_hidden=True, return_scores=True,
-    )  # fmt: skip
-    parts.append((batch.active, output.all_hidden))
+        prefix, lengths = prefill(batch.prefix)
+        template = Context(prefix.own, lengths, jnp.full_like(lengths, model.config.position_offset))
+    bank, visible = model.bank(states, layout), jnp.asarray(batch.visible)
+    read = Route(bank, gather(roles, batch.active) == 0, visible, bank_gradients=True, want=("scores",))
+    output, _ = prefill(batch.active, template=template, read=read)
     # One place more than there are tokens takes the padding.
     full = jnp.zeros((encoded.hidden.shape[0], ids.size + 1, encoded.hidden.shape[-1]), jnp.float32)
     for places, hidden in parts:

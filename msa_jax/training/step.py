@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx, struct
 
+from msa_jax.context import Route
 from msa_jax.data.batch import ROUTING, Batch, DocumentBatch, QuestionBatch
 from msa_jax.errors import require
 from msa_jax.memory import DocumentLayout, MemoryBank
@@ -33,11 +34,6 @@ class TrainState:
     opt_state: optax.OptState
     ema: nnx.State | None
     recent: RecentDocuments | None = None
-
-
-def active_positions(mask: jax.Array, offset: int) -> jax.Array:
-    """Positions [B, T] of the active context: consecutive over the tokens that exist, from `offset`."""
-    return offset + jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), axis=1) - 1, 0)
 
 
 def spread_batch(batch: Batch, mesh: jax.sharding.Mesh, shardings: Shardings) -> Batch:
@@ -71,7 +67,7 @@ def encode(model: MSATransformer, docs: DocumentBatch) -> MemoryBank:
 
 
 def forward(
-    model: MSATransformer, batch: Batch, prefix: tuple[int, ...], *, mean_over_tokens: bool | jax.Array = False
+    model: MSATransformer, batch: Batch, prefix: tuple[int, ...], *, mean_over_tokens: bool | jax.Array | None = None
 ) -> ModelOutput:
     """Encode the batch's documents and the template prefix, and run its questions over them."""
     return ask(model, encode(model, batch.documents), batch.questions, prefix, mean_over_tokens=mean_over_tokens)
@@ -83,27 +79,16 @@ def ask(
     asked: QuestionBatch,
     prefix: tuple[int, ...],
     *,
-    mean_over_tokens: bool | jax.Array = False,
+    mean_over_tokens: bool | jax.Array | None = None,
     max_routing: int | None = None,
 ) -> ModelOutput:
     """Run questions behind the template prefix over a bank that is differentiated."""
-    past = model.encode_template(jnp.asarray([prefix], jnp.int32)) if prefix else None
-    mask = asked.mask
-    if prefix:
-        mask = jnp.concatenate([jnp.ones((mask.shape[0], len(prefix)), bool), mask], axis=1)
-    return model(
-        asked.tokens,
-        positions=active_positions(asked.mask, model.config.position_offset),
-        mask=mask,
-        past=past,
-        bank=bank,
-        bank_gradients=True,
-        route=(asked.roles == ROUTING) & asked.mask,
-        visible=asked.visible,
-        mean_over_tokens=mean_over_tokens,
-        max_routing=max_routing,
-        return_scores=True,
-    )
+    read = Route(
+        bank, asked.roles == ROUTING, asked.visible,
+        mean_over_tokens=mean_over_tokens, max_routing=max_routing, bank_gradients=True, want=("scores",),
+    )  # fmt: skip
+    template = model.encode_template(jnp.asarray([prefix], jnp.int32))
+    return model.prefill(asked.tokens, lengths=jnp.sum(asked.mask, axis=1), template=template, read=read)
 
 
 def loss_and_metrics(

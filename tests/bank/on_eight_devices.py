@@ -15,12 +15,13 @@ from msa_jax.bank.encoder import encode_bank
 from msa_jax.bank.loading import load
 from msa_jax.bank.spread import spread
 from msa_jax.bank.store import MemoryStore
+from msa_jax.context import Route
 from msa_jax.data.batch import pack_documents
 from msa_jax.memory import DocumentLayout, MemoryBank
 from msa_jax.sharding import MeshConfig, Shardings
 from tests.bank.drawn import D, K, L, M, create, put
 from tests.bank.test_growth import says_the_same
-from tests.test_bank_encoder import POSITIONS, TOKENS, B, close, forward, model_of
+from tests.test_bank_encoder import TOKENS, B, close, forward, model_of
 
 # Uneven: one longer than a device's average, of which most have none of the others.
 STEPS = [
@@ -188,7 +189,7 @@ def compiled_question(mesh, chunks, documents):
 
     @functools.partial(jax.jit, static_argnames="graphdef")
     def ask(graphdef, params, bank, visible):
-        return nnx.merge(graphdef, params)(TOKENS, positions=POSITIONS, bank=bank, visible=visible)
+        return nnx.merge(graphdef, params).prefill(TOKENS, read=Route(bank, visible=visible))
 
     with jax.set_mesh(mesh):
         visible = array((B, documents), bool, "data", axes)

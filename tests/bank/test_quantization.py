@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 from msa_jax import MemoryBank, MSAConfig, MSATransformer
 from msa_jax.bank.quantization import quantize, quantize_content, quantize_keys
+from msa_jax.context import Reuse, Route
 from msa_jax.memory import DocumentLayout
 
 B, T, V, N, LAYERS, HEADS, WIDTH = 3, 5, 41, 7, 2, 2, 6
@@ -118,25 +119,23 @@ def model_of():
     return graphdef, jax.tree.map(draw, state)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "bank_gradients"))
-def _run(graphdef, params, tokens, bank, kwargs, bank_gradients):
+@functools.partial(jax.jit, static_argnames="graphdef")
+def _run(graphdef, params, tokens, read):
     model = nnx.merge(graphdef, params)
-    positions = jnp.broadcast_to(jnp.arange(5, 5 + T), tokens.shape)
-    kwargs |= dict(return_scores="selection" not in kwargs)
-    output = model(tokens, positions=positions, bank=bank, bank_gradients=bank_gradients, **kwargs)
+    output = model.prefill(tokens, read=read)
     return model.logits(output.hidden), output.document_scores, output.selection
 
 
-def run(bank, bank_gradients=False, **kwargs):
-    tokens = np.random.default_rng(2).integers(0, V, (B, T))
-    return _run(*model_of(), tokens, bank, kwargs, bank_gradients)
+def run(bank, selection=None, **kwargs):
+    read = Route(bank, want=("scores",), **kwargs) if selection is None else Reuse(bank, selection)
+    return _run(*model_of(), np.random.default_rng(2).integers(0, V, (B, T)), read)
 
 
 @pytest.mark.parametrize("bank_gradients", [False, True])
 def test_the_model_reads_an_int8_bank_as_the_floats_it_stands_for(bank_gradients):
     bank = quantize(bank_of())
-    logits, scores, selection = run(bank, bank_gradients)
-    want_logits, want_scores, want_selection = run(floats(bank), bank_gradients)
+    logits, scores, selection = run(bank, bank_gradients=bank_gradients)
+    want_logits, want_scores, want_selection = run(floats(bank), bank_gradients=bank_gradients)
     np.testing.assert_array_equal(selection.documents, want_selection.documents)
     np.testing.assert_allclose(scores, want_scores, atol=2e-5)
     np.testing.assert_allclose(logits, want_logits, atol=2e-5)
@@ -145,7 +144,7 @@ def test_the_model_reads_an_int8_bank_as_the_floats_it_stands_for(bank_gradients
 def test_answers_from_an_int8_bank_are_close():
     bank = bank_of()
     want, scores, selection = run(bank)
-    got = run(quantize(bank), selection=selection)[0]
+    got = run(quantize(bank), selection)[0]
     assert 0 < np.abs(np.asarray(got - want)).max() < 0.02
     # The second router layer has read what the first one selected from int8 keys.
     assert 0 < np.abs(np.asarray(run(quantize(bank))[1] - scores)).max() < 0.02
@@ -211,11 +210,11 @@ def test_arrays_that_do_not_fit_are_refused_before_anything_is_traced():
     for changes, message in cases:
         broken = bank.replace(**changes)
         with pytest.raises(ValueError, match=f"MemoryBank: {message}"):
-            model(tokens, positions=tokens, bank=broken)
+            model.prefill(tokens, read=Route(broken))
         with pytest.raises(ValueError, match=message):
             quantize(broken)
     one = jax.tree.map(lambda x: x[:1], bank.arrays)
     with pytest.raises(ValueError, match="has 2 router layers, the bank 1"):
-        model(tokens, positions=tokens, bank=bank.replace(**one))
+        model.prefill(tokens, read=Route(bank.replace(**one)))
     with pytest.raises(ValueError, match="LayerMemory: routing_keys of int8 without key_scale"):
         bank.layer(1).replace(key_scale=None).check()

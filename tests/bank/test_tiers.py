@@ -14,6 +14,7 @@ from msa_jax import MemoryBank, MemorySparseAttention, MSAConfig, MSATransformer
 from msa_jax.bank.disk_content import DiskContent
 from msa_jax.bank.loading import load
 from msa_jax.bank.quantization import quantize
+from msa_jax.context import Reuse, Route
 from msa_jax.errors import BankError
 from msa_jax.inference.programs import Current, Turn, decode, take_turn
 from msa_jax.inference.rows import Visibility, empty_rows
@@ -80,20 +81,20 @@ def model_of():
     return graphdef, jax.tree.map(draw, state)
 
 
-def forward(params, graphdef, bank, kwargs):
+def forward(params, graphdef, read):
     model = nnx.merge(graphdef, params)
-    positions = jnp.broadcast_to(jnp.arange(5, 5 + T), TOKENS.shape)
-    output = model(TOKENS, positions=positions, bank=bank, return_scores="selection" not in kwargs, **kwargs)
+    output = model.prefill(TOKENS, read=read)
     return model.logits(output.hidden), output.document_scores, output.selection
 
 
 _run = jax.jit(forward, static_argnames="graphdef")
 
 
-def run(bank, visible=None, **kwargs):
+def run(bank, visible=None, selection=None):
     graphdef, params = model_of()
     visible = np.ones((B, N), bool) if visible is None else visible
-    return _run(params, graphdef, bank, dict(visible=visible, **kwargs))
+    read = Route(bank, visible=visible, want=("scores",)) if selection is None else Reuse(bank, selection)
+    return _run(params, graphdef, read)
 
 
 def equal(got, want):
@@ -175,7 +176,7 @@ def test_decoding_reads_content_from_anywhere_and_once():
         )  # fmt: skip
         written = [first]
         for _ in range(2):
-            rows, tokens = decode(graphdef, params, rows, bank, current, head=0, columns=T + 6, steps=2, stop_tokens=())
+            rows, tokens = decode(graphdef, params, rows, bank, current, columns=T + 6, steps=2, stop_tokens=())
             current = current.replace(token=np.asarray(tokens)[:, -1], length=current.length + 2)
             written.append(tokens)
         return written
@@ -228,7 +229,7 @@ def test_gradients_reach_the_layer_and_no_content_elsewhere(place):
     message = f"bank_gradients needs content on the device, this bank's is on the {place}"
     with pytest.raises(ValueError, match=message):
         graphdef, params = model_of()
-        forward(params, graphdef, placed(place), dict(bank_gradients=True))
+        forward(params, graphdef, Route(placed(place), bank_gradients=True))
 
 
 def test_the_disk_is_asked_for_the_selected_chunks_once_and_no_others():

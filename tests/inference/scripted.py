@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from msa_jax.context import Route
 from msa_jax.inference.engine import Engine
 from tests.inference.small import CONTEXT, renderer
 
@@ -54,21 +55,16 @@ class Scripted(Engine):
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
-def _full_pass(graphdef, params, tokens, route, exists, bank, visible):
+def _full_pass(graphdef, params, tokens, route, length, bank, visible):
     model = nnx.merge(graphdef, params)
-    prefix = jnp.array([renderer().prefix])
-    mask = jnp.concatenate([jnp.ones(prefix.shape, bool), exists], axis=1)
-    positions = model.config.position_offset + jnp.arange(tokens.shape[1])[None]
-    output = model(
-        tokens, positions=positions, mask=mask, past=model.encode_template(prefix), bank=bank, route=route & exists,
-        visible=visible,
-    )  # fmt: skip
-    return model.logits(output.hidden[0, exists.sum() - 1]), output
+    template = model.encode_template(jnp.array([renderer().prefix]))
+    read = None if bank is None else Route(bank, route, visible)
+    output = model.prefill(tokens, lengths=length[None], template=template, read=read)
+    return model.logits(output.hidden[0, length - 1]), output
 
 
 def full_pass(model, tokens, route, bank=None, visible=None):
     """Logits [V] behind a context of one question, computed in one go without a cache, and the model's output."""
     pad = lambda x, kind: np.pad(np.array(x, kind), (0, CONTEXT - len(x)))[None]  # noqa: E731
-    exists = np.arange(CONTEXT)[None] < len(tokens)
     visible = None if bank is None else visible[None]
-    return _full_pass(*nnx.split(model), pad(tokens, np.int32), pad(route, bool), exists, bank, visible)
+    return _full_pass(*nnx.split(model), pad(tokens, np.int32), pad(route, bool), np.int32(len(tokens)), bank, visible)

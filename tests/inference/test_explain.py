@@ -14,6 +14,7 @@ from msa_jax import MSAConfig, MSATransformer
 from msa_jax.bank import encode_bank
 from msa_jax.bank.quantization import quantize
 from msa_jax.bank.spread import spread
+from msa_jax.context import Route
 from msa_jax.data import Document, Renderer, Template, Tokenizer, pack_documents
 from msa_jax.data.batch import REPLY, ROUTING, TEMPLATE
 from msa_jax.inference import AskConfig, Session
@@ -69,14 +70,11 @@ def asked(question=QUESTION):
     return tokens, roles
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "return_queries"))
-def _forward(graphdef, params, prefix, tokens, route, bank, visible, return_queries=True):
+@functools.partial(jax.jit, static_argnames=("graphdef", "want"))
+def _forward(graphdef, params, prefix, tokens, route, bank, visible, want=("scores", "queries")):
     model = nnx.merge(graphdef, params)
-    positions = model.config.position_offset + jnp.arange(tokens.shape[1])[None]
-    return model(
-        tokens, positions=positions, past=model.encode_template(prefix), bank=bank, route=route, visible=visible,
-        return_queries=return_queries, return_scores=bank is not None,
-    )  # fmt: skip
+    read = Route(bank, route, visible, want=want)
+    return model.prefill(tokens, template=model.encode_template(prefix), read=read)
 
 
 def forward(bank, visible=None, question=QUESTION, **kwargs):
@@ -230,11 +228,9 @@ def test_what_is_not_in_memory_is_said_in_the_templates_words(session):
 
 
 def test_queries_are_returned_when_asked_for_only():
-    assert forward(bank_of(), return_queries=False).queries is None
+    assert forward(bank_of(), want=()).queries is None
     queries = forward(bank_of()).queries
     assert (queries.shape, queries.dtype) == ((2, 1, len(asked()[0]), 12), jnp.float32)
-    with pytest.raises(ValueError, match="return_queries needs routing"):
-        forward(None)
 
 
 @pytest.mark.parametrize(

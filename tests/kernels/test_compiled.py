@@ -18,6 +18,7 @@ from flax import nnx  # noqa: E402
 from benchmarks import compiled as programs  # noqa: E402
 from msa_jax.cli.compilation import for_other_chips
 from msa_jax.config import MSAConfig  # noqa: E402
+from msa_jax.context import Route  # noqa: E402
 from msa_jax.memory import DocumentLayout, MemoryBank  # noqa: E402
 from msa_jax.model import MSATransformer  # noqa: E402
 from pallas_kernels import tpu_chip  # noqa: E402
@@ -111,13 +112,12 @@ def test_the_question_step_of_the_4b_model_copies_no_layer_of_its_bank():
     layout = DocumentLayout(array((chunks,), "int32"), documents, documents, max_length=64)
     bank = MemoryBank(array((layers, chunks, config.router_width), "bfloat16"), content, content, layout)
 
-    def step(state, tokens, positions, bank):
-        output = nnx.merge(graph, state)(tokens, positions=positions, bank=bank)
+    def step(state, tokens, bank):
+        output = nnx.merge(graph, state).prefill(tokens, read=Route(bank))
         return output.hidden, output.own, output.selection
 
-    question = array((1, 64), "int32")
     with for_other_chips(), jax.set_mesh(mesh):
-        executable = jax.jit(step).lower(state, question, question, bank).compile()
+        executable = jax.jit(step).lower(state, array((1, 64), "int32"), bank).compile()
     assert executable.as_text().count('custom_call_target="tpu_custom_call"') == 2
     # A layer has 512 MiB of routing keys and twice that of content.
     assert programs.memory(executable)["temporaries"] < 128 * MIB

@@ -9,6 +9,7 @@ from flax import nnx
 
 from msa_jax import MSAConfig, MSATransformer
 from msa_jax.bank import encode_bank
+from msa_jax.context import Route
 from msa_jax.data import Renderer, Template, Tokenizer, pack_documents
 from msa_jax.errors import ConfigError
 from msa_jax.runs.build import make_model
@@ -40,18 +41,16 @@ def bank_of(model, documents):
     return encode_bank(model, pack_documents(list(documents), chunk_size=8, row_len=32, pad_id=0))
 
 
-def asked(model, documents, questions, **kwargs):
+def asked(model, documents, questions):
     """Output for questions that stand behind a prefix of one frame token."""
-    past = model.encode_template(jnp.full((1, 1), FRAME))
-    positions = jnp.broadcast_to(jnp.arange(questions.shape[1]) + 16, questions.shape)
-    bank = bank_of(model, documents)
-    return model(questions, positions=positions, past=past, bank=bank, return_scores=True, **kwargs)
+    template = model.encode_template(jnp.full((1, 1), FRAME))
+    read = Route(bank_of(model, documents), want=("scores", "queries"))
+    return model.prefill(questions, template=template, read=read)
 
 
 def scores(model, documents, questions) -> np.ndarray:
     """[L_r, B, N]"""
-    route = jnp.ones(questions.shape, bool)
-    return np.asarray(asked(model, documents, questions, route=route).document_scores)
+    return np.asarray(asked(model, documents, questions).document_scores)
 
 
 def task(num: int, rng):
@@ -80,7 +79,7 @@ def test_a_question_finds_the_document_with_its_rare_words():
 def test_the_last_token_asks_for_the_sum_of_all_words_and_no_other_token_scores_as_high():
     model = made("bag")
     documents, questions, _ = task(30, np.random.default_rng(1))
-    queries = np.asarray(asked(model, documents, questions, return_queries=True).queries)
+    queries = np.asarray(asked(model, documents, questions).queries)
     # By the definition: embeddings after the norm, those of the words added up, as layer 0's values and output
     # projections pass them on, and projected as a key is.
     table = np.asarray(model.embed.embedding[...], np.float64)
@@ -109,7 +108,7 @@ def test_documents_and_single_words_stay_what_they_are():
     hidden = model.encode_documents(
         tokens, segment_ids=jnp.ones_like(tokens), positions=positions, return_hidden=True
     ).hidden
-    active = model(tokens, positions=positions, return_hidden=True).all_hidden
+    active = model.prefill(tokens, positions=positions, return_hidden=True).all_hidden
     for states in (hidden, active):
         change = np.linalg.norm(np.asarray(states[1] - states[0])[0], axis=-1)
         assert change[:-1].max() < 0.01 * np.linalg.norm(np.asarray(states[0])[0], axis=-1).min()
@@ -122,7 +121,7 @@ def test_the_end_of_a_question_weighs_words_alike_however_far():
     words = rng.choice(RARE, 20, replace=False)
     tokens = jnp.asarray([[FRAME, *words, END], [FRAME, *rng.permutation(words), END], [*words, FRAME, END]], jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(22), tokens.shape)
-    end = np.asarray(model(tokens, positions=positions, return_hidden=True).all_hidden[1])[:, -1, 3:]
+    end = np.asarray(model.prefill(tokens, positions=positions, return_hidden=True).all_hidden[1])[:, -1, 3:]
     assert np.abs(end).max() > 0.5
     np.testing.assert_allclose(end, end[:1].repeat(3, 0), rtol=0, atol=0.02 * np.abs(end).max())
 

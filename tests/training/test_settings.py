@@ -138,7 +138,7 @@ def test_embedding_stream_holds_embeddings_alone():
     model = make()
     embedding_stream(model, embedding_std=0.5, logit_scale=0.1)
     tokens = jnp.asarray([[5, 9, 11]])
-    output = model(tokens, positions=jnp.arange(3)[None], return_hidden=True)
+    output = model.prefill(tokens, return_hidden=True)
     np.testing.assert_allclose(jnp.std(model.embed.embedding[...]), 0.5, rtol=1e-3)
     for hidden in output.all_hidden[:-1]:
         np.testing.assert_array_equal(hidden, model.embed(tokens))
