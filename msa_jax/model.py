@@ -184,8 +184,10 @@ class MSATransformer(nnx.Module):
     def cache(self, batch: int, size: int, template: Context | None = None) -> Context:
         """Room for `size` tokens of each of `batch` questions, those of the template first."""
         c = self.config
-        room = jnp.zeros((c.num_layers, batch, size, c.num_kv_heads, c.head_dim), c.compute_dtype)
-        past, length = KeyValues(room, room), jnp.zeros(batch, jnp.int32)
+        shape = (c.num_layers, batch, size, c.num_kv_heads, c.head_dim)
+        # Two arrays of their own: a step that is given the cache may have both donated.
+        past = KeyValues(k=jnp.zeros(shape, c.compute_dtype), v=jnp.zeros(shape, c.compute_dtype))
+        length = jnp.zeros(batch, jnp.int32)
         if template is not None:
             past = jax.tree.map(lambda x, first: x.at[:, :, : template.size].set(first), past, template.past)
             length = jnp.broadcast_to(template.length, batch)
