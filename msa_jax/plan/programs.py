@@ -18,10 +18,11 @@ from jax.sharding import PartitionSpec as P
 
 from msa_jax.bank.encoder import _encode_rows
 from msa_jax.config import TEMPLATE_LEN, MSAConfig
+from msa_jax.context import Context, KeyValues, Reuse, Route
 from msa_jax.data.batch import Batch, DocumentBatch, QuestionBatch
 from msa_jax.memory import ContentSource, DocumentLayout, MemoryBank, StoredContent
 from msa_jax.memory.selection import Selection
-from msa_jax.model import KeyValues, MSATransformer
+from msa_jax.model import MSATransformer
 from msa_jax.plan.settings import Bank, Sizes
 from msa_jax.sharding import DATA, MEMORY, MODEL, MeshConfig, Shardings
 from msa_jax.training.config import OptimizerConfig, Phase, TrainingConfig
@@ -107,17 +108,17 @@ def question(config: MSAConfig, mesh: Mesh, bank: Bank, sizes: Sizes) -> Program
     config, shardings = _serving(config), Shardings.inference()
     graphdef, params = _parameters(config, mesh, shardings)
     one = (config.num_layers, 1, TEMPLATE_LEN, config.num_kv_heads, config.head_dim)
-    prefix = KeyValues(*[_array(mesh, one, jnp.bfloat16, P(None, None, None, MODEL))] * 2)
+    prefix, number = _array(mesh, one, jnp.bfloat16, P(None, None, None, MODEL)), _array(mesh, (1,), jnp.int32)
+    template = Context(KeyValues(prefix, prefix), number, number)
 
-    def step(params, prefix, tokens, positions, mask, bank):
+    def step(params, template, tokens, lengths, bank):
         model = nnx.merge(graphdef, params)
-        own_mask = jnp.concatenate([jnp.ones((mask.shape[0], TEMPLATE_LEN), bool), mask], axis=1)
-        output = model(tokens, positions=positions, mask=own_mask, past=prefix, bank=bank, route=mask)
+        output = model.prefill(tokens, lengths=lengths, template=template, read=Route(bank))
         token = jnp.argmax(model.logits(output.hidden[:, -1]), axis=-1).astype(jnp.int32)
         return token, output.own, output.selection
 
-    array = functools.partial(_array, mesh, (sizes.batch, sizes.question_tokens), spec=P(DATA))
-    args = (params, prefix, array(jnp.int32), array(jnp.int32), array(jnp.bool_))
+    tokens = _array(mesh, (sizes.batch, sizes.question_tokens), jnp.int32, P(DATA))
+    args = (params, template, tokens, _array(mesh, (sizes.batch,), jnp.int32, P(DATA)))
     cache = jax.tree.map(lambda x: x.sharding, _cache(config, mesh, sizes, 1))
     out = (NamedSharding(mesh, P(DATA)), cache, NamedSharding(mesh, P(None, DATA)))
     return Program(
@@ -131,10 +132,10 @@ def decode(config: MSAConfig, mesh: Mesh, bank: Bank, sizes: Sizes) -> Program:
     config, shardings = _serving(config), Shardings.inference()
     graphdef, params = _parameters(config, mesh, shardings)
 
-    def step(params, cache, token, positions, mask, slot, selection, bank):
+    def step(params, cache, token, length, position, selection, bank):
         model = nnx.merge(graphdef, params)
-        output = model(token, positions=positions, mask=mask, past=cache, slot=slot, bank=bank, selection=selection)
-        return jnp.argmax(model.logits(output.hidden[:, 0]), axis=-1).astype(jnp.int32), output.own
+        hidden, context = model.decode(token, Context(cache, length, position), read=Reuse(bank, selection))
+        return jnp.argmax(model.logits(hidden), axis=-1).astype(jnp.int32), context.past
 
     b, layers, k = sizes.batch, len(config.router_layers), config.top_k
     cache = _cache(config, mesh, sizes, sizes.cache_tokens)
@@ -143,8 +144,7 @@ def decode(config: MSAConfig, mesh: Mesh, bank: Bank, sizes: Sizes) -> Program:
     scores = array((layers, b, k), jnp.float32, P(None, DATA))
     selection = Selection(documents=ranges, scores=scores, starts=ranges, lengths=ranges)
     args = (
-        params, cache, array((b, 1), jnp.int32, P(DATA)), array((b, 1), jnp.int32, P(DATA)),
-        array((b, sizes.cache_tokens), jnp.bool_, P(DATA)), array((), jnp.int32), selection,
+        params, cache, *[array((b,), jnp.int32, P(DATA))] * 3, selection,
         memory_bank(config, mesh, bank, sizes, shardings.bank),
     )  # fmt: skip
     out = (NamedSharding(mesh, P(DATA)), jax.tree.map(lambda x: x.sharding, cache))
