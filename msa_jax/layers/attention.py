@@ -15,13 +15,12 @@ from flax import nnx, struct
 
 from msa_jax import routing
 from msa_jax.config import AttentionConfig
-from msa_jax.layers import sharded as spread
+from msa_jax.layers import sharded
 from msa_jax.layers.linear import linear
 from msa_jax.layers.norm import RMSNorm
 from msa_jax.layers.rope import rope
 from msa_jax.memory import ChunkStates, DocumentLayout, LayerMemory, Selection, tiers
 from msa_jax.memory.selection import bias_of, merge
-from msa_jax.routing import sharded
 from msa_jax.spec import DEFAULT, LayerSpec
 from pallas_kernels import gather_attention
 
@@ -324,7 +323,7 @@ class MemorySparseAttention(SelfAttention):
             selection = selection if also is None else merge(selection, also)
         last = dict(bias=self._bias(selection), mask=mask, implementation=implementation)
         if memory.layout.axes is not None:
-            out = spread.attend(q, k, v, memory, selection, **last)
+            out = sharded.attend(q, k, v, memory, selection, **last)
         else:
             content = tiers.content_of(memory, selection.starts, selection.lengths)
             out, _ = gather_attention(q, k, v, **content._asdict(), **last)
