@@ -2,6 +2,8 @@
 
 For every size it encodes a memory of held-out text, asks its questions, lets the model generate freely, and
 reports a table, eval.json and curve.png in the workdir.
+
+How documents are found (--config.evaluation.mode=NAME):
 """
 
 from collections.abc import Sequence
@@ -42,7 +44,9 @@ def _define(values: flags.FlagValues) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command; see the module."""
-    run_command(_evaluate, __doc__, _define, arguments)
+    from msa_jax.inference.settings import modes_help
+
+    run_command(_evaluate, f"{__doc__}{modes_help()}\n", _define, arguments)
 
 
 if __name__ == "__main__":

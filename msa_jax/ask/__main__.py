@@ -24,7 +24,7 @@ from msa_jax.bank.reader import BankReader
 from msa_jax.cli.loading import add_flags, changes_of, loading_of
 from msa_jax.errors import BankError, ConfigError, DataError, MSAError
 from msa_jax.inference.answer import Answer
-from msa_jax.inference.settings import MODES, AskConfig, Budget, EngineConfig, Sampling
+from msa_jax.inference.settings import MODES, AskConfig, Budget, EngineConfig, Sampling, modes_help
 from msa_jax.routing import need_scores
 
 _HELP = {
@@ -55,8 +55,9 @@ def _flags(group, kind: type, *names: str) -> None:
 
 def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(
-        prog="python -m msa_jax.ask", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+        prog="python -m msa_jax.ask", description=__doc__, epilog=f"modes of asking:\n{modes_help()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     root.add_argument("question", nargs="?", help="what is asked")
     root.add_argument("--bank", required=True, metavar="DIR", help="folder of the bank, or a kvstore URL")
     model = root.add_mutually_exclusive_group(required=True)
@@ -69,7 +70,9 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--json", action="store_true", help="one JSON object a question, without progress")
     root.add_argument("--explain", action="store_true", help="also which documents the router finds, and by what")
     how = root.add_argument_group("how it is asked")
-    how.add_argument("--mode", choices=MODES, default="generate", help="as `AskConfig.mode` (default generate)")
+    how.add_argument(
+        "--mode", choices=MODES, default="generate", help="how documents are found; see below (default %(default)s)"
+    )
     how.add_argument(
         "--namespace", action="append", metavar="NAME", help="read documents of this one only; several may be given"
     )

@@ -41,7 +41,10 @@ def _line(message: object) -> str:
 
 
 def _parsed(
-    doc: str, define: Callable[[flags.FlagValues], None] | None, arguments: Sequence[str] | None
+    doc: str,
+    define: Callable[[flags.FlagValues], None] | None,
+    arguments: Sequence[str] | None,
+    required: Sequence[str],
 ) -> flags.FlagValues:
     """What the command line says; ends the program for --help, and for a flag that cannot be."""
     argv = [sys.argv[0], *with_paths(sys.argv[1:] if arguments is None else arguments)]
@@ -51,7 +54,7 @@ def _parsed(
         "--config.NAME=VALUE sets a field of it.", flag_values=values, sys_argv=argv,
     )  # fmt: skip
     flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, tokenizer, logs.", flag_values=values)
-    flags.mark_flags_as_required(["config", "workdir"], flag_values=values)
+    flags.mark_flags_as_required(required, flag_values=values)
     if define is not None:
         define(values)
     processes.define_flags(values)
@@ -76,6 +79,7 @@ def run_command(
     doc: str,
     define: Callable[[flags.FlagValues], None] | None = None,
     arguments: Sequence[str] | None = None,
+    required: Sequence[str] = ("config", "workdir"),
 ) -> None:
     """Parse flags, join other processes and call `run`; a mistake of the user's ends in one sentence and status 1.
 
@@ -84,9 +88,10 @@ def run_command(
       doc: what --help begins with.
       define: adds the command's own flags to the values that it is given.
       arguments: of the command line; None for those that the program was started with.
+      required: flags that must be given.
     """
     try:
-        values = _parsed(doc, define, arguments)
+        values = _parsed(doc, define, arguments, required)
         processes.start(values)
         _show_log()
         run(values)

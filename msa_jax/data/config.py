@@ -30,7 +30,7 @@ class DataConfig:
       num_questions: B of a training batch.
       question_len: T, tokens of a question with its whole reply.
       eval_fraction: share of questions and passages held out.
-      loss_weights: of ids, answers and quoted ids.
+      loss_weights: of the tokens of a reply.
       samples: what one sample of a question is, see `render_episode`. "chain": its whole reply, with the one routing of
         the question. "at_once": one that names all documents before it reads them. "steps": one step of the chain at a
         time, as Memory Interleave asks it. "question": no reply, the router alone learns. "latent": one that reads no
@@ -119,12 +119,12 @@ class TokenizerConfig:
     """A tokenizer trained on the run's texts, or a checkpoint's own.
 
     Attributes:
-      vocab_size: of a trained one, special tokens included.
+      vocab_size: tokens of a trained one, special ones included.
       path: folder of a tokenizer.json to use instead.
       template: "compact", "paper", "chinese", or a JSON file of one's own frames, which is read when the tokenizer is
         made and saved with it.
       numbers: "place" or "plain", how document numbers are spelt; empty leaves it to the template.
-      id_digits: of document numbers; 0 leaves it to the template.
+      id_digits: digits of document numbers; 0 leaves it to the template.
     """
 
     vocab_size: int = 4096

@@ -14,7 +14,14 @@ from msa_jax.errors import DataError
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weights of reply tokens as targets: generated ids, the answer, and the two ids of a quoted document."""
+    """Weights of a reply's tokens as targets; all others have none.
+
+    Attributes:
+      id: document numbers that the model writes, and the end of retrieval.
+      answer: tokens of the answer.
+      trailing_id: the number behind a quoted document.
+      leading_id: the number in front of a quoted document.
+    """
 
     id: float = 1.0
     answer: float = 1.0

@@ -8,8 +8,18 @@ from typing import Literal
 
 from msa_jax.errors import require
 
-MODES = ("generate", "constrained", "router", "latent")
 Mode = Literal["generate", "constrained", "router", "latent"]
+MODES: dict[Mode, str] = {
+    "generate": "the model names the documents it wants, round by round (paper section 3.5)",
+    "constrained": "the same, its numbers held to documents that a router layer selected in this round",
+    "router": "the documents of the best router scores, the mean over router layers, are read, then it answers",
+    "latent": "it answers from pooled keys and values, no original text is read",
+}
+
+
+def modes_help() -> str:
+    """A line for each mode, for the help of commands."""
+    return "\n".join(f"  {mode:<12} {what}" for mode, what in MODES.items())
 
 
 def _need_at_least(config: object, least: int, *names: str) -> None:
@@ -79,10 +89,7 @@ class AskConfig:
     """How a question is asked.
 
     Attributes:
-      mode: "generate" (paper section 3.5): the model names the documents it wants, round by round. "constrained":
-        the same, and the numbers that it writes are held to documents that a router layer selected in this round and
-        that it has not named yet. "router": the `router_documents` best by router score, the mean over router layers,
-        are read, then it answers. "latent": it answers from pooled keys and values, no original text is read.
+      mode: how documents are found and read; `MODES` says what each mode does.
       sampling: of every token, ids included.
       budget: what it may cost.
       router_documents: how many documents "router" reads; `budget.documents` at most.

@@ -27,9 +27,9 @@ class EvalConfig:
     """How a run is evaluated.
 
     Attributes:
-      num_questions: asked of every memory. batch_size: asked together.
-      mode: of asking, as `AskConfig.mode`.
-      max_rounds: how often a question may retrieve. max_new_tokens: of each turn, and of the answer.
+      num_questions: questions asked of every memory. batch_size: questions asked together.
+      mode: how documents are found: "generate", "constrained", "router" or "latent"; `eval.py --help` says what each does.
+      max_rounds: how often a question may retrieve. max_new_tokens: tokens of each turn, and of the answer, at most.
       rows_per_step: packed rows that are encoded together.
       seed: of memories and questions.
     """
@@ -48,7 +48,7 @@ class RunConfig:
     """All settings of a run; `from_dict` takes what a file in `configs/` returns.
 
     Attributes:
-      model: preset name and changes for `MSAConfig`; the vocabulary is the tokenizer's.
+      model: `preset`, a size by name, and changes to it, fields of `MSAConfig`; the vocabulary is the tokenizer's.
       init_from: folder of a published checkpoint to start from, instead of random parameters.
       mesh: devices of training; a run may go on with another mesh.
     """

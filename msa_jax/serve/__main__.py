@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from msa_jax.cli.loading import add_flags, changes_of, loading_of
 from msa_jax.errors import ConfigError, MSAError, require
 from msa_jax.inference.session import Session
-from msa_jax.inference.settings import MODES, AskConfig, Budget, EngineConfig, Sampling
+from msa_jax.inference.settings import MODES, AskConfig, Budget, EngineConfig, Sampling, modes_help
 from msa_jax.serve.keys import Keys
 from msa_jax.serve.limits import Limits
 from msa_jax.serve.running import bind, serve
@@ -36,8 +36,9 @@ REFUSALS = (MSAError, OSError)
 
 def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(
-        prog="python -m msa_jax.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+        prog="python -m msa_jax.serve", description=__doc__, epilog=f"modes of asking:\n{modes_help()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     limits, engine, budget = Limits(), EngineConfig(), Budget()
     model = root.add_mutually_exclusive_group(required=True)
     model.add_argument("--workdir", default="", help="folder of the trained run whose model answers")

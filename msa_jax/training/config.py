@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from msa_jax.errors import ConfigError, require
 
-AUX_LOSSES = ("infonce", "infonce_decoupled", "infonce_focal", "infonce_decoupled_focal")
-OPTIMIZERS = ("adamw", "muon")
-DECAYS = ("constant", "linear", "cosine")
+AuxLoss = Literal["infonce", "infonce_decoupled", "infonce_focal", "infonce_decoupled_focal"]
+Optimizer = Literal["adamw", "muon"]
+Decay = Literal["constant", "linear", "cosine"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,7 +18,7 @@ class Phase:
 
     Attributes:
       steps: optimiser steps.
-      lm_weight, aux_weight: `loss = lm_weight * L_LM + aux_weight * L_aux`.
+      lm_weight: of the language-model loss. aux_weight: of the auxiliary loss, beside it.
       lr_scale: learning rate of the phase, relative to the optimiser's.
       mean_over_tokens: score documents by the mean over routing tokens, not the max.
       recent: batches before this one whose documents stay in memory, without gradient (`training.recent`): the bank
@@ -52,17 +52,17 @@ class OptimizerConfig:
       warmup_steps: linear warm-up from 0.
       decay: from the peak, over all steps that follow: "constant", "linear" or "cosine".
       final_fraction: the rate at the last step, relative to the peak.
-      b1, b2: Adam's moments. weight_decay: decoupled, on matrices only.
+      b1, b2: decay of Adam's two moments. weight_decay: decoupled, on matrices only.
       clip_norm: global norm at which gradients are clipped.
       accumulate: batches whose gradients are averaged into one step.
       ema_decay: decay of an exponential moving average of the parameters, which evaluation then uses; 0 is off.
     """
 
-    name: Literal["adamw", "muon"] = "adamw"
+    name: Optimizer = "adamw"
     learning_rate: float = 1e-4
     adam_learning_rate: float = 2e-3
     warmup_steps: int = 30
-    decay: Literal["constant", "linear", "cosine"] = "cosine"
+    decay: Decay = "cosine"
     final_fraction: float = 0.1
     b1: float = 0.9
     b2: float = 0.98
@@ -72,8 +72,9 @@ class OptimizerConfig:
     ema_decay: float = 0.0
 
     def __post_init__(self):
-        require(self.name in OPTIMIZERS, f"optimizer.name must be one of {OPTIMIZERS}, got {self.name!r}.")
-        require(self.decay in DECAYS, f"optimizer.decay must be one of {DECAYS}, got {self.decay!r}.")
+        for name, choices in (("name", get_args(Optimizer)), ("decay", get_args(Decay))):
+            value = getattr(self, name)
+            require(value in choices, f"optimizer.{name} must be one of {choices}, got {value!r}.")
         for name in ("learning_rate", "adam_learning_rate", "clip_norm"):
             require(getattr(self, name) > 0, f"optimizer.{name} must be positive, got {getattr(self, name)}.")
         for name in ("b1", "b2", "ema_decay"):
@@ -89,9 +90,10 @@ class TrainingConfig:
     Attributes:
       phases: run one after the other.
       optimizer: see `OptimizerConfig`.
-      aux_loss: auxiliary loss on document scores. temperature: its tau. gamma: of its focal forms.
-      embedding_std, logit_scale: start from a residual stream that holds embeddings of this standard deviation
-        alone, with the final norm's scale at `logit_scale`; 0 keeps the random start.
+      aux_loss: auxiliary loss on document scores. temperature: its tau. gamma: exponent of its focal forms.
+      embedding_std: start from a residual stream that holds embeddings of this standard deviation alone; 0 keeps the
+        random start.
+      logit_scale: the final norm's scale at that start.
       tied_router: start W_QR as W_KR, repeated over each group, so that equal hidden states match.
       bag_of_words: start the router as one that compares bags of rare words, see `msa_jax.training.bag_of_words`;
         in place of `tied_router`, on top of `embedding_std`, with a layer below the first router layer.
@@ -102,12 +104,13 @@ class TrainingConfig:
       max_routing: the most tokens of one sample that route, so that only those are scored; None scores every token.
         A batch with more is an error.
       seed: of parameters and data.
-      log_every, checkpoint_every: steps. keep_checkpoints: how many stay.
+      log_every: steps from one line of metrics to the next. checkpoint_every: steps from one checkpoint to the next.
+      keep_checkpoints: how many checkpoints stay.
     """
 
     phases: tuple[Phase, ...]
     optimizer: OptimizerConfig = OptimizerConfig()
-    aux_loss: str = "infonce_decoupled"
+    aux_loss: AuxLoss = "infonce_decoupled"
     temperature: float = 0.1
     gamma: float = 2.0
     embedding_std: float = 0.0
@@ -123,7 +126,8 @@ class TrainingConfig:
     keep_checkpoints: int = 2
 
     def __post_init__(self):
-        require(self.aux_loss in AUX_LOSSES, f"aux_loss must be one of {AUX_LOSSES}, got {self.aux_loss!r}.")
+        losses = get_args(AuxLoss)
+        require(self.aux_loss in losses, f"aux_loss must be one of {losses}, got {self.aux_loss!r}.")
         require(self.temperature > 0, f"temperature must be positive, got {self.temperature}.")
         require(
             not self.bag_of_words or (self.embedding_std > 0 and not self.tied_router),
