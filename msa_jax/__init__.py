@@ -4,8 +4,9 @@ Importing this loads nothing: each name is imported when it is first used, so th
 for that layer alone. docs/api.md says which names are stable.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from msa_jax.importing import lazy
 
 if TYPE_CHECKING:
     from msa_jax.bank.store import MemoryStore as MemoryStore
@@ -21,27 +22,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"  # setup.cfg takes it from here
 
 _MODULES = {
-    "AttentionConfig": "config",
-    "ConfigError": "errors",
-    "MSAConfig": "config",
-    "MSAError": "errors",
-    "MSATransformer": "model",
-    "MemoryBank": "memory.bank",
-    "MemorySparseAttention": "layers.attention",
-    "MemoryStore": "bank.store",
-    "Session": "inference.session",
+    "AttentionConfig": "msa_jax.config",
+    "ConfigError": "msa_jax.errors",
+    "MSAConfig": "msa_jax.config",
+    "MSAError": "msa_jax.errors",
+    "MSATransformer": "msa_jax.model",
+    "MemoryBank": "msa_jax.memory.bank",
+    "MemorySparseAttention": "msa_jax.layers.attention",
+    "MemoryStore": "msa_jax.bank.store",
+    "Session": "msa_jax.inference.session",
 }
 
 __all__ = [*_MODULES, "__version__"]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES})
+__getattr__, __dir__ = lazy(__name__, _MODULES, {"msa_jax.bank.store": "bank", "msa_jax.inference.session": "bank"})

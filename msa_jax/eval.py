@@ -8,6 +8,10 @@ How documents are found (--config.evaluation.mode=NAME):
 
 from collections.abc import Sequence
 
+from msa_jax.importing import exit_without
+
+exit_without("train", "eval")  # before what needs it is imported
+
 from absl import flags
 
 from msa_jax import distributed

@@ -10,6 +10,10 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
+from msa_jax.importing import exit_without
+
+exit_without("bank", "export")  # before what needs it is imported
+
 from msa_jax.checkpoints import pretrained
 from msa_jax.data import Tokenizer
 from msa_jax.errors import ConfigError, MSAError

@@ -6,6 +6,10 @@ The same command resumes a run that was interrupted.
 
 from collections.abc import Sequence
 
+from msa_jax.importing import exit_without
+
+exit_without("train", "train")  # before what needs it is imported
+
 from absl import flags
 
 from msa_jax.cli.command import run_command

@@ -7,7 +7,7 @@ import pytest
 
 # Rooms from the ground up, folders of `msa_jax` or files at its top: each may import those before it.
 ORDER = (
-    "errors", "files", "memory", "routing", "spec", "families", "config", "distributed", "sharding",
+    "errors", "importing", "files", "memory", "routing", "spec", "families", "config", "distributed", "sharding",
     "context", "layers", "model", "checkpoints",
     "data", "training", "runs", "export", "cli", "bank", "inference", "evaluation",
     "parity", "plan", "ask", "serve", "train", "eval",

@@ -18,6 +18,10 @@ import pathlib
 import sys
 from collections.abc import Iterator, Sequence
 
+from msa_jax.importing import exit_without
+
+exit_without("bank", "ask")  # before what needs it is imported
+
 from msa_jax.ask.prompt import Prompt, answer_one, width
 from msa_jax.ask.show import as_json, clean, write_end, write_explanation
 from msa_jax.bank.reader import BankReader

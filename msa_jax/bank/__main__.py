@@ -18,6 +18,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from msa_jax.importing import exit_without
+
+exit_without("bank", "bank")  # before what needs it is imported
+
 from msa_jax.bank.jsonl import count_lines, read_documents
 from msa_jax.bank.stats import DEVICES, stats
 from msa_jax.bank.store import MemoryStore

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import pathlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import grain
 import jax
 import orbax.checkpoint as ocp
 from flax import nnx
 
 from msa_jax.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import grain
 
 
 def _abstract(tree):

@@ -1,6 +1,6 @@
 """Sources -> documents and questions -> tokens -> packed batches. Knows no model."""
 
-import importlib
+from msa_jax.importing import lazy
 
 _HOMES = {
     "batch": ("Batch", "DocumentBatch", "QuestionBatch", "pack_documents", "pack_questions"),
@@ -22,12 +22,8 @@ _HOMES = {
     "templates": ("Template",),
     "tokenizer": ("Tokenizer",),
 }
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-__all__ = sorted(_HOME_OF)  # noqa: PLE0605
+_MODULES = {name: f"{__name__}.{home}" for home, names in _HOMES.items() for name in names}
+_EXTRAS = dict.fromkeys(_MODULES.values(), "bank") | {f"{__name__}.pipeline": "train"}
 
-
-def __getattr__(name: str):
-    # Each when it is asked for: the input pipeline takes a second to import, and most uses need none.
-    if name not in _HOME_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+__all__ = sorted(_MODULES)  # noqa: PLE0605
+__getattr__, __dir__ = lazy(__name__, _MODULES, _EXTRAS)

@@ -1,5 +1,9 @@
 """Asking the memory: an engine that answers many questions at once, and the session that people and programs use."""
 
+from msa_jax.importing import require_extra
+
+require_extra("bank")  # before what needs it is imported
+
 from msa_jax.errors import QuestionError
 from msa_jax.inference.abstention import Threshold, choose_threshold
 from msa_jax.inference.answer import Answer, Citation, Event, Outcome, Round, StreamEvent

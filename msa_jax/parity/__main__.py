@@ -9,6 +9,10 @@ from collections.abc import Sequence
 
 import jax
 
+from msa_jax.importing import exit_without
+
+exit_without("bank", "parity")  # before what needs it is imported
+
 from msa_jax.parity.backbone import check_backbone
 from msa_jax.parity.inference import check_inference
 from msa_jax.parity.recording import Recording

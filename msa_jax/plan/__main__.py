@@ -15,6 +15,10 @@ from collections.abc import Sequence
 
 import jax
 
+from msa_jax.importing import exit_without
+
+exit_without("bank", "msa_jax.plan")  # before what needs it is imported
+
 from msa_jax.errors import ConfigError
 from msa_jax.plan import choose, report, settings
 from msa_jax.plan.topologies import Topology

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import pathlib
+from typing import TYPE_CHECKING
 
 import jax
 from flax import nnx
@@ -12,17 +13,20 @@ from flax import nnx
 from msa_jax import distributed
 from msa_jax.checkpoints import pretrained
 from msa_jax.errors import ConfigError
-from msa_jax.data import Renderer, Source, Tokenizer, make_dataset
+from msa_jax.data import Renderer, Source, Tokenizer
 from msa_jax.data.config import DataConfig
 from msa_jax.data.splits import Split
+from msa_jax.importing import require_extra
 from msa_jax.model import MSATransformer
 from msa_jax.routing import need_scores
 from msa_jax.runs.config import RunConfig
 from msa_jax.sharding import DATA, MEMORY, MODEL, Shardings, check_model
 from msa_jax.training import bag_of_words
 from msa_jax.training.init import copy_circuit, embedding_stream, tie_router
-from msa_jax.training.loop import TrainingResult, train
 from msa_jax.runs.workdir import check_workdir
+
+if TYPE_CHECKING:
+    from msa_jax.training.loop import TrainingResult
 
 _LOG = logging.getLogger(__name__)
 
@@ -136,7 +140,13 @@ def train_run(run: RunConfig, workdir: str | pathlib.Path) -> TrainingResult:
     Raises:
       ConfigError, DataError, CheckpointError: something is wrong with the settings, the data, or `workdir`.
       TrainingDiverged: the loss became NaN or infinite.
+      ImportError: the extra "train" is not installed.
     """
+    require_extra("train")
+    # Here, because what a trained model is asked with needs neither.
+    from msa_jax.data.pipeline import make_dataset
+    from msa_jax.training.loop import train
+
     workdir = pathlib.Path(workdir)
     # Whatever is wrong with the model shows here, before any work.
     need_scores(run.model_config(vocab_size=8).retriever, "training")

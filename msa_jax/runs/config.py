@@ -6,17 +6,19 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal
-
-from ml_collections import ConfigDict, config_dict
+from typing import TYPE_CHECKING, Any, Literal
 
 from msa_jax.errors import ConfigError
 from msa_jax.config import MSAConfig, of_today
 from msa_jax.data.config import DataConfig, TokenizerConfig
 from msa_jax.data.samples import LossWeights
 from msa_jax.data.sources import field_types, names, owners, settings_type
+from msa_jax.importing import require_extra
 from msa_jax.sharding import MeshConfig
 from msa_jax.training.config import OptimizerConfig, Phase, TrainingConfig
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 # Settings that stood elsewhere when runs were first written: where they were, and where they are.
 _MOVED = {("tokenizer", "uuid_pairs"): ("data", "uuid_pairs")}
@@ -129,6 +131,8 @@ def _field(hint: Any, value: Any) -> Any:
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     options = typing.get_args(hint) if union else (hint,)
     kinds = [typing.get_origin(o) or o for o in options if o is not types.NoneType]
+    from ml_collections import config_dict
+
     return config_dict.placeholder(str if kinds[0] is Literal else kinds[0])
 
 
@@ -159,6 +163,10 @@ def full_config(values: Mapping[str, Any]) -> ConfigDict:
 
     Fields of the model that are not given stay unset, and are then the preset's.
     """
+    require_extra("train")
+    # Here, because a run that is read back needs no flags.
+    from ml_collections import ConfigDict
+
     unknown = sorted(set(values) - {field.name for field in dataclasses.fields(RunConfig)})
     if unknown:
         raise ConfigError(f"Run settings: unknown {unknown}.")

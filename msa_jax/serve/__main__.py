@@ -18,6 +18,10 @@ import sys
 import threading
 from collections.abc import Sequence
 
+from msa_jax.importing import exit_without
+
+exit_without("serve", "serve")  # before what needs it is imported
+
 from msa_jax.cli.loading import add_flags, changes_of, loading_of
 from msa_jax.errors import ConfigError, MSAError, require
 from msa_jax.inference.session import Session

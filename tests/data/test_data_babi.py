@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from msa_jax.data import BabiSource, Renderer, Template, Tokenizer, make_dataset
+from msa_jax.data import BabiSource, Renderer, Template, Tokenizer
+from msa_jax.data.pipeline import make_dataset
 from msa_jax.data.sources.babi import read_stories
 from msa_jax.errors import DataError
 

@@ -5,8 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
-from msa_jax.data import CorpusSource, Document, Episode, Question, Renderer, fitting_questions, make_dataset
+from msa_jax.data import CorpusSource, Document, Episode, Question, Renderer, fitting_questions
 from msa_jax.data.episodes import longest_sample, render_episode
+from msa_jax.data.pipeline import make_dataset
 from msa_jax.errors import DataError
 
 DOCUMENT = Document("a", "Title", "Bacodi fuge. Limo 12!")

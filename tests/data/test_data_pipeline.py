@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from msa_jax.data import JsonlSource, Renderer, Template, Tokenizer, make_dataset
+from msa_jax.data import JsonlSource, Renderer, Template, Tokenizer
+from msa_jax.data.pipeline import make_dataset
 from msa_jax.errors import DataError
 
 SIZES = {

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from msa_jax.checkpoints.run import Checkpoints
-from msa_jax.data import make_dataset
+from msa_jax.data.pipeline import make_dataset
 from msa_jax.runs.build import make_model, make_source, open_tokenizer
 from msa_jax.runs.workdir import check_workdir
 from msa_jax.training.optimizer import make_optimizer

@@ -10,8 +10,9 @@ import pytest
 from flax import nnx
 
 from benchmarks.quality import questions
-from msa_jax.data import Renderer, make_dataset
+from msa_jax.data import Renderer
 from msa_jax.data.batch import REPLY
+from msa_jax.data.pipeline import make_dataset
 from msa_jax.errors import ConfigError
 from msa_jax.evaluation import mine
 from msa_jax.runs import open as opening
