@@ -13,6 +13,8 @@ import sys
 
 import pytest
 
+from msa_jax.importing import EXTRAS
+
 REAL = pathlib.Path(os.path.realpath(sys.executable))
 OWN = {"msa_jax", "pallas_kernels", "configs", "benchmarks", "tests", "examples"}
 
@@ -166,7 +168,11 @@ def imports(files, root) -> dict[str, str]:
     found = {}
     for file in files:
         package = file.relative_to(root).parent.parts
-        for node in ast.walk(ast.parse(file.read_text())):
+        tree = ast.parse(file.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+                node.body = []  # never imported
+        for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
@@ -178,17 +184,70 @@ def imports(files, root) -> dict[str, str]:
     return found
 
 
-def test_what_is_imported_is_declared(root):
+@pytest.fixture(scope="module")
+def declared(root) -> dict[str, set[str]]:
+    """Distributions that each extra of setup.cfg installs, "" without one."""
     config = configparser.ConfigParser()
     config.read(root / "setup.cfg")
-    required, serve = config["options"]["install_requires"], config["options.extras_require"]["serve"]
+    lines = {"": config["options"]["install_requires"], **config["options.extras_require"]}
+    names = {extra: set(re.findall(r"^\s*([\w-]+)(?!.*\[)", text, re.M)) for extra, text in lines.items()}
+    names = {extra: {normal(name) for name in given} for extra, given in names.items()}
+    within = {extra: re.findall(r"msa-jax\[(.*)\]", text) for extra, text in lines.items()}
+    for extra, others in within.items():
+        for other in ",".join(others).split(",") if others else ():
+            names[extra] |= names[other]
+    return {extra: given | names[""] for extra, given in names.items()}
+
+
+def normal(name: str) -> str:
+    return name.lower().replace("_", "-")
+
+
+# Folders and files by the extra that they need; all others of `msa_jax` need "train".
+CORE = {
+    "__init__.py", "errors.py", "importing.py", "files.py", "config.py", "spec.py", "families", "distributed.py",
+    "sharding.py", "memory", "routing", "layers", "model.py",
+}  # fmt: skip
+BANK = {"checkpoints", "data", "bank", "inference", "ask", "plan", "parity"}
+
+
+def test_what_is_imported_is_declared(root, declared):
     distributions = importlib.metadata.packages_distributions()
-    files = {*root.glob("msa_jax/**/*.py"), *root.glob("pallas_kernels/**/*.py"), *root.glob("*.py")}
-    server = set(root.glob("msa_jax/serve/*.py"))
-    for part, lines, known in ((files - server, required, "jax"), (server, required + serve, "starlette")):
-        declared = {re.match(r"[\w-]*", line)[0].lower().replace("_", "-") for line in lines.split()}
-        imported = {name.split(".")[0]: file for name, file in imports(part, root).items()}
-        assert known in imported
-        for name in imported.keys() - OWN - sys.stdlib_module_names:
-            names = {each.lower().replace("_", "-") for each in distributions.get(name, [name])}
-            assert names & declared, f"{imported[name]} imports {name}, which setup.cfg does not name for it"
+    for file in (*root.glob("msa_jax/**/*.py"), *root.glob("pallas_kernels/**/*.py"), *root.glob("*.py")):
+        top, *rest = file.relative_to(root).parts
+        room = rest[0] if top == "msa_jax" else "model.py" if top == "pallas_kernels" else "train"
+        extra = "" if room in CORE else "bank" if room in BANK else "serve" if room == "serve" else "train"
+        extra = "train" if rest == ["data", "pipeline.py"] else extra
+        for name in {name.split(".")[0] for name in imports([file], root)} - OWN - sys.stdlib_module_names:
+            names = {normal(each) for each in distributions.get(name, [name])}
+            assert names & declared[extra], f"{file} imports {name}, which setup.cfg does not name for [{extra}]"
+
+
+def test_a_missing_extra_is_one_sentence_that_names_it(root, declared):
+    """For Python callers and in commands; and what is looked for is what setup.cfg installs."""
+    distributions = importlib.metadata.packages_distributions()
+    for extra, modules in EXTRAS.items():
+        assert all({normal(each) for each in distributions[name]} & declared[extra] for name in modules)
+    code = """
+import importlib.util, runpy, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name in ("tokenizers", "grain", "uvicorn") else find(name, *rest)
+import msa_jax.model
+for name in ("MemoryStore", "Session"):
+    try:
+        getattr(msa_jax, name)
+    except ImportError as e:
+        print(e)
+for name in ("bank", "ask", "serve", "train", "export"):
+    try:
+        runpy.run_module(f"msa_jax.{name}", run_name="__main__")
+    except SystemExit as e:
+        print(e)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    need = "{} not installed: pip install 'msa-jax[{}]' adds it."
+    bank = need.format("tokenizers", "bank")
+    assert done.stdout.splitlines() == [
+        bank, bank, f"bank: {bank}", f"ask: {bank}", "serve: " + need.format("tokenizers, uvicorn", "serve"),
+        "train: " + need.format("tokenizers, grain", "train"), f"export: {bank}",
+    ], done.stderr  # fmt: skip
