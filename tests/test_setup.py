@@ -206,7 +206,7 @@ def normal(name: str) -> str:
 # Folders and files by the extra that they need; all others of `msa_jax` need "train".
 CORE = {
     "__init__.py", "errors.py", "importing.py", "files.py", "config.py", "spec.py", "families", "distributed.py",
-    "sharding.py", "memory", "routing", "layers", "model.py",
+    "sharding.py", "context.py", "memory", "routing", "layers", "model.py",
 }  # fmt: skip
 BANK = {"checkpoints", "data", "bank", "inference", "ask", "plan", "parity"}
 
