@@ -12,18 +12,18 @@ from flax import nnx
 
 from msa_jax import distributed
 from msa_jax.checkpoints import pretrained
-from msa_jax.errors import ConfigError
 from msa_jax.data import Renderer, Source, Tokenizer
 from msa_jax.data.config import DataConfig
 from msa_jax.data.splits import Split
+from msa_jax.errors import ConfigError
 from msa_jax.importing import require_extra
 from msa_jax.model import MSATransformer
 from msa_jax.routing import need_scores
 from msa_jax.runs.config import RunConfig
+from msa_jax.runs.workdir import check_workdir
 from msa_jax.sharding import DATA, MEMORY, MODEL, Shardings, check_model
 from msa_jax.training import bag_of_words
 from msa_jax.training.init import copy_circuit, embedding_stream, tie_router
-from msa_jax.runs.workdir import check_workdir
 
 if TYPE_CHECKING:
     from msa_jax.training.loop import TrainingResult

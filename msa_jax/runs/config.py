@@ -8,11 +8,11 @@ import typing
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from msa_jax.errors import ConfigError
 from msa_jax.config import MSAConfig, of_today
 from msa_jax.data.config import DataConfig, TokenizerConfig
 from msa_jax.data.samples import LossWeights
 from msa_jax.data.sources import field_types, names, owners, settings_type
+from msa_jax.errors import ConfigError
 from msa_jax.importing import require_extra
 from msa_jax.sharding import MeshConfig
 from msa_jax.training.config import OptimizerConfig, Phase, TrainingConfig
@@ -30,7 +30,8 @@ class EvalConfig:
 
     Attributes:
       num_questions: questions asked of every memory. batch_size: questions asked together.
-      mode: how documents are found: "generate", "constrained", "router" or "latent"; `eval.py --help` says what each does.
+      mode: how documents are found: "generate", "constrained", "router" or "latent"; `eval.py --help` says what
+        each does.
       max_rounds: how often a question may retrieve. max_new_tokens: tokens of each turn, and of the answer, at most.
       rows_per_step: packed rows that are encoded together.
       seed: of memories and questions.

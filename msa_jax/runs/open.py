@@ -11,9 +11,9 @@ from flax import nnx
 
 from msa_jax.checkpoints import pretrained
 from msa_jax.checkpoints.run import Checkpoints
-from msa_jax.errors import ConfigError
 from msa_jax.config import MSAConfig
 from msa_jax.data import Renderer, Tokenizer
+from msa_jax.errors import ConfigError
 from msa_jax.model import MSATransformer
 from msa_jax.runs.build import model_skeleton, open_tokenizer
 from msa_jax.runs.config import RunConfig

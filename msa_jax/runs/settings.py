@@ -26,9 +26,9 @@ _PAGE = """\
 
 [Glossary](glossary.md)
 
-Every row is a flag: `--config.NAME=VALUE` of `train.py` and `eval.py` sets it, whatever the config file says. The values here
-are the defaults, with a model of the preset `tiny`. `python train.py --config=configs/demo.py --print_config` prints the
-values of a config. `python -m msa_jax.runs.settings > docs/settings.md` writes this page.
+Every row is a flag: `--config.NAME=VALUE` of `train.py` and `eval.py` sets it, whatever the config file says. The
+values here are the defaults, with a model of the preset `tiny`. `python train.py --config=configs/demo.py
+--print_config` prints the values of a config. `python -m msa_jax.runs.settings > docs/settings.md` writes this page.
 """
 
 
