@@ -102,8 +102,7 @@ def pack_documents(
     if count and sizes.max() > row_len:
         worst = int(np.argmax(sizes))
         raise DataError(
-            f"document {worst} has {sizes[worst]} tokens and a row only {row_len}; raise row_len or split "
-            "the document"
+            f"document {worst} has {sizes[worst]} tokens and a row only {row_len}; raise row_len or split the document"
         )
     chunks = -(-sizes // chunk_size)
     starts, used_rows = _next_fit(chunks, row_len // chunk_size)
@@ -184,12 +183,7 @@ def pack_parts(
 
 
 def pack_questions(
-    samples: Sequence[Sample],
-    *,
-    question_len: int,
-    visible: np.ndarray,
-    relevant: np.ndarray,
-    pad_id: int = 0,
+    samples: Sequence[Sample], *, question_len: int, visible: np.ndarray, relevant: np.ndarray, pad_id: int = 0
 ) -> QuestionBatch:
     """Pads samples at the right to `[B, question_len]`; `visible` and `relevant` are bool `[B, N]`.
 

@@ -46,19 +46,13 @@ def make_dataset(
     Raises DataError on arguments that do not fit each other or the source's first batch.
     """
     if len(source) == 0:
-        raise DataError(
-            "the source has no question in this split; give it more data or another eval_fraction"
-        )
+        raise DataError("the source has no question in this split; give it more data or another eval_fraction")
     if min(num_documents, num_questions, question_len) < 1:
         raise DataError("num_documents, num_questions and question_len must be at least 1")
     if not 0 <= process_index < process_count:
-        raise DataError(
-            f"process_index must be in 0..process_count - 1, got {process_index} of {process_count}"
-        )
+        raise DataError(f"process_index must be in 0..process_count - 1, got {process_index} of {process_count}")
     if len(source) < process_count:
-        raise DataError(
-            f"{len(source)} questions cannot be shared by {process_count} processes; give more data"
-        )
+        raise DataError(f"{len(source)} questions cannot be shared by {process_count} processes; give more data")
     document_len = row_len if document_len is None else document_len
     if num_documents % parts:
         raise DataError(f"{num_documents} documents cannot be packed in {parts} equal parts; change num_documents")

@@ -57,8 +57,7 @@ class Episode:
     def __post_init__(self):
         if len(self.numbers) != len(self.documents):
             raise DataError(
-                f"an episode needs one number a document: {len(self.documents)} documents, "
-                f"{len(self.numbers)} numbers"
+                f"an episode needs one number a document: {len(self.documents)} documents, {len(self.numbers)} numbers"
             )
         if self.visible is None and len(set(self.numbers)) != len(self.numbers):
             raise DataError("document numbers of an episode must differ; draw them without replacement")

@@ -38,9 +38,7 @@ class Renderer:
     nothing.
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer, document_len: int | None = None, weights: LossWeights | None = None
-    ):
+    def __init__(self, tokenizer: Tokenizer, document_len: int | None = None, weights: LossWeights | None = None):
         template = tokenizer.template
         self.tokenizer = tokenizer
         self.weights = weights or LossWeights()
@@ -214,10 +212,7 @@ class _Frame:
             self.literals += len(ids)
 
     def fill(
-        self,
-        number: list[int],
-        text: Sequence[int] | np.ndarray = (),
-        id_weights: tuple[float, ...] = (0.0, 0.0),
+        self, number: list[int], text: Sequence[int] | np.ndarray = (), id_weights: tuple[float, ...] = (0.0, 0.0)
     ) -> tuple[list[int], list[float]]:
         """Token ids, and loss weights in which the n-th id has `id_weights[n]` and all else 0."""
         tokens: list[int] = []

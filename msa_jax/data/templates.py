@@ -72,9 +72,7 @@ class Template:
         if not 1 <= self.id_digits <= 18:
             raise DataError(f"the template's id_digits must be in 1..18, got {self.id_digits}")
         if not self.reference.endswith(self.reference_end):
-            raise DataError(
-                f"the template's reference must end with {self.reference_end!r}: the engine stops there"
-            )
+            raise DataError(f"the template's reference must end with {self.reference_end!r}: the engine stops there")
         if not self.reply_answer.endswith(self.end):
             raise DataError(f"the template's reply_answer must end with {self.end!r}: the engine stops there")
         if not self.not_found.strip():
@@ -84,9 +82,7 @@ class Template:
         found = tuple(_ANY_FIELD.findall(getattr(self, name)))
         if found not in choices:
             wanted = " or ".join(" ".join(f"{{{f}}}" for f in choice) or "no fields" for choice in choices)
-            raise DataError(
-                f"the template's {name} must hold {wanted}, in this order, got {getattr(self, name)!r}"
-            )
+            raise DataError(f"the template's {name} must hold {wanted}, in this order, got {getattr(self, name)!r}")
 
     @property
     def frame_specials(self) -> tuple[str, ...]:

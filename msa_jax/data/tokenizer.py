@@ -65,9 +65,7 @@ class Tokenizer:
         template = template or Template.compact()
         floor = 256 + len(template.special_tokens)
         if vocab_size < floor:
-            raise DataError(
-                f"vocab_size {vocab_size} is too small: bytes and special tokens alone take {floor}"
-            )
+            raise DataError(f"vocab_size {vocab_size} is too small: bytes and special tokens alone take {floor}")
         inner = tokenizers.Tokenizer(models.BPE())
         words = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         if word_pattern:
@@ -85,9 +83,7 @@ class Tokenizer:
         return cls(inner, template)
 
     @classmethod
-    def load(
-        cls, folder: str | Path, template: Template | None = None, *, add_missing: bool = False
-    ) -> "Tokenizer":
+    def load(cls, folder: str | Path, template: Template | None = None, *, add_missing: bool = False) -> "Tokenizer":
         """Reads `tokenizer.json` and, unless `template` is given, `msa_template.json` (absent: the paper's).
 
         Works on a published checkpoint's folder too. `add_missing` appends special tokens that are missing.
@@ -95,9 +91,7 @@ class Tokenizer:
         """
         path = Path(folder) / _MODEL_FILE
         if not path.is_file():
-            raise DataError(
-                f"{path} does not exist; give the folder that Tokenizer.save wrote, or a checkpoint's"
-            )
+            raise DataError(f"{path} does not exist; give the folder that Tokenizer.save wrote, or a checkpoint's")
         try:
             inner = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception for every kind of damage
@@ -207,16 +201,12 @@ class Tokenizer:
             if 0 <= token < size:
                 known.append(token)
             elif known:
-                numbers += [
-                    int("".join(m)) for m in map(re.Match.groups, self._number.finditer(self.decode(known)))
-                ]
+                numbers += [int("".join(m)) for m in map(re.Match.groups, self._number.finditer(self.decode(known)))]
                 known = []
         return numbers
 
     def _single(self, text: str) -> int:
         ids = self.encode(text)
         if len(ids) != 1:
-            raise DataError(
-                f"the tokenizer must have one token for {text!r}: document numbers are built with it"
-            )
+            raise DataError(f"the tokenizer must have one token for {text!r}: document numbers are built with it")
         return ids[0]

@@ -75,9 +75,7 @@ class CorpusSource:
             )
         total = len(self.documents)
         if num_documents > total:
-            raise DataError(
-                f"num_documents is {num_documents} and the source has {total} documents; lower it"
-            )
+            raise DataError(f"num_documents is {num_documents} and the source has {total} documents; lower it")
         # Among this many distinct draws there are enough that nobody needs.
         drawn = rng.choice(total, num_documents, replace=False).tolist()
         hard = [i for q in questions for i in self._mistaken(q, rng)]

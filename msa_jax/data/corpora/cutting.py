@@ -14,9 +14,7 @@ from msa_jax.errors import DataError
 _LOG = logging.getLogger(__name__)
 
 
-def cut_documents(
-    source: CorpusSource, tokenizer: Tokenizer, max_tokens: int, *, titles: bool = False
-) -> CorpusSource:
+def cut_documents(source: CorpusSource, tokenizer: Tokenizer, max_tokens: int, *, titles: bool = False) -> CorpusSource:
     """The same corpus with no text of more than `max_tokens` tokens.
 
     A longer text becomes the documents `id/1`, `id/2`, ... of whole sentences (`split_text`), all with its

@@ -84,9 +84,7 @@ def _read_documents(path: Path, max_chars: int, faults: _Faults) -> list[Documen
         documents.append(Document(row["id"], row["title"], row["text"]))
     if not documents:
         faults.throw()
-        raise DataError(
-            f"{path} holds no documents; write one JSON object a line with {_names(_DOCUMENT_FIELDS)}"
-        )
+        raise DataError(f"{path} holds no documents; write one JSON object a line with {_names(_DOCUMENT_FIELDS)}")
     return documents
 
 
@@ -99,9 +97,7 @@ def _read_questions(path: Path, documents: set[str], faults: _Faults) -> list[Qu
         if not supporting or len(set(supporting)) != len(supporting):
             faults.add(where, f"supporting_ids of {row['id']!r} must name at least one document, each once")
         for unknown in [d for d in supporting if d not in documents]:
-            faults.add(
-                where, f"supporting id {unknown!r} names no document; add it to documents.jsonl or correct it"
-            )
+            faults.add(where, f"supporting id {unknown!r} names no document; add it to documents.jsonl or correct it")
         questions.append(Question(row["id"], row["question"], tuple(row["answers"]), tuple(supporting)))
     return questions
 
@@ -120,18 +116,14 @@ def _rows(path: Path, fields: dict[str, type], faults: _Faults) -> Iterator[tupl
                 faults.add(where, f"not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8")
                 continue
             except json.JSONDecodeError as error:
-                faults.add(
-                    where, f"broken JSON ({error.msg}, column {error.colno}); write one JSON object a line"
-                )
+                faults.add(where, f"broken JSON ({error.msg}, column {error.colno}); write one JSON object a line")
                 continue
             fault = _fault_of(row, fields)
             if fault:
                 faults.add(where, fault)
                 continue
             if row["id"] in seen:
-                faults.add(
-                    where, f"id {row['id']!r} was given in line {seen[row['id']]} already; make ids unique"
-                )
+                faults.add(where, f"id {row['id']!r} was given in line {seen[row['id']]} already; make ids unique")
                 continue
             seen[row["id"]] = number
             yield where, row

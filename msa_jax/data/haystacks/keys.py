@@ -23,9 +23,7 @@ def common_words(texts: Iterable[str], count: int) -> list[str]:
     return sorted(counts, key=lambda word: (-counts[word], word))[:count]
 
 
-def frequent_words(
-    texts: Iterable[str], tokenizer: Tokenizer, count: int, key_format: str = "{a}-{n}"
-) -> list[str]:
+def frequent_words(texts: Iterable[str], tokenizer: Tokenizer, count: int, key_format: str = "{a}-{n}") -> list[str]:
     """The `count` most frequent words that are one token each wherever `key_format` puts them.
 
     Raises DataError when the texts have fewer such words; a larger vocabulary makes more.

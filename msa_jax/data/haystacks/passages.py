@@ -74,9 +74,7 @@ class Haystack(Passages):
       DataError: when the split gets no passage.
     """
 
-    def __init__(
-        self, texts: Iterable[str], tokenizer: Tokenizer, size: int, split: Split, eval_fraction: float
-    ):
+    def __init__(self, texts: Iterable[str], tokenizer: Tokenizer, size: int, split: Split, eval_fraction: float):
         starts_word = word_starts(tokenizer)
         encoded = tokenizer.encode_batch([" " + text for text in texts])
         passages = [p for ids in encoded for p in _cut(np.asarray(ids, np.int32), starts_word, size)]

@@ -128,9 +128,7 @@ class NeedleSource:
     ) -> Episode:
         """See `Source.episode`. Each index makes a document and the question about its needle."""
         if len(indices) > num_documents:
-            raise DataError(
-                f"{len(indices)} questions need as many documents and num_documents is {num_documents}"
-            )
+            raise DataError(f"{len(indices)} questions need as many documents and num_documents is {num_documents}")
         if num_documents > len(self):
             raise DataError(
                 f"num_documents is {num_documents} and the {self._split} split has {len(self)} passages; "
@@ -232,8 +230,7 @@ class NeedleSource:
                 chosen = numbers[some].tolist()
                 texts = self._tokenizer.decode_batch(bodies)
                 documents = [
-                    Document(str(n), "", text[1:], body)
-                    for n, text, body in zip(chosen, texts, bodies, strict=True)
+                    Document(str(n), "", text[1:], body) for n, text, body in zip(chosen, texts, bodies, strict=True)
                 ]
                 yield documents, chosen
 

@@ -67,8 +67,7 @@ class PythonDocsSource(CorpusSource):
         self._include_sources, self._max_document_chars = include_sources, max_document_chars
         self._passages = [text for _, text in read_topics()]
         documents = {
-            f"help:{name}": Document(f"help:{name}", name, text[:max_document_chars])
-            for name, text in read_topics()
+            f"help:{name}": Document(f"help:{name}", name, text[:max_document_chars]) for name, text in read_topics()
         }
         questions: list[Question] = []
         room = float("inf") if max_chars is None else max_chars - sum(map(len, self._passages))
@@ -79,9 +78,7 @@ class PythonDocsSource(CorpusSource):
             new = [item for item in objects if item.name not in documents]
             for item in new:
                 document, question = self._pair(item)
-                documents.setdefault(
-                    item.name, document
-                )  # a name may be defined twice, say for two platforms
+                documents.setdefault(item.name, document)  # a name may be defined twice, say for two platforms
                 questions += [question] if question and documents[item.name] is document else []
             passages = [source] if include_sources else [item.docstring for item in new]
             self._passages += passages
@@ -90,8 +87,7 @@ class PythonDocsSource(CorpusSource):
         own = [q for q in questions if asked[q.question] == 1 and in_split(q.question, split, eval_fraction)]
         if not own:
             raise DataError(
-                f"{len(documents)} documents of this Python give the {split} split no question; "
-                "raise max_chars"
+                f"{len(documents)} documents of this Python give the {split} split no question; raise max_chars"
             )
         super().__init__(list(documents.values()), own)
 

@@ -1,0 +1,1 @@
+"""Sources of given documents and questions: read, cut, asked."""
