@@ -133,24 +133,16 @@ def test_memories_are_streamed_with_distinct_keys_and_numbers(haystack, words, t
     assert (questions, blocks) == (again[0], list(again[1]))
 
 
-def test_other_formats_and_longer_keys(haystack, words, tokenizer):
-    source = make(
-        haystack,
-        words[:11],
-        tokenizer,
-        key_format="{a} {n} {p}",
-        needle="The code of {key} is {value}!",
-        question="Code of {key}?",
-        value_digits=3,
-        document_tokens=64,
-    )
+def test_longer_keys(haystack, words, tokenizer):
+    source = make(haystack, words[:11], tokenizer, key_format="{a} {n} {p}", document_tokens=64)
     questions, blocks = source.memory(900, 5, rng(), id_digits=3)
     documents, numbers = next(blocks)
-    found = {d.id: re.search(r"The code of (\w+ \w+ \w+) is (\d{3})!", d.text).groups() for d in documents}
+    needle = re.compile(r"One of the special magic numbers for (\w+ \w+ \w+) is: (\d{7})\.")
+    found = {d.id: needle.search(d.text).groups() for d in documents}
     assert len({key for key, _ in found.values()}) == 900
     for question in questions:
         key, value = found[question.supporting_ids[0]]
-        assert (question.question, question.answers) == (f"Code of {key}?", (value,))
+        assert f" for {key} mentioned" in question.question and question.answers == (value,)
     assert max(numbers) < 1000
 
 
@@ -159,8 +151,6 @@ def test_other_formats_and_longer_keys(haystack, words, tokenizer):
     [
         ({"document_tokens": 40}, r"leaves \d+ tokens for text and a needle takes up to (\d+); raise"),
         ({"document_tokens": 5}, "document_len 5 leaves no room"),
-        ({"needle": "no {key}"}, "needle format must hold {value}"),
-        ({"question": "none"}, "question format must hold {key}"),
         ({"key_format": "{a}{a}"}, "each once"),
         ({"key_format": "none"}, "must name its words"),
         ({"hard_fraction": 1.5}, "hard_fraction must be in 0..1"),

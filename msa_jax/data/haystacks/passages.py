@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from msa_jax.data.records import Document
 from msa_jax.data.splits import Split, in_split
 from msa_jax.data.tokenizer import Tokenizer
 from msa_jax.errors import DataError
@@ -85,6 +86,12 @@ class Haystack(Passages):
                 f"{split} split; give more text"
             )
         super().__init__(own, starts_word, size)
+
+
+def named(tokenizer: Tokenizer, numbers: Sequence[int], bodies: Sequence[np.ndarray]) -> list[Document]:
+    """Documents of these tokens of text, named by their numbers."""
+    texts = tokenizer.decode_batch(bodies)
+    return [Document(str(n), "", text[1:], b) for n, text, b in zip(numbers, texts, bodies, strict=True)]
 
 
 def word_starts(tokenizer: Tokenizer) -> np.ndarray:

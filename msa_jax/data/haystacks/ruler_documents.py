@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from msa_jax.data.haystacks.passages import Passages, Windows
+from msa_jax.data.haystacks.passages import Passages, Windows, named
 from msa_jax.data.haystacks.ruler_tasks import KEY_FORMAT, NOISE, TASKS, VALUE_DIGITS
 from msa_jax.data.haystacks.uuids import draw_uuids
 from msa_jax.data.records import Document
@@ -84,8 +84,7 @@ class RulerDocuments:
 
     def documents(self, numbers: Sequence[int], bodies: Sequence[np.ndarray]) -> list[Document]:
         """Documents named by their numbers."""
-        texts = self._tokenizer.decode_batch(bodies)
-        return [Document(str(n), "", text[1:], b) for n, text, b in zip(numbers, texts, bodies, strict=True)]
+        return named(self._tokenizer, numbers, bodies)
 
     def check_needles(self, tasks: Sequence[str], words: dict[str, Sequence[str]]) -> None:
         """Raises DataError when needles of a task, with the longest words, do not fit a document."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from msa_jax.data.haystacks.keys import KeyPool, common_words, frequent_words, key_fields
-from msa_jax.data.haystacks.passages import Haystack, Passages, Windows
+from msa_jax.data.haystacks.passages import Haystack, Passages, Windows, named
 from msa_jax.data.haystacks.settings import HaystackSettings
 from msa_jax.data.records import Document, Episode, Question
 from msa_jax.data.samples import Renderer
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 NEEDLE = "One of the special magic numbers for {key} is: {value}."
 QUESTION = "What is the special magic number for {key} mentioned in the provided text?"
+VALUE_DIGITS = 7
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,12 +50,7 @@ class Settings(HaystackSettings):
 
 
 def training_texts(
-    haystack_texts: Iterable[str],
-    *,
-    needle: str = NEEDLE,
-    question: str = QUESTION,
-    key_format: str = "{a}-{n}",
-    num_words: int = 256,
+    haystack_texts: Iterable[str], *, key_format: str = "{a}-{n}", num_words: int = 256
 ) -> Iterator[str]:
     """What to train a tokenizer on: the haystack, and the frames and keys of its `num_words` commonest words.
 
@@ -70,8 +66,8 @@ def training_texts(
         for i in range(len(words))
     ]
     for i in range(64 + length // 4000):
-        yield " " + needle.format(key=keys[i % len(keys)], value="0")
-        yield question.format(key=keys[i % len(keys)])
+        yield " " + NEEDLE.format(key=keys[i % len(keys)], value="0")
+        yield QUESTION.format(key=keys[i % len(keys)])
     for _ in range(1 + length // 20000):
         yield " " + " ".join(keys)
 
@@ -84,7 +80,7 @@ class NeedleSource:
     stable hash, and so are keys: no key that eval asks for occurs in training. Of the other documents
     `needle_fraction` carry needles too. `hard_fraction` of the keys share their words with many other keys
     (see KeyPool.draw).
-    Raises DataError when formats lack their fields, needles do not fit, or the split has no passage.
+    Raises DataError when a share is none, needles do not fit, or the split has no passage.
     """
 
     def __init__(
@@ -96,24 +92,16 @@ class NeedleSource:
         document_tokens: int,
         split: Split = "train",
         eval_fraction: float = 0.1,
-        needle: str = NEEDLE,
-        question: str = QUESTION,
         key_format: str = "{a}-{n}",
-        value_digits: int = 7,
         hard_fraction: float = 0.75,
         needle_fraction: float = 1.0,
     ):
         check_split(split, eval_fraction)
-        for name, text, fields in (("needle", needle, ("key", "value")), ("question", question, ("key",))):
-            absent = [f"{{{field}}}" for field in fields if f"{{{field}}}" not in text]
-            if absent:
-                raise DataError(f"the {name} format must hold {' and '.join(absent)}, got {text!r}")
         for name, share in (("hard_fraction", hard_fraction), ("needle_fraction", needle_fraction)):
             if not 0 <= share <= 1:
                 raise DataError(f"{name} must be in 0..1, got {share}")
         self.keys = KeyPool(words, key_format, split, eval_fraction)
         self._tokenizer, self._split = tokenizer, split
-        self._needle, self._question, self._value_digits = needle, question, value_digits
         self._hard_fraction, self._needle_fraction = hard_fraction, needle_fraction
         self._haystack_texts = list(haystack_texts)
         self._body_len = Renderer(tokenizer, document_tokens).body_len
@@ -197,7 +185,7 @@ class NeedleSource:
         count = len(passages)
         carriers = asked + round(self._needle_fraction * (count - asked))
         words = self.keys.draw(rng, asked, carriers - asked, self._hard_fraction)
-        values = rng.integers(0, 10, (carriers, self._value_digits))
+        values = rng.integers(0, 10, (carriers, VALUE_DIGITS))
         numbers = draw_numbers(rng, count, id_digits)
         others = asked + rng.permutation(count - asked)
         near = np.concatenate([np.arange(asked), others[: first - asked]])
@@ -206,7 +194,7 @@ class NeedleSource:
         questions = [
             Question(
                 id=f"{self._split}:{passage}:{key}",
-                question=self._question.format(key=key),
+                question=QUESTION.format(key=key),
                 answers=("".join(map(str, value)),),
                 supporting_ids=(str(number),),
             )
@@ -228,18 +216,14 @@ class NeedleSource:
                     later, passages[some], [next(needles) if i < carriers else [] for i in some.tolist()]
                 )
                 chosen = numbers[some].tolist()
-                texts = self._tokenizer.decode_batch(bodies)
-                documents = [
-                    Document(str(n), "", text[1:], body) for n, text, body in zip(chosen, texts, bodies, strict=True)
-                ]
-                yield documents, chosen
+                yield named(self._tokenizer, chosen, bodies), chosen
 
         return questions, blocks()
 
     def _needle_texts(self, words: np.ndarray, values: np.ndarray) -> list[str]:
         keys = self.keys.format(words)
         digits = ["".join(map(str, value)) for value in values.tolist()]
-        return [" " + self._needle.format(key=k, value=v) for k, v in zip(keys, digits, strict=True)]
+        return [" " + NEEDLE.format(key=k, value=v) for k, v in zip(keys, digits, strict=True)]
 
     def _other_passages(self, rng: np.random.Generator, taken: np.ndarray, count: int) -> np.ndarray:
         drawn = rng.choice(len(self), min(len(self), count + len(taken)), replace=False)
@@ -247,7 +231,7 @@ class NeedleSource:
 
     def _check_needle(self, document_tokens: int) -> None:
         words = np.arange(len(self.keys.words[0]))[:, None].repeat(len(self.keys.fields), 1)
-        digits = np.zeros((len(words), self._value_digits), np.int64)
+        digits = np.zeros((len(words), VALUE_DIGITS), np.int64)
         longest = max(map(len, self._tokenizer.encode_batch(self._needle_texts(words, digits))))
         if longest > self._body_len:
             raise DataError(
