@@ -22,7 +22,7 @@ from pallas_kernels.dispatch import Implementation
 
 DType = Literal["float32", "bfloat16"]
 # What came after banks were first written, and the value that says what those were encoded with.
-_LATER = {"proportional_attention": False, "layer_specs": [{}]}
+_LATER = {"proportional_attention": False, "layer_specs": [{}], "embedding_scale": 1.0}
 
 
 def of_today(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,8 +166,10 @@ class MSAConfig(AttentionConfig):
       vocab_size: V, rows of the embedding.
       num_layers: L.
       mlp_size: F, inner width of SwiGLU.
-      router_layers: sorted indices of the layers that read the bank; `None` means the latter half.
+      router_layers: sorted indices of the layers that read the bank; `None` means the latter half, of those that have
+        no window where there are any.
       tie_embeddings: use the embedding as the output projection.
+      embedding_scale: multiplies embeddings where they enter the stream, rounded to `param_dtype` (Gemma).
       layer_specs: what each layer is, repeated over the layers; one of them makes all layers equal.
     """
 
@@ -176,14 +178,24 @@ class MSAConfig(AttentionConfig):
     mlp_size: int = 256
     router_layers: tuple[int, ...] | None = None
     tie_embeddings: bool = True
+    embedding_scale: float = 1.0
     layer_specs: tuple[LayerSpec, ...] = (LayerSpec(),)
 
     def __post_init__(self):
         super().__post_init__()
         _require_sizes(self, "vocab_size", "num_layers", "mlp_size")
+        scale = self.embedding_scale
+        require(is_number(scale) and scale > 0, f"embedding_scale must be positive, got {scale!r}.")
+        specs = tuple(self.layer_specs)
+        require(
+            0 < len(specs) <= self.num_layers and all(isinstance(spec, LayerSpec) for spec in specs),
+            f"layer_specs must be 1 to {self.num_layers} LayerSpec, got {self.layer_specs!r}.",
+        )
+        object.__setattr__(self, "layer_specs", specs[:1] if len(set(specs)) == 1 else specs)
         layers = self.router_layers
         if layers is None:
-            layers = tuple(range(self.num_layers // 2, self.num_layers))
+            half = range(self.num_layers // 2, self.num_layers)
+            layers = tuple(i for i in half if self.spec_of(i).window is None) or tuple(half)
         try:
             layers = tuple(operator.index(i) for i in layers)
         except TypeError as e:
@@ -197,12 +209,6 @@ class MSAConfig(AttentionConfig):
             f"router_layers must lie in 0..{self.num_layers - 1} (num_layers {self.num_layers}), got {layers}.",
         )
         object.__setattr__(self, "router_layers", layers)
-        specs = tuple(self.layer_specs)
-        require(
-            0 < len(specs) <= self.num_layers and all(isinstance(spec, LayerSpec) for spec in specs),
-            f"layer_specs must be 1 to {self.num_layers} LayerSpec, got {self.layer_specs!r}.",
-        )
-        object.__setattr__(self, "layer_specs", specs[:1] if len(set(specs)) == 1 else specs)
 
     @property
     def layer_groups(self) -> tuple[tuple[bool, int, int], ...]:

@@ -17,7 +17,7 @@ from msa_jax import routing
 from msa_jax.config import MSAConfig
 from msa_jax.context import Context, KeyValues, Read, Resume, Reuse, Route
 from msa_jax.layers.block import DecoderBlock, layers_of, scan_stack, stack
-from msa_jax.layers.norm import RMSNorm
+from msa_jax.layers.norm import norm_of
 from msa_jax.memory import ChunkStates, DocumentLayout, LayerMemory, MemoryBank, Selection
 from msa_jax.memory.selection import reads_alike
 from msa_jax.sharding import Shardings, constrain
@@ -86,7 +86,7 @@ class MSATransformer(nnx.Module):
             stack(functools.partial(_block, c, first, is_router), count, rngs)
             for is_router, first, count in c.layer_groups
         ])  # fmt: skip
-        self.final_norm = RMSNorm(c.hidden_size, eps=c.norm_eps, dtype=c.compute_dtype, param_dtype=c.storage_dtype)
+        self.final_norm = norm_of(c.hidden_size, c, c.spec_of(c.num_layers - 1))
         self.lm_head = None if c.tie_embeddings else nnx.Linear(
             c.hidden_size, c.vocab_size, use_bias=False, dtype=c.compute_dtype, param_dtype=c.storage_dtype, rngs=rngs
         )  # fmt: skip
@@ -94,7 +94,9 @@ class MSATransformer(nnx.Module):
     def _embed(self, tokens):
         # Gathered from where its columns are spread: else XLA moves activations, which are larger.
         table = self._whole_rows(self.embed.embedding[...]).astype(self.config.compute_dtype)
-        return jnp.take(table, tokens, axis=0)
+        x = jnp.take(table, tokens, axis=0)
+        scale = self.config.embedding_scale
+        return x if scale == 1 else x * jnp.asarray(scale, self.config.storage_dtype).astype(x.dtype)
 
     def _whole_rows(self, table):
         return constrain(table, P(*self.shardings.embedding[:1]))

@@ -90,26 +90,40 @@ class LayerSpec:
     """One decoder layer. The default is Qwen3's.
 
     Attributes:
-      qk_norm: RMSNorm of queries and keys per head, before RoPE.
+      norm: "rms" multiplies by its scale, "rms_plus_one" by 1 + its scale (Gemma).
+      qk_norm: queries and keys are normalised per head, before RoPE.
+      post_norms: what attention and MLP give is normalised before it is added to the stream (Gemma).
       qkv_bias, o_bias, mlp_bias: the projections of queries, keys and values, that of the attention's output, and
         those of the MLP add a bias.
+      activation: of the MLP's gate.
+      window: a token attends to itself and the `window - 1` tokens before it; None for all of them. What a router layer
+        reads of the memory is in no window.
       rope_theta: base of RoPE; None for the model's.
       rope_scaling: None for plain RoPE.
+      query_scale: multiplies the logits of attention; None for `1 / sqrt(D)`.
     """
 
+    norm: Literal["rms", "rms_plus_one"] = "rms"
     qk_norm: bool = True
+    post_norms: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    window: int | None = None
     rope_theta: float | None = None
     rope_scaling: RopeScaling | None = None
+    query_scale: float | None = None
 
     def __post_init__(self):
-        for name in ("qk_norm", "qkv_bias", "o_bias", "mlp_bias"):
+        require_choices(self)
+        for name in ("qk_norm", "post_norms", "qkv_bias", "o_bias", "mlp_bias"):
             value = getattr(self, name)
             require(isinstance(value, bool), f"{name} of a layer must be true or false, got {value!r}.")
-        theta = self.rope_theta
-        require(theta is None or is_number(theta) and theta > 0, f"rope_theta must be positive, got {theta!r}.")
+        for name in ("window", "rope_theta", "query_scale"):
+            value = getattr(self, name)
+            fits = value is None or is_number(value) and value > 0 and (name != "window" or isinstance(value, int))
+            require(fits, f"{name} of a layer must be positive, got {value!r}.")
 
     def to_dict(self) -> dict[str, Any]:
         """What differs from the default, for JSON: a field that comes later leaves what was written before as it is."""

@@ -221,8 +221,15 @@ def test_from_checkpoint_reads_variants(tmp_path, changes, field, value):
         (dict(num_experts=8), "num_experts 8 is not computed here"),
         (dict(partial_rotary_factor=0.5), "partial_rotary_factor 0.5 is not computed here"),
         (dict(quantization_config=dict(quant_method="fp8")), "quantization_config .* is not computed here"),
-        (dict(use_sliding_window=True, sliding_window=512), "use_sliding_window is true"),
-        (dict(layer_types=["linear_attention", "full_attention"]), "layer_types has 'linear_attention'"),
+        (dict(use_sliding_window=True, sliding_window=0), "sliding_window must be an integer of at least 1, is 0"),
+        (dict(layer_types=["sliding_attention"] * 6), "layer_types has 'sliding_attention', but there is no sliding"),
+        (dict(layer_types=["full_attention"] * 5), "layer_types must be 6 words"),
+        (dict(model_type="mistral", layer_types="full"), "layer_types must be 6 words"),
+        (dict(model_type="gemma3_text", hidden_act="silu"), "hidden_act is 'silu', need 'gelu_pytorch_tanh'"),
+        (dict(model_type="gemma3_text", final_logit_softcapping=30.0), "final_logit_softcapping 30.0 is not computed"),
+        (dict(model_type="gemma3", text_config={}), "model_type 'gemma3' is not read .*text-only checkpoint"),
+        (dict(model_type="qwen2", attention_bias=True), "attention_bias True is not computed here"),
+        (dict(layer_types=["linear_attention"] + ["full_attention"] * 5), "layer_types has 'linear_attention'"),
         (dict(rope_scaling=dict(type="yarn")), "rope_scaling.factor must be a positive number, is None"),
         (dict(rope_scaling=dict(type="yarn", factor=0.5)), "RoPE factor must be at least 1, got 0.5"),
         (dict(rope_scaling=dict(type="dynamic", factor=2.0)), "rope_scaling.rope_type is 'dynamic', need default or"),
@@ -277,9 +284,56 @@ YARN = dict(factor=4.0, original_max_position_embeddings=32, beta_fast=16.0, tru
 def test_what_the_layers_of_a_checkpoint_are(tmp_path, changes, spec):
     config = MSAConfig.from_checkpoint(write(tmp_path, **changes))
     assert (config.layer_specs, config.rope_theta) == ((spec,), 5e6)
+    assert_round_trip(tmp_path, config)
+
+
+def assert_round_trip(tmp_path, config):
     (tmp_path / "config.json").write_text(json.dumps(published_config(config)))
     assert MSAConfig.from_checkpoint(tmp_path) == config
     assert MSAConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+WINDOWS = dict(use_sliding_window=True, sliding_window=7)
+KINDS = ["sliding_attention", "full_attention"] * 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "windows", "routers"),
+    [
+        (WINDOWS | dict(max_window_layers=4), [None] * 4 + [7, 7], (3,)),
+        (WINDOWS, [None] * 6, (3, 4, 5)),  # max_window_layers is 28
+        (WINDOWS | dict(model_type="qwen2", layer_types=KINDS), [7, None] * 3, (3, 5)),
+        (dict(model_type="mistral"), [4096] * 6, (3, 4, 5)),
+        (dict(model_type="mistral", sliding_window=None), [None] * 6, (3, 4, 5)),
+        (dict(model_type="gemma3_text"), [4096] * 5 + [None], (5,)),
+        (dict(model_type="gemma3_text", sliding_window=5, sliding_window_pattern=2), [5, None] * 3, (3, 5)),
+        (dict(model_type="gemma3_text", layer_types=["full_attention"] * 6), [None] * 6, (3, 4, 5)),
+    ],
+)
+def test_windows_and_the_layers_that_may_route(tmp_path, changes, windows, routers):
+    config = MSAConfig.from_checkpoint(write(tmp_path, **changes))
+    assert [config.spec_of(i).window for i in range(6)] == windows and config.router_layers == routers
+    assert_round_trip(tmp_path, config)
+
+
+@pytest.mark.parametrize(
+    "ropes",
+    [
+        dict(rope_theta=8e5, rope_local_base_freq=7e3, rope_scaling=dict(rope_type="linear", factor=8.0)),
+        dict(rope_theta=None, rope_parameters=dict(
+            full_attention=dict(rope_type="linear", factor=8.0, rope_theta=8e5),
+            sliding_attention=dict(rope_type="default", rope_theta=7e3),
+        )),
+    ],
+)  # fmt: skip
+def test_gemma(tmp_path, ropes):
+    others = dict(query_pre_attn_scalar=9, hidden_activation="gelu_pytorch_tanh")
+    config = MSAConfig.from_checkpoint(write(tmp_path, model_type="gemma3_text", **others, **ropes))
+    assert config.tie_embeddings and config.embedding_scale == 48**0.5 and config.rope_theta == 8e5
+    both = dict(norm="rms_plus_one", post_norms=True, activation="gelu_tanh", query_scale=1 / 3)
+    assert config.spec_of(0) == LayerSpec(window=4096, rope_theta=7e3, **both)
+    assert config.spec_of(5) == LayerSpec(rope_scaling=RopeScaling(kind="linear", factor=8.0), **both)
+    assert_round_trip(tmp_path, config)
 
 
 @pytest.mark.parametrize(

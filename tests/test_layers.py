@@ -15,7 +15,7 @@ from msa_jax.data.batch import pack_documents
 from msa_jax.errors import ConfigError
 from msa_jax.layers.attention import pool_chunks
 from msa_jax.layers.linear import linear
-from msa_jax.layers.mlp import SwiGLU
+from msa_jax.layers.mlp import GatedMLP
 from msa_jax.layers.norm import RMSNorm
 from msa_jax.layers.rope import rope
 from msa_jax.memory import DocumentLayout
@@ -123,9 +123,63 @@ def test_scalings_that_cannot_be(changes, match):
         RopeScaling(**(dict(kind="yarn", factor=2.0, original_length=8) | changes))
 
 
+GEMMA = LayerSpec(norm="rms_plus_one", window=3, rope_theta=20.0, query_scale=0.7)
+
+
+def test_a_window_is_the_same_in_every_way_to_compute_it():
+    """A document alone, a question behind a prefix with padding, and one token at a time in a cache."""
+    layer = MemorySparseAttention(CONFIG, GEMMA, rngs=nnx.Rngs(0))
+    layer.k_norm.scale[...] = jnp.asarray(normal(9, D))
+    x, positions = jnp.asarray(normal(1, 1, 8, E)), jnp.arange(8)[None]
+    whole, _ = layer.encode(x, positions=positions, segment_ids=jnp.ones((1, 8), jnp.int32))
+    q, k, v = (np.asarray(p.kernel[...], np.float64) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
+    head = lambda w: np.asarray(x[0], np.float64) @ w  # noqa: E731
+    turn = lambda y, scale: numpy_rope(numpy_rms(y.reshape(8, -1, D), 1 + scale, 1e-4), np.arange(8), 20.0)  # noqa: E731
+    q, k, v = turn(head(q), 0), turn(head(k), normal(9, D)), head(v).reshape(8, K, D)
+    logits = 0.7 * np.einsum("thd,shd->hts", q, np.repeat(k, G, axis=1))
+    near = np.tri(8, dtype=bool) & ~np.tri(8, k=-3, dtype=bool)
+    weights = np.where(near, np.exp(logits), 0)
+    out = np.einsum("hts,shd->thd", weights / weights.sum(-1, keepdims=True), np.repeat(v, G, axis=1))
+    want = out.reshape(8, -1) @ np.asarray(layer.o_proj.kernel[...], np.float64)
+    np.testing.assert_allclose(whole[0], want, atol=1e-5)
+
+    np.testing.assert_allclose(layer(x, positions=positions).out, whole, atol=1e-6)
+    first = layer(x[:, :4], positions=positions[:, :4])
+    pad = lambda y: jnp.pad(y, ((0, 0), (0, 2), (0, 0), (0, 0)), constant_values=99.0)  # noqa: E731
+    mask = jnp.asarray([[True] * 4 + [False] * 2 + [True] * 4])
+    rest = layer(x[:, 4:], positions=positions[:, 4:], mask=mask, past_k=pad(first.k), past_v=pad(first.v))
+    np.testing.assert_allclose(rest.out, whole[:, 4:], atol=1e-6)
+    past = dict(past_k=pad(first.k), past_v=pad(first.v))
+    step = layer(x[:, 4:5], positions=positions[:, 4:5], mask=jnp.arange(6)[None] <= 4, slot=jnp.int32(4), **past)
+    np.testing.assert_allclose(step.out, whole[:, 4:5], atol=1e-6)
+
+
+def test_what_does_not_fit_the_window_of_a_layer_that_reads_a_memory_is_refused():
+    layer = MemorySparseAttention(CONFIG, GEMMA, rngs=nnx.Rngs(0))
+    batch = pack_documents([np.arange(5)], chunk_size=4, row_len=8, num_rows=1)
+    _, states = layer.encode(
+        jnp.ones((1, 8, E)), positions=jnp.asarray(batch.positions), segment_ids=jnp.asarray(batch.segment_ids)
+    )
+    layout = DocumentLayout(batch.chunk_documents, batch.starts, batch.lengths, max_length=2)
+    memory = layer.memory(states, layout)
+    ask = lambda t: layer(jnp.ones((1, t, E)), positions=jnp.arange(t)[None], memory=memory)  # noqa: E731
+    assert ask(3).out.shape == (1, 3, E)
+    with pytest.raises(ValueError, match="4 own tokens do not fit this layer's window of 3.*other router_layers"):
+        ask(4)
+
+
+def test_a_gated_mlp_with_gelu():
+    mlp = GatedMLP(MSAConfig(hidden_size=E, mlp_size=7), LayerSpec(activation="gelu_tanh"), rngs=nnx.Rngs(0))
+    x = normal(0, 3, E)
+    gate, up, down = (np.asarray(layer.kernel[...], np.float64) for layer in (mlp.gate, mlp.up, mlp.down))
+    gate, up = x @ gate, x @ up
+    gelu = gate / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
+    np.testing.assert_allclose(mlp(x), (gelu * up) @ down, atol=1e-6)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_swiglu_equals_numpy(bias):
-    mlp = SwiGLU(MSAConfig(hidden_size=E, mlp_size=7), LayerSpec(mlp_bias=bias), rngs=nnx.Rngs(0))
+    mlp = GatedMLP(MSAConfig(hidden_size=E, mlp_size=7), LayerSpec(mlp_bias=bias), rngs=nnx.Rngs(0))
     x = normal(0, 2, 3, E)
     layers = (mlp.gate, mlp.up, mlp.down)
     shift = [0, 0, 0]

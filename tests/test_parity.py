@@ -64,7 +64,10 @@ def test_agrees_with_the_published_implementation_through_the_kernels(copy_of, c
     assert not failures(capsys.readouterr().out)
 
 
-BACKBONES = ("qwen3", "qwen3_legacy_untied_sharded", "qwen3_yarn", "llama3", "smollm2")
+BACKBONES = (
+    "qwen3", "qwen3_legacy_untied_sharded", "qwen3_yarn", "qwen2_bias", "llama3", "smollm2", "mistral_window",
+    "gemma3_text",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -72,7 +75,7 @@ def test_agrees_with_transformers(copy_of, capsys, name):
     assert main([str(copy_of(f"hf/{name}"))]) == 0
     printed = capsys.readouterr().out
     assert not failures(printed)
-    assert "24 equal" in printed and "7 compared" in printed
+    assert "24 equal" in printed and re.search(f"{9 if name == 'gemma3_text' else 7} compared", printed)
 
 
 def change_config(folder, name, value):
@@ -91,9 +94,12 @@ def change_config(folder, name, value):
         ("qwen3_yarn", "rope_parameters.factor", 4.5),
         ("qwen3_yarn", "rope_parameters.beta_slow", 0.5),
         ("llama3", "rope_scaling.high_freq_factor", 4.5),
+        ("gemma3_text", "rope_parameters.sliding_attention.rope_theta", 11000.0),
+        ("gemma3_text", "sliding_window", 9),
+        ("gemma3_text", "query_pre_attn_scalar", 17),
     ],
 )
-def test_another_rope_is_seen(copy_of, capsys, name, field, value):
+def test_another_layer_is_seen(copy_of, capsys, name, field, value):
     folder = copy_of(f"hf/{name}")
     change_config(folder, field, value)
     assert main([str(folder)]) == 1

@@ -118,7 +118,8 @@ def test_without_the_compiler_one_sentence_says_how_to_install_it(monkeypatch, c
 
 def test_number_of_parameters():
     assert estimate.parameters(MSAConfig.preset("qwen3_4b")) == PARAMETERS == 4_258_397_696
-    specs = (LayerSpec(), LayerSpec(qk_norm=False, qkv_bias=True), LayerSpec(o_bias=True, mlp_bias=True))
+    all_else = LayerSpec(o_bias=True, mlp_bias=True, post_norms=True)
+    specs = (LayerSpec(), LayerSpec(qk_norm=False, qkv_bias=True), all_else)
     config = MSAConfig.preset("tiny", router_bias=True, tie_embeddings=False, layer_specs=specs)
     state = nnx.state(nnx.eval_shape(lambda: MSATransformer(config, rngs=nnx.Rngs(0))))
     assert estimate.parameters(config) == sum(x.size for x in jax.tree.leaves(state))

@@ -51,7 +51,7 @@ def skeleton(
 @functools.cache
 def published_tensors(config: MSAConfig) -> tuple[PublishedTensor, ...]:
     """Every parameter of a model of this config, one entry a published tensor."""
-    tensors, names = [], families.family_of(config.layer_specs).tensors
+    tensors, names = [], families.family_of(_values(config)).tensors
     for path, variable in skeleton(config)[1]:
         shape, transposed = variable.shape, path[-1] == "kernel"
         if path[0] == "groups":
@@ -84,4 +84,8 @@ def published_value(value: jax.Array, tensor: PublishedTensor) -> jax.Array:
 
 def published_config(config: MSAConfig) -> dict[str, Any]:
     """The `config.json` from which `MSAConfig.from_checkpoint` reads `config` back, but for how it runs."""
-    return families.write({field.name: getattr(config, field.name) for field in dataclasses.fields(config)})
+    return families.write(_values(config))
+
+
+def _values(config: MSAConfig) -> dict[str, Any]:
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}

@@ -5,6 +5,7 @@ A file of this folder that has a `FAMILY` is a family; docs/backbones.md tells h
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import json
@@ -16,7 +17,7 @@ from typing import Any
 from msa_jax.errors import ConfigError
 from msa_jax.families import msa
 from msa_jax.families.family import Family
-from msa_jax.families.fields import Fields, rope_fields, rope_of
+from msa_jax.families.fields import Fields
 from msa_jax.spec import LayerSpec
 
 # What is stored in another dtype (float16) is read as float32.
@@ -68,19 +69,21 @@ def read(raw: Any, where: str) -> dict[str, Any]:
     values = {ours: fields.integer(theirs) for theirs, ours in _SIZES.items()}
     heads = values["num_heads"]
     alone = fields.is_null("num_key_value_heads") or fields.get("num_key_value_heads") is None
-    theta, scaling = rope_of(fields)
+    specs = tuple(family.read(fields, values["num_layers"]))
+    theta = _theta(specs)
     values |= dict(
         num_kv_heads=heads if alone else fields.integer("num_key_value_heads"),
         head_dim=values["hidden_size"] // heads if fields.get("head_dim") is None else fields.integer("head_dim"),
         rope_theta=theta,
         norm_eps=fields.number("rms_norm_eps"),
         tie_embeddings=fields.flag("tie_word_embeddings"),
+        embedding_scale=family.embedding_scale(values["hidden_size"]),
+        layer_specs=tuple(dataclasses.replace(s, rope_theta=None) if s.rope_theta == theta else s for s in specs),
     )
     # Files by Transformers 5 say `dtype`.
     stored = fields.get("torch_dtype") or fields.get("dtype")
     values["param_dtype"] = values["dtype"] = stored if stored in _DTYPES else "float32"
     values |= msa.read(fields.part("msa_config"), where, values["num_layers"])
-    values["layer_specs"] = tuple(family.read(fields, LayerSpec(rope_scaling=scaling)))
     fields.refuse_the_rest()
     return values
 
@@ -94,8 +97,8 @@ def write(values: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       ConfigError: its layers are no family's.
     """
-    specs = values["layer_specs"]
-    family = family_of(specs)
+    specs = _whole(values)
+    family = _found(specs, values["embedding_scale"], values["hidden_size"])
     return {
         "architectures": [family.architecture],
         "model_type": family.model_types[0],
@@ -103,7 +106,6 @@ def write(values: Mapping[str, Any]) -> dict[str, Any]:
         "num_key_value_heads": values["num_kv_heads"],
         "head_dim": values["head_dim"],
         "rms_norm_eps": values["norm_eps"],
-        **rope_fields(values["rope_theta"], specs[0].rope_scaling),
         "tie_word_embeddings": values["tie_embeddings"],
         **family.write(specs),
         "torch_dtype": values["param_dtype"],
@@ -111,16 +113,29 @@ def write(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-@functools.cache
-def family_of(specs: Sequence[LayerSpec]) -> Family:
-    """The family that has such layers.
+def family_of(values: Mapping[str, Any]) -> Family:
+    """The family that has layers as the `MSAConfig` of these values; raises ConfigError if none has."""
+    return _found(_whole(values), values["embedding_scale"], values["hidden_size"])
 
-    Raises:
-      ConfigError: none has.
-    """
+
+def _theta(specs: Sequence[LayerSpec]) -> float:
+    """The model's own: of the layers without a window, if there are any."""
+    return next((spec for spec in specs if spec.window is None), specs[0]).rope_theta
+
+
+def _whole(values: Mapping[str, Any]) -> tuple[LayerSpec, ...]:
+    """Every layer, its theta written out."""
+    specs = [values["layer_specs"][i % len(values["layer_specs"])] for i in range(values["num_layers"])]
+    return tuple(dataclasses.replace(s, rope_theta=float(s.rope_theta or values["rope_theta"])) for s in specs)
+
+
+@functools.cache
+def _found(specs: tuple[LayerSpec, ...], scale: float, hidden_size: int) -> Family:
     for family in families():
-        fields = Fields(family.write(specs), "", family.defaults)
-        if len(specs) == 1 and tuple(family.read(fields, LayerSpec(rope_scaling=specs[0].rope_scaling))) == specs:
-            return family
+        if family.embedding_scale(hidden_size) == scale:
+            fields = Fields(family.write(specs), family.architecture, family.defaults)
+            if tuple(family.read(fields, len(specs))) == specs:
+                return family
     known = ", ".join(family.model_types[-1] for family in families())
-    raise ConfigError(f"A model with layers {specs} is none of the families that can be saved: {known}.")
+    kinds = " and ".join(sorted({str(spec.to_dict()) for spec in specs}))
+    raise ConfigError(f"A model with layers {kinds} is none of the families that can be saved: {known}.")

@@ -40,14 +40,16 @@ class Family:
       model_types: `model_type` of the config.json files that it reads; it writes the first.
       architecture: the name that it writes.
       defaults: what a field that is absent or null means.
-      read: layers of a config.json, given its fields and the RoPE of them all; any period of them.
+      read: the layers of a config.json, each with its theta, given the fields and how many layers there are.
       write: the fields from which `read` makes such layers; `families` finds out whether it does.
+      embedding_scale: given the hidden size.
       tensors: published names by path of the parameter.
     """
 
     model_types: tuple[str, ...]
     architecture: str
     defaults: Mapping[str, Any]
-    read: Callable[[Fields, LayerSpec], Sequence[LayerSpec]]
+    read: Callable[[Fields, int], Sequence[LayerSpec]]
     write: Callable[[Sequence[LayerSpec]], dict[str, Any]]
+    embedding_scale: Callable[[int], float] = lambda hidden_size: 1.0
     tensors: Mapping[tuple[str, ...], str] = dataclasses.field(default_factory=lambda: TENSORS)

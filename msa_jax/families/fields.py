@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from msa_jax.errors import ConfigError, require
-from msa_jax.spec import RopeScaling, is_number
+from msa_jax.errors import require
+from msa_jax.spec import is_number
 
 # What a config.json says beside the computation of logits: bookkeeping, training, other programs' settings.
 HARMLESS = frozenset(
@@ -92,59 +92,3 @@ class Fields:
             off = value is None or value is False or value in ("", [], {})
             fits = known or off or name in NEUTRAL and value == NEUTRAL[name]
             self.need(fits, name, f"{value!r} is not computed here; remove it if it changes no output")
-
-
-def rope_of(fields: Fields) -> tuple[float, RopeScaling | None]:
-    """Theta and scaling, from `rope_theta` and `rope_scaling` or from `rope_parameters` (transformers 5)."""
-    old, new = fields.part("rope_scaling"), fields.part("rope_parameters")
-    given = new or old
-    if given is None:
-        return fields.number("rope_theta"), None
-    theta = given.number("rope_theta") if given.get("rope_theta") is not None else fields.number("rope_theta")
-    scaling = scaling_of(given, fields)
-    if old and new:
-        alike = scaling == scaling_of(old, fields)
-        fields.need(alike, "rope_scaling", "and rope_parameters say different things: remove one of them")
-    return theta, scaling
-
-
-def scaling_of(rope: Fields, fields: Fields) -> RopeScaling | None:
-    """How RoPE is stretched, by an object of `fields` that says so."""
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    rope.get("type"), rope.get("rope_theta")
-    if kind == "default":
-        rope.refuse_the_rest()
-        return None
-    kinds = ("linear", "llama3", "yarn")
-    rope.need(kind in kinds, "rope_type", f"is {kind!r}, need default or one of {kinds}: no other is computed here")
-    values = dict(kind=kind, factor=rope.number("factor"))
-    if kind != "linear":
-        name = "original_max_position_embeddings"
-        given = rope if rope.get(name) is not None else fields
-        name = name if given is rope or fields.get(name) is not None else "max_position_embeddings"
-        values["original_length"] = given.integer(name)
-    if kind == "llama3":
-        values |= {name: rope.number(name) for name in ("low_freq_factor", "high_freq_factor")}
-    if kind == "yarn":
-        optional = ("beta_fast", "beta_slow", "attention_factor")
-        values |= {name: rope.number(name) for name in optional if rope.get(name) is not None}
-        values["truncate"] = rope.get("truncate") is None or rope.flag("truncate")
-    rope.refuse_the_rest()
-    try:
-        return RopeScaling(**values)
-    except ConfigError as e:
-        raise ConfigError(f"{rope.where}: {rope.within.rstrip('.')}: {e}") from e
-
-
-def rope_fields(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
-    """What `rope_of` reads back, in the form that both older and newer programs know."""
-    if scaling is None:
-        return {"rope_theta": theta}
-    values = {"rope_type": scaling.kind, "factor": scaling.factor}
-    if scaling.kind != "linear":
-        values["original_max_position_embeddings"] = scaling.original_length
-    names = {"llama3": ("low_freq_factor", "high_freq_factor"), "yarn": ("beta_fast", "beta_slow", "truncate")}
-    values |= {name: getattr(scaling, name) for name in names.get(scaling.kind, ())}
-    if scaling.attention_factor is not None:
-        values["attention_factor"] = scaling.attention_factor
-    return {"rope_theta": theta, "rope_scaling": values}

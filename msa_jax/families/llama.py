@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from msa_jax.families import rope
 from msa_jax.families.family import Family
 from msa_jax.families.fields import Fields
 from msa_jax.spec import LayerSpec
 
 
-def read(fields: Fields, rope: LayerSpec) -> Sequence[LayerSpec]:
+def read(fields: Fields, num_layers: int) -> Sequence[LayerSpec]:
     fields.only("hidden_act", "silu")
     bias, mlp_bias = fields.flag("attention_bias"), fields.flag("mlp_bias")
-    return [dataclasses.replace(rope, qk_norm=False, qkv_bias=bias, o_bias=bias, mlp_bias=mlp_bias)]
+    return [LayerSpec(qk_norm=False, qkv_bias=bias, o_bias=bias, mlp_bias=mlp_bias, **rope.read(fields))] * num_layers
 
 
 def write(specs: Sequence[LayerSpec]) -> dict[str, Any]:
-    return {"attention_bias": specs[0].qkv_bias, "mlp_bias": specs[0].mlp_bias, "hidden_act": "silu"}
+    one = specs[0]
+    return rope.write(one) | {"attention_bias": one.qkv_bias, "mlp_bias": one.mlp_bias, "hidden_act": "silu"}
 
 
 FAMILY = Family(

@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from msa_jax.families import rope, windows
 from msa_jax.families.family import Family
 from msa_jax.families.fields import Fields
 from msa_jax.spec import LayerSpec
 
 
-def read(fields: Fields, rope: LayerSpec) -> Sequence[LayerSpec]:
+def read(fields: Fields, num_layers: int) -> Sequence[LayerSpec]:
     fields.only("hidden_act", "silu")
-    fields.need(not fields.flag("use_sliding_window"), "use_sliding_window", "is true: no window is computed here")
-    fields.get("sliding_window")  # it says nothing without the flag
-    for kind in fields.get("layer_types") or ():
-        fields.need(kind == "full_attention", "layer_types", f"has {kind!r}, need 'full_attention' alone")
     bias = fields.flag("attention_bias")
-    return [dataclasses.replace(rope, qk_norm=True, qkv_bias=bias, o_bias=bias)]
+    how = dict(qk_norm=True, qkv_bias=bias, o_bias=bias) | rope.read(fields)
+    return [LayerSpec(window=window, **how) for window in windows.read_qwen(fields, num_layers)]
 
 
 def write(specs: Sequence[LayerSpec]) -> dict[str, Any]:
-    return {"attention_bias": specs[0].qkv_bias, "hidden_act": "silu"}
+    one = specs[0]
+    return rope.write(one) | windows.write_qwen(specs) | {"attention_bias": one.qkv_bias, "hidden_act": "silu"}
 
 
 FAMILY = Family(
     model_types=("msa", "qwen3"),
     architecture="MSAForCausalLM",
     defaults=dict(
-        num_key_value_heads=32, head_dim=128, rms_norm_eps=1e-6, rope_theta=1e4, max_position_embeddings=32_768
+        num_key_value_heads=32, head_dim=128, rms_norm_eps=1e-6, rope_theta=1e4, max_position_embeddings=32_768,
+        sliding_window=4096, max_window_layers=28,
     ),
     read=read,
     write=write,
-)
+)  # fmt: skip

@@ -17,7 +17,7 @@ from msa_jax import routing
 from msa_jax.config import AttentionConfig
 from msa_jax.layers import sharded
 from msa_jax.layers.linear import linear
-from msa_jax.layers.norm import RMSNorm
+from msa_jax.layers.norm import norm_of
 from msa_jax.layers.rope import rope
 from msa_jax.memory import ChunkStates, DocumentLayout, LayerMemory, Selection, tiers
 from msa_jax.memory.selection import bias_of, merge
@@ -60,6 +60,11 @@ def pool_chunks(x: jax.Array, segment_ids: jax.Array, chunk_size: int) -> jax.Ar
     return jnp.sum(chunks * weights, axis=1) / jnp.maximum(jnp.sum(weights, axis=1), 1.0)
 
 
+def _within(order: jax.Array, count: int, window: int) -> jax.Array:
+    """Which keys the last `count` tokens have in their window, [B, 1, count, S], by the order of all tokens [B, S]."""
+    return order[:, None, None, :] > order[:, None, -count:, None] - window
+
+
 class SelfAttention(nnx.Module):
     """Grouped-query self-attention with RoPE; the spec says whether queries and keys are normalised before, and more.
 
@@ -75,9 +80,8 @@ class SelfAttention(nnx.Module):
         self.k_proj = linear(c.hidden_size, c.router_width, c, rngs, bias=spec.qkv_bias)
         self.v_proj = linear(c.hidden_size, c.router_width, c, rngs, bias=spec.qkv_bias)
         self.o_proj = linear(c.num_heads * c.head_dim, c.hidden_size, c, rngs, bias=spec.o_bias)
-        norm = dict(eps=c.norm_eps, dtype=c.compute_dtype, param_dtype=c.storage_dtype)
-        self.q_norm = RMSNorm(c.head_dim, **norm) if spec.qk_norm else None
-        self.k_norm = RMSNorm(c.head_dim, **norm) if spec.qk_norm else None
+        self.q_norm = norm_of(c.head_dim, c, spec) if spec.qk_norm else None
+        self.k_norm = norm_of(c.head_dim, c, spec) if spec.qk_norm else None
 
     def _qkv(self, x, positions):
         c = self.config
@@ -91,11 +95,16 @@ class SelfAttention(nnx.Module):
         if self.spec.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         how = dict(theta=self.spec.rope_theta or c.rope_theta, scaling=self.spec.rope_scaling)
-        return rope(q, positions, **how), rope(k, positions, **how), v
+        q, k = rope(q, positions, **how), rope(k, positions, **how)
+        if self.spec.query_scale is not None:  # attention itself divides by sqrt(D)
+            q = q * jnp.asarray(self.spec.query_scale * math.sqrt(c.head_dim), q.dtype)
+        return q, k, v
 
     def _encode(self, x, positions, segment_ids):
         q, k, v = self._qkv(x, positions)
         same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+        if self.spec.window is not None:
+            same &= _within(jnp.arange(x.shape[1])[None], x.shape[1], self.spec.window)
         out = jax.nn.dot_product_attention(q, k, v, mask=same, is_causal=True)
         return self.o_proj(out.reshape(*x.shape[:2], -1)), k, v
 
@@ -162,6 +171,9 @@ class SelfAttention(nnx.Module):
         b, t = x.shape[:2]
         causal = jnp.arange(k.shape[1])[None, :] <= jnp.arange(t)[:, None] + (k.shape[1] - t)
         allowed = causal[None, None] if mask is None else causal[None, None] & mask[:, None, None, :]
+        if self.spec.window is not None:
+            order = jnp.arange(k.shape[1])[None] if mask is None else jnp.cumsum(mask, axis=1)
+            allowed &= _within(order, t, self.spec.window)
         out = jax.nn.dot_product_attention(q, k, v, mask=allowed)
         return AttentionOutput(out=self.o_proj(out.reshape(b, t, -1)), k=caches[0], v=caches[1])
 
@@ -292,6 +304,11 @@ class MemorySparseAttention(SelfAttention):
         b, t = x.shape[:2]
         q, k, v = self._qkv(x, positions)
         (k, v), caches = self._own(k, v, past_k, past_v, slot, layer)
+        if self.spec.window is not None and k.shape[1] > self.spec.window:
+            raise ValueError(
+                f"MemorySparseAttention: {k.shape[1]} own tokens do not fit this layer's window of {self.spec.window}: "
+                "of those that read a memory only layers without a window take more; choose other router_layers."
+            )
         scores = query = None
         if selection is None:
             wanted = (memory.layout.num_chunks, c.router_width)

@@ -9,29 +9,34 @@ from flax import nnx
 
 from msa_jax.config import MSAConfig
 from msa_jax.layers.attention import AttentionOutput, MemorySparseAttention, SelfAttention
-from msa_jax.layers.mlp import SwiGLU
-from msa_jax.layers.norm import RMSNorm
+from msa_jax.layers.mlp import GatedMLP
+from msa_jax.layers.norm import norm_of
 from msa_jax.memory import ChunkStates
 from msa_jax.spec import DEFAULT, LayerSpec
 
 
 class DecoderBlock(nnx.Module):
-    """`x + attention(norm(x))`, then `x + mlp(norm(x))`."""
+    """`x + attention(norm(x))`, then `x + mlp(norm(x))`; with `spec.post_norms`, of what is added the norm."""
 
     def __init__(self, config: MSAConfig, spec: LayerSpec = DEFAULT, *, router: bool, rngs: nnx.Rngs):
-        norm = dict(eps=config.norm_eps, dtype=config.compute_dtype, param_dtype=config.storage_dtype)
-        self.attention_norm = RMSNorm(config.hidden_size, **norm)
+        norm = lambda: norm_of(config.hidden_size, config, spec)  # noqa: E731
+        self.attention_norm = norm()
         self.attention = (MemorySparseAttention if router else SelfAttention)(config, spec, rngs=rngs)
-        self.mlp_norm = RMSNorm(config.hidden_size, **norm)
-        self.mlp = SwiGLU(config, spec, rngs=rngs)
+        self.attention_post_norm = norm() if spec.post_norms else None
+        self.mlp_norm = norm()
+        self.mlp = GatedMLP(config, spec, rngs=rngs)
+        self.mlp_post_norm = norm() if spec.post_norms else None
 
-    def _mlp(self, x):
-        return x + self.mlp(self.mlp_norm(x))
+    def _rest(self, x, attended):
+        """What follows the attention."""
+        x = x + (self.attention_post_norm(attended) if self.attention_post_norm else attended)
+        out = self.mlp(self.mlp_norm(x))
+        return x + (self.mlp_post_norm(out) if self.mlp_post_norm else out)
 
     def encode(self, x: jax.Array, *, positions: jax.Array, segment_ids: jax.Array):
         """Documents [R, W, E] through the block; also what its attention's `encode` gives beside the output."""
         out, *extra = self.attention.encode(self.attention_norm(x), positions=positions, segment_ids=segment_ids)
-        return self._mlp(x + out), extra
+        return self._rest(x, out), extra
 
     def chunk_states(self, x: jax.Array, *, positions: jax.Array, segment_ids: jax.Array) -> ChunkStates:
         """What a router layer pools of documents [R, W, E], without what layers behind it would need."""
@@ -40,7 +45,7 @@ class DecoderBlock(nnx.Module):
     def __call__(self, x: jax.Array, **kwargs) -> tuple[jax.Array, AttentionOutput]:
         """Active context [B, T, E] through the block; `kwargs` go to the attention."""
         result = self.attention(self.attention_norm(x), **kwargs)
-        return self._mlp(x + result.out), result
+        return self._rest(x, result.out), result
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:

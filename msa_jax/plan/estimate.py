@@ -23,7 +23,7 @@ def parameters(config: MSAConfig) -> int:
     specs = [c.spec_of(i) for i in range(c.num_layers)]
     biases = sum(s.qkv_bias * (heads + 2 * width) + s.o_bias * c.hidden_size for s in specs)
     biases += sum(s.mlp_bias * (2 * c.mlp_size + c.hidden_size) for s in specs)
-    norms = sum(2 * c.head_dim * s.qk_norm for s in specs)
+    norms = sum(2 * c.head_dim * s.qk_norm + 2 * c.hidden_size * s.post_norms for s in specs)
     router = c.hidden_size * (heads + width) + c.num_heads * c.router_bias
     tables = (1 if c.tie_embeddings else 2) * c.vocab_size * c.hidden_size
     return c.num_layers * layer + norms + biases + len(c.router_layers) * router + tables + c.hidden_size
