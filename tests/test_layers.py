@@ -131,7 +131,19 @@ def test_a_window_is_the_same_in_every_way_to_compute_it():
     layer = MemorySparseAttention(CONFIG, GEMMA, rngs=nnx.Rngs(0))
     layer.k_norm.scale[...] = jnp.asarray(normal(9, D))
     x, positions = jnp.asarray(normal(1, 1, 8, E)), jnp.arange(8)[None]
-    whole, _ = layer.encode(x, positions=positions, segment_ids=jnp.ones((1, 8), jnp.int32))
+
+    def ways(params):
+        same = nnx.merge(nnx.graphdef(layer), params)
+        whole, _ = same.encode(x, positions=positions, segment_ids=jnp.ones((1, 8), jnp.int32))
+        first = same(x[:, :4], positions=positions[:, :4])
+        pad = lambda y: jnp.pad(y, ((0, 0), (0, 2), (0, 0), (0, 0)), constant_values=99.0)  # noqa: E731
+        past = dict(past_k=pad(first.k), past_v=pad(first.v))
+        mask = jnp.asarray([[True] * 4 + [False] * 2 + [True] * 4])
+        rest = same(x[:, 4:], positions=positions[:, 4:], mask=mask, **past)
+        step = same(x[:, 4:5], positions=positions[:, 4:5], mask=jnp.arange(6)[None] <= 4, slot=jnp.int32(4), **past)
+        return whole, same(x, positions=positions).out, rest.out, step.out
+
+    whole, at_once, rest, step = jax.jit(ways)(nnx.state(layer))
     q, k, v = (np.asarray(p.kernel[...], np.float64) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
     head = lambda w: np.asarray(x[0], np.float64) @ w  # noqa: E731
     turn = lambda y, scale: numpy_rope(numpy_rms(y.reshape(8, -1, D), 1 + scale, 1e-4), np.arange(8), 20.0)  # noqa: E731
@@ -142,16 +154,9 @@ def test_a_window_is_the_same_in_every_way_to_compute_it():
     out = np.einsum("hts,shd->thd", weights / weights.sum(-1, keepdims=True), np.repeat(v, G, axis=1))
     want = out.reshape(8, -1) @ np.asarray(layer.o_proj.kernel[...], np.float64)
     np.testing.assert_allclose(whole[0], want, atol=1e-5)
-
-    np.testing.assert_allclose(layer(x, positions=positions).out, whole, atol=1e-6)
-    first = layer(x[:, :4], positions=positions[:, :4])
-    pad = lambda y: jnp.pad(y, ((0, 0), (0, 2), (0, 0), (0, 0)), constant_values=99.0)  # noqa: E731
-    mask = jnp.asarray([[True] * 4 + [False] * 2 + [True] * 4])
-    rest = layer(x[:, 4:], positions=positions[:, 4:], mask=mask, past_k=pad(first.k), past_v=pad(first.v))
-    np.testing.assert_allclose(rest.out, whole[:, 4:], atol=1e-6)
-    past = dict(past_k=pad(first.k), past_v=pad(first.v))
-    step = layer(x[:, 4:5], positions=positions[:, 4:5], mask=jnp.arange(6)[None] <= 4, slot=jnp.int32(4), **past)
-    np.testing.assert_allclose(step.out, whole[:, 4:5], atol=1e-6)
+    np.testing.assert_allclose(at_once, whole, atol=1e-6)
+    np.testing.assert_allclose(rest, whole[:, 4:], atol=1e-6)
+    np.testing.assert_allclose(step, whole[:, 4:5], atol=1e-6)
 
 
 def test_what_does_not_fit_the_window_of_a_layer_that_reads_a_memory_is_refused():
