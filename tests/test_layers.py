@@ -162,15 +162,16 @@ def test_a_window_is_the_same_in_every_way_to_compute_it():
 def test_what_does_not_fit_the_window_of_a_layer_that_reads_a_memory_is_refused():
     layer = MemorySparseAttention(CONFIG, GEMMA, rngs=nnx.Rngs(0))
     batch = pack_documents([np.arange(5)], chunk_size=4, row_len=8, num_rows=1)
-    _, states = layer.encode(
-        jnp.ones((1, 8, E)), positions=jnp.asarray(batch.positions), segment_ids=jnp.asarray(batch.segment_ids)
-    )
     layout = DocumentLayout(batch.chunk_documents, batch.starts, batch.lengths, max_length=2)
-    memory = layer.memory(states, layout)
-    ask = lambda t: layer(jnp.ones((1, t, E)), positions=jnp.arange(t)[None], memory=memory)  # noqa: E731
-    assert ask(3).out.shape == (1, 3, E)
+
+    def ask(count):
+        _, states = layer.encode(TABLE[batch.tokens], positions=batch.positions, segment_ids=batch.segment_ids)
+        x, memory = jnp.ones((1, count, E)), layer.memory(states, layout)
+        return layer(x, positions=jnp.arange(count)[None], memory=memory).out
+
+    assert jax.eval_shape(lambda: ask(3)).shape == (1, 3, E)
     with pytest.raises(ValueError, match="4 own tokens do not fit this layer's window of 3.*other router_layers"):
-        ask(4)
+        jax.eval_shape(lambda: ask(4))
 
 
 def test_a_gated_mlp_with_gelu():
