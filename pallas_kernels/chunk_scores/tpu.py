@@ -25,12 +25,12 @@ def unsupported(*, query, keys) -> str | None:
         return f"queries and keys must be float32, bfloat16 or int8, got {query.dtype} and {keys.dtype}."
     if 0 in query.shape or 0 in keys.shape:
         return f"there is nothing to score: query {query.shape}, keys {keys.shape}."
-    if _blocks(query, keys) is None:
+    if blocks_of(query, keys) is None:
         return f"no block of query {query.shape} and keys {keys.shape} fits in VMEM."
     return None
 
 
-def _blocks(query, keys):
+def blocks_of(query, keys):
     b, t, m = query.shape
     sizes = query.dtype.itemsize, keys.dtype.itemsize
     return config.choose(b, t, keys.shape[-2], m, *sizes, tpu_chip.vmem_budget())
@@ -99,7 +99,7 @@ def forward(query, keys, query_mask, query_scale, key_scale, layer=None, *, winn
     """Scores [B, C] float32 and winners [B, C] int32 or None. See `reference.forward`."""
     b, t, m = query.shape
     num_chunks = keys.shape[-2]
-    blocks = _blocks(query, keys)
+    blocks = blocks_of(query, keys)
     scaled = query_scale is not None, key_scale is not None
     # Column 0: does the token route; column 1: its scale.
     columns = [query_mask.astype(jnp.float32)] + ([query_scale] if scaled[0] else [])
@@ -190,7 +190,7 @@ def backward(query, keys, winners, grad, *, wanted):
     """Gradients of query and keys. See `reference.backward`."""
     b, t, m = query.shape
     num_chunks = keys.shape[0]
-    blocks = _blocks(query, keys)
+    blocks = blocks_of(query, keys)
     tile = blocks.tile
     rows = to_rows(blocks, query)
     count, tiles = rows.shape[0], pl.cdiv(num_chunks, tile)

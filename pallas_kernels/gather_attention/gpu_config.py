@@ -94,10 +94,10 @@ def choose(*, rows: int, others: int, tiles: int, head_dim: int, dtype, bank_dty
     per_consumer = row_operands * WARPGROUP_ROWS * row_bytes(head_dim, dtype)
     consumers, stages = _fit(2 if rows > WARPGROUP_ROWS else 1, per_consumer, stage)
     blocks = -(-rows // (consumers * WARPGROUP_ROWS)) * others
-    return Sizes(consumers=consumers, stages=stages, lag=min(2, stages - 1), splits=_splits(blocks, tiles))
+    return Sizes(consumers=consumers, stages=stages, lag=min(2, stages - 1), splits=splits(blocks, tiles))
 
 
-def _splits(blocks: int, tiles: int) -> int:
+def splits(blocks: int, tiles: int) -> int:
     """The fewest parts of the columns that keep nine in ten multiprocessors busy, or else the best number of them."""
 
     def busy(splits):

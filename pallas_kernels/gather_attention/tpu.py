@@ -29,12 +29,12 @@ def unsupported(*, operands: Operands) -> str | None:
     scalars = 4 * (q.shape[0] + 3 * operands.starts.size + (0 if operands.bias is None else operands.bias.size))
     if scalars > _SMEM_BYTES:
         return f"ranges and biases of {operands.starts.shape} documents take {scalars} of {_SMEM_BYTES} bytes of SMEM."
-    if _blocks(operands, operands.bank_k.shape[0]) is None:
+    if blocks_of(operands, operands.bank_k.shape[0]) is None:
         return f"no block of queries {q.shape} fits in VMEM."
     return None
 
 
-def _blocks(operands: Operands, max_length: int) -> config.Blocks | None:
+def blocks_of(operands: Operands, max_length: int) -> config.Blocks | None:
     _, t, h, d = operands.q.shape
     kv = operands.k.shape[2]
     sizes = operands.q.dtype.itemsize, operands.bank_k.dtype.itemsize
@@ -43,13 +43,13 @@ def _blocks(operands: Operands, max_length: int) -> config.Blocks | None:
 
 def forward(operands: Operands, *, max_length: int):
     """Out [B, T, H, D] and lse [B, T, H]. See `reference.forward`."""
-    return tpu_forward.forward(operands, blocks=_blocks(operands, max_length), cores=_cores())
+    return tpu_forward.forward(operands, blocks=blocks_of(operands, max_length), cores=_cores())
 
 
 def backward(operands: Operands, out, lse, grad_out, grad_lse, *, max_length: int) -> Gradients:
     """See `reference.backward`."""
     q, k, starts = operands.q, operands.k, operands.starts
-    blocks = _blocks(operands, max_length)
+    blocks = blocks_of(operands, max_length)
     delta = shifted_delta(out, grad_out, grad_lse)
     grad_q, grad_bias = tpu_backward.backward(operands, lse, delta, grad_out, blocks=blocks, cores=_cores())
     if operands.bias is None or not starts.size:

@@ -12,6 +12,22 @@ from pallas_kernels import dispatch
 IMPLEMENTATIONS = ("xla", "tpu", "gpu")
 
 
+def quick(cases, *named) -> list:
+    """Parameters: the named cases run by default, the rest of the matrix is slow."""
+    return [pytest.param(case, marks=[] if case in named else pytest.mark.slow) for case in cases]
+
+
+def matrix(cases, *, xla=None, tpu=(), gpu=()) -> list:
+    """Parameters (case, implementation). Interpreting takes seconds, so a kernel runs the cases named for it, and the
+    plain form all or those named; the rest of the matrix is slow."""
+    quick = {"xla": cases if xla is None else xla, "tpu": tpu, "gpu": gpu}
+    return [
+        pytest.param(case, name, marks=[] if case in quick[name] else pytest.mark.slow)
+        for name in IMPLEMENTATIONS
+        for case in cases
+    ]
+
+
 @contextlib.contextmanager
 def running(name: str):
     """A scope in which `implementation=name` runs on this machine: interpreted, if it is a kernel.

@@ -9,7 +9,7 @@ import pytest
 
 from pallas_kernels import chunk_scores, dispatch
 from pallas_kernels.chunk_scores.api import NO_SCORE
-from tests.kernels.implementations import IMPLEMENTATIONS, at_most_twice, running, skip_unless_supported
+from tests.kernels.implementations import IMPLEMENTATIONS, at_most_twice, matrix, running, skip_unless_supported
 
 # Names say what a case is there for. B, T, C, M, dtype of query, of keys.
 CASES = {
@@ -76,8 +76,10 @@ def supported(implementation, query, keys):
     return functools.partial(chunk_scores, implementation=implementation)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    matrix(CASES, tpu=["ragged everything", "several blocks of questions", "int8 both"], gpu=["one question"]),
+)
 def test_scores_are_the_definition(name, implementation):
     query, keys, kwargs = make(name)
     scores_of = supported(implementation, query, keys)
@@ -93,8 +95,9 @@ def test_scores_are_the_definition(name, implementation):
     at_most_twice(got[routes], want[routes], naive(query, keys, kwargs)[routes])
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", GRADIENTS)
+@pytest.mark.parametrize(
+    ("name", "implementation"), matrix(GRADIENTS, tpu=["ragged everything", "int8 keys"], gpu=["one question"])
+)
 def test_gradients_reach_the_winning_token_alone(name, implementation):
     query, keys, kwargs = make(name)
     scores_of = supported(implementation, query, keys)
@@ -125,8 +128,7 @@ def test_gradients_reach_the_winning_token_alone(name, implementation):
         at_most_twice(got[i], want[i], plain[i])
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("b", [1, 9])
+@pytest.mark.parametrize(("b", "implementation"), matrix([1, 9], tpu=[9]))
 def test_the_first_of_equal_tokens_wins(b, implementation):
     # Integers, whose products are exact in any order of summation.
     rng = np.random.default_rng(0)
@@ -141,8 +143,7 @@ def test_the_first_of_equal_tokens_wins(b, implementation):
     np.testing.assert_array_equal(np.abs(grad).max(axis=-1) > 0, first)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", ["ragged everything", "int8 both"])
+@pytest.mark.parametrize(("name", "implementation"), matrix(["ragged everything", "int8 both"], tpu=["int8 both"]))
 def test_a_layer_is_read_where_it_lies(name, implementation):
     query, keys, kwargs = make(name)
     scores_of = supported(implementation, query, keys)

@@ -9,6 +9,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.chunk_scores import gpu, gpu_config, reference
+from tests.kernels.implementations import quick
 
 NO_SCORE = reference.NO_SCORE
 
@@ -89,13 +90,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", quick(CASES, "question-major", "token-major", "fp32", "int8 both"))
 def test_scores_and_winners_are_the_definition(name, monkeypatch):
     monkeypatch.setattr(gpu_config, "multiprocessors", lambda: 2)
     check(make(*CASES[name]))
 
 
-@pytest.mark.parametrize("name", ["question-major", "token-major", "fp32"])
+@pytest.mark.parametrize("name", quick(["question-major", "token-major", "fp32"], "question-major"))
 @pytest.mark.parametrize("sizes", [dict(query_bytes=0, stages=3), dict(accumulators=64 * 64)], ids=["streamed", "cut"])
 def test_a_query_too_large_to_hold(name, sizes, monkeypatch):
     """Streamed with the keys; or in more than one block of columns, whose max runs on."""
@@ -133,7 +134,7 @@ def test_the_layer_asked_for_scores():
             np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.parametrize("b", [1, 9])
+@pytest.mark.parametrize("b", quick([1, 9], 9))
 def test_the_first_of_equal_tokens_wins(b):
     rng = np.random.default_rng(0)  # small integers: a product is exact in any order
     token, keys = (jnp.asarray(rng.integers(-4, 5, shape), jnp.bfloat16) for shape in ((b, 1, 64), (70, 64)))
@@ -143,7 +144,7 @@ def test_the_first_of_equal_tokens_wins(b):
     np.testing.assert_array_equal(won, np.where(np.arange(b) == 0, 2, 0)[:, None].repeat(70, axis=1))
 
 
-@pytest.mark.parametrize("b", [1, 9])
+@pytest.mark.parametrize("b", quick([1, 9], 9))
 def test_scores_do_not_depend_on_whether_winners_are_asked_for(b):
     args = make(b, 3, 70, 32, "bfloat16", "bfloat16")
     with interpreted():
@@ -161,7 +162,7 @@ GRADIENTS = {
 }
 
 
-@pytest.mark.parametrize("name", GRADIENTS)
+@pytest.mark.parametrize("name", quick(GRADIENTS, "bf16", "int8 keys"))
 def test_gradients_are_those_of_the_winners(name, monkeypatch):
     monkeypatch.setattr(gpu_config, "multiprocessors", lambda: 1)
     b, t, c, m, query_dtype, key_dtype = GRADIENTS[name]

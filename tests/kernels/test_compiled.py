@@ -27,22 +27,28 @@ from pallas_kernels.gather_attention import tpu as gather_attention_tpu  # noqa:
 from pallas_kernels.gather_attention.reference import Operands  # noqa: E402
 
 MIB = 2**20
+# One for each kernel, on one chip: the rest of the matrix is slow.
+QUICK = ("routing 4B, training", "attention 4B, prefill, int8", "attention 4B, training")
+compiled = functools.cache(programs.compiled)
 
 
-def on(*chips):
-    """Parameters of chips, those without a compiler here skipped."""
-    missing = {chip: programs.available(chip) for chip in chips}
-    return [pytest.param(c, marks=[pytest.mark.skip(missing[c])] if missing[c] else []) for c in chips]
+def on(chips, cases):
+    """Parameters of cases on chips, those without a compiler here skipped."""
+
+    def marks(name, chip):
+        missing = programs.available(chip)
+        skip = [] if missing is None else [pytest.mark.skip(missing)]
+        return skip + [pytest.mark.slow] * (chip != "v5e" or name not in QUICK)
+
+    return pytest.mark.parametrize(
+        ("name", "chip"), [pytest.param(name, chip, marks=marks(name, chip)) for chip in chips for name in cases]
+    )
 
 
-on_tpus, on_all = (pytest.mark.parametrize("chip", on(*chips)) for chips in (programs.TPUS, programs.CHIPS))
-
-
-@on_all
-@pytest.mark.parametrize("name", programs.CASES)
+@on(programs.CHIPS, programs.CASES)
 def test_the_executable_holds_the_kernels(name, chip):
     case = programs.CASES[name]
-    executable = programs.compiled(case, chip)
+    executable = compiled(case, chip)
     text = executable.as_text()
     if chip != "h200":
         for kernel in case.tpu_kernels:
@@ -53,22 +59,20 @@ def test_the_executable_holds_the_kernels(name, chip):
     print(f"{chip}: {name}: " + ", ".join(f"{what} {size / MIB:.1f} MiB" for what, size in sizes.items()))
 
 
-@on_tpus
-@pytest.mark.parametrize("name", [name for name in programs.CASES if name.startswith("routing 4B")])
+@on(programs.TPUS, [name for name in programs.CASES if name.startswith("routing 4B")])
 def test_routing_takes_the_keys_and_what_it_returns(name, chip):
     case = programs.CASES[name]
     keys = case.c * case.m * (1 if case.keys == "int8" else 2)
-    sizes = programs.memory(programs.compiled(case, chip))
+    sizes = programs.memory(compiled(case, chip))
     assert sizes["arguments"] < keys + 8 * case.b * case.c + 130 * MIB
     # Nothing of size B x T x C. At most the scores in other layouts; in training a few more of size B x C.
     assert sizes["temporaries"] <= 4 * case.b * case.c * (8 if case.backward else 2) + MIB
 
 
-@on_all
-@pytest.mark.parametrize("name", ["attention 4B, prefill", "attention 4B, decoding 32 questions"])
+@on(programs.CHIPS, ["attention 4B, prefill", "attention 4B, prefill, int8", "attention 4B, decoding 32 questions"])
 def test_neither_the_bank_nor_a_cache_is_copied(name, chip):
     # 1.5 GiB of bank, 512 MiB of cache.
-    assert programs.memory(programs.compiled(programs.CASES[name], chip))["temporaries"] < 16 * MIB
+    assert programs.memory(compiled(programs.CASES[name], chip))["temporaries"] < 16 * MIB
 
 
 def budget_of(case) -> int:
@@ -76,28 +80,28 @@ def budget_of(case) -> int:
     function, arrays = case.program("tpu")
     args = {name: jax.ShapeDtypeStruct(*array) for name, array in arrays.items()}
     if isinstance(case, programs.Routing):
-        blocks = chunk_scores_tpu._blocks(args["query"], args["keys"])
+        blocks = chunk_scores_tpu.blocks_of(args["query"], args["keys"])
         return blocks.vmem_bytes(case.m, args["query"].dtype.itemsize, args["keys"].dtype.itemsize)
     operands = Operands(**{name: args.get(name) for name in Operands._fields})
-    blocks = gather_attention_tpu._blocks(operands, case.longest)
+    blocks = gather_attention_tpu.blocks_of(operands, case.longest)
     return blocks.vmem_bytes(case.kv, case.d, operands.q.dtype.itemsize, operands.bank_k.dtype.itemsize)
 
 
-@pytest.mark.skipif(programs.available("v5e") is not None, reason=str(programs.available("v5e")))
-@pytest.mark.parametrize("name", programs.CASES)
-def test_the_description_of_vmem_bounds_what_the_compiler_uses(name, monkeypatch):
+@on(["v5e"], programs.CASES)
+def test_the_description_of_vmem_bounds_what_the_compiler_uses(name, chip, monkeypatch):
     case = programs.CASES[name]
-    with jax.set_mesh(programs.mesh_of("v5e")):
+    with jax.set_mesh(programs.mesh_of(chip)):
         described = budget_of(case)
         monkeypatch.setattr(tpu_chip, "vmem_budget", lambda: described)
         # It is asked before the longest document is known, and so fears for more.
         monkeypatch.setattr(gather_attention_tpu, "unsupported", lambda **_: None)
         assert budget_of(case) == described
     jax.clear_caches()
-    programs.compiled(case, "v5e")
+    programs.compiled(case, chip)
     jax.clear_caches()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(programs.available("v5p") is not None, reason=str(programs.available("v5p")))
 def test_the_question_step_of_the_4b_model_copies_no_layer_of_its_bank():
     config = MSAConfig.preset("qwen3_4b", dtype="bfloat16", param_dtype="bfloat16")

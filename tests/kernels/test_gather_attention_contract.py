@@ -9,7 +9,7 @@ import pytest
 
 from pallas_kernels import dispatch, gather_attention, merge
 from pallas_kernels.gather_attention.api import MASKED
-from tests.kernels.implementations import IMPLEMENTATIONS, at_most_twice, running
+from tests.kernels.implementations import IMPLEMENTATIONS, at_most_twice, matrix, running
 
 # The GPU interpreter multiplies with numpy what a copy brings from beyond a range, before that is masked.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")
@@ -151,13 +151,14 @@ def poison(args):
     return args | {n: jnp.where(held[:, None, None], args[n], jnp.nan) for n in ("bank_k", "bank_v")}
 
 
-def either(name, implementation):
-    """Parameters of a test; half a minute in the interpreter of GPU kernels is for the slow ones."""
-    slow = implementation == "gpu" and name in ("several blocks of queries", "long documents")
-    return pytest.param(name, implementation, marks=[pytest.mark.slow] * slow)
-
-
-@pytest.mark.parametrize(("name", "implementation"), [either(n, i) for i in IMPLEMENTATIONS for n in CASES])
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    matrix(
+        CASES,
+        xla=["plain", "bfloat16", "int8", "several blocks of queries", "few chunks", "nothing selected, nothing owned"],
+        tpu=["bfloat16", "int8, fp32 query", "nothing selected, nothing owned"],
+    ),
+)
 def test_outputs_and_gradients_are_the_definition(name, implementation):
     args = make(name)
     call = supported(implementation, args)
@@ -183,9 +184,9 @@ def test_outputs_and_gradients_are_the_definition(name, implementation):
         at_most_twice(got_grads[leaf], want_grads[leaf], plain_grads[leaf])
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_parts_merge_into_the_whole(implementation):
-    args = make("plain")
+@pytest.mark.parametrize(("name", "implementation"), matrix(["plain"], tpu=["plain"]))
+def test_parts_merge_into_the_whole(name, implementation):
+    args = make(name)
     call = supported(implementation, args)
     bank = {n: args[n] for n in ("q", "bank_k", "bank_v")}
     half = {n: args[n][:, :1] for n in ("starts", "lengths", "bias")}
@@ -199,8 +200,9 @@ def test_parts_merge_into_the_whole(implementation):
     np.testing.assert_allclose(merged[1], whole[1], atol=1e-6)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", ["plain", "int8", "few chunks, int8"])
+@pytest.mark.parametrize(
+    ("name", "implementation"), matrix(["plain", "int8", "few chunks, int8"], xla=["plain", "int8"], tpu=["few chunks, int8"])
+)
 def test_a_layer_is_read_where_it_lies(name, implementation):
     args = make(name)
     call = supported(implementation, args)
@@ -224,9 +226,9 @@ def test_a_layer_is_read_where_it_lies(name, implementation):
         np.testing.assert_allclose(wide(got_grad), wide(want_grad), atol=atol)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_what_a_range_has_outside_of_the_bank_does_not_count(implementation):
-    args = make("plain")
+@pytest.mark.parametrize(("name", "implementation"), matrix(["plain"], tpu=["plain"]))
+def test_what_a_range_has_outside_of_the_bank_does_not_count(name, implementation):
+    args = make(name)
     c = args["bank_k"].shape[0]
     starts, lengths = jnp.array([[-3, c - 2, c + 5]] * 2, jnp.int32), jnp.array([[5, 9, 4]] * 2, jnp.int32)
     cut = dict(starts=jnp.array([[0, c - 2, c]] * 2, jnp.int32), lengths=jnp.array([[2, 2, 0]] * 2, jnp.int32))

@@ -30,7 +30,7 @@ def test_every_owner_meets_every_range_that_touches_it(ranges, rows):
 
 @given(blocks=st.integers(1, 2000), tiles=st.integers(0, 300))
 def test_splits_have_tiles_and_fill_the_device_where_they_can(blocks, tiles):
-    splits = gpu_config._splits(blocks, tiles)
+    splits = gpu_config.splits(blocks, tiles)
     assert 1 <= splits <= max(1, tiles)
     if tiles >= gpu_config.MULTIPROCESSORS:
         assert blocks * splits / (-(-blocks * splits // 132) * 132) >= 0.9
