@@ -201,7 +201,8 @@ def test_parts_merge_into_the_whole(name, implementation):
 
 
 @pytest.mark.parametrize(
-    ("name", "implementation"), matrix(["plain", "int8", "few chunks, int8"], xla=["plain", "int8"], tpu=["few chunks, int8"])
+    ("name", "implementation"),
+    matrix(["plain", "int8", "few chunks, int8"], xla=["plain", "int8"], tpu=["few chunks, int8"]),
 )
 def test_a_layer_is_read_where_it_lies(name, implementation):
     args = make(name)
