@@ -15,8 +15,9 @@ from msa_jax.importing import exit_without
 exit_without("bank", "export")  # before what needs it is imported
 
 from msa_jax.checkpoints import pretrained
+from msa_jax.cli.base import run
 from msa_jax.data import Tokenizer
-from msa_jax.errors import ConfigError, MSAError
+from msa_jax.errors import ConfigError
 from msa_jax.model import MSATransformer
 from msa_jax.runs.open import load_model, open_run
 
@@ -42,15 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workdir", type=pathlib.Path, required=True, metavar="RUN", help="of the trained run")
     parser.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR", help="a new folder")
     options = parser.parse_args(arguments)
-    try:
+
+    def work() -> None:
         require_new(options.out)
         model, renderer = load_model(open_run(options.workdir), options.workdir)
         export(model, renderer.tokenizer, options.out)
-    except (MSAError, OSError) as error:
-        print(f"export: {error}", file=sys.stderr)
-        return 1
-    print(options.out)
-    return 0
+        print(options.out)
+
+    return run("export", work)
 
 
 if __name__ == "__main__":

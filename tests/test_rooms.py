@@ -9,7 +9,7 @@ import pytest
 ORDER = (
     "errors", "importing", "files", "memory", "routing", "spec", "families", "config", "distributed", "sharding",
     "context", "layers", "model", "checkpoints",
-    "data", "training", "runs", "export", "cli", "bank", "inference", "evaluation",
+    "data", "training", "runs", "cli", "export", "bank", "inference", "evaluation",
     "parity", "plan", "ask", "serve", "train", "eval",
 )  # fmt: skip
 

@@ -13,7 +13,6 @@ import argparse
 import collections
 import dataclasses
 import json
-import os
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,8 +24,9 @@ exit_without("bank", "ask")  # before what needs it is imported
 from msa_jax.ask.prompt import Prompt, answer_one, width
 from msa_jax.ask.show import as_json, clean, write_end, write_explanation
 from msa_jax.bank.reader import BankReader
+from msa_jax.cli.base import one_line, run
 from msa_jax.cli.loading import add_flags, changes_of, loading_of
-from msa_jax.errors import BankError, ConfigError, DataError, MSAError
+from msa_jax.errors import BankError, ConfigError, DataError
 from msa_jax.inference.answer import Answer
 from msa_jax.inference.settings import MODES, AskConfig, Budget, EngineConfig, Sampling, modes_help
 from msa_jax.routing import need_scores
@@ -156,7 +156,7 @@ def _answers(session, questions: Sequence[str], options, config: AskConfig, ahea
         try:
             waiting.append(session.submit(question, namespaces=options.namespace, config=config))
         except ValueError as error:
-            waiting.append(" ".join(str(error).split()))
+            waiting.append(one_line(error))
 
     try:
         for question in questions:
@@ -235,20 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stdin):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    try:
-        status = _run(options, config, engine)
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:
-        # Who read the answers has enough. What is left of them goes nowhere, or the interpreter fails at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (MSAError, OSError) as e:
-        print(f"ask: {' '.join(str(e).split())}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("ask: interrupted.", file=sys.stderr)
-        return 130
+    return run("ask", lambda: _run(options, config, engine))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ from msa_jax.bank.jsonl import count_lines, read_documents
 from msa_jax.bank.stats import DEVICES, stats
 from msa_jax.bank.store import MemoryStore
 from msa_jax.bank.table import DEFAULT_NAMESPACE
-from msa_jax.errors import BankError, MSAError
+from msa_jax.cli.base import run
+from msa_jax.errors import BankError
 
 
 def _encoder(options):
@@ -166,20 +167,15 @@ def _show(value: dict[str, Any], as_json: bool) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; see the module."""
     options = parser().parse_args(arguments)
-    try:
+
+    def work() -> None:
         result = options.run(options)
         lines = options.command in ("list", "export")
         for value in result if lines else [result]:
             _show(value, options.json or lines)
-    except BrokenPipeError:
-        return 0
-    except (MSAError, OSError) as e:
-        print(f"bank: {' '.join(str(e).split())}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("bank: interrupted; what was committed stays, the same command goes on from there.", file=sys.stderr)
-        return 130
-    return 0
+
+    stays = "interrupted; what was committed stays, the same command goes on from there."
+    return run("bank", work, interrupted=stays)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from ml_collections import config_flags
 
 from msa_jax import distributed
 from msa_jax.cli import processes
+from msa_jax.cli.base import one_line
 from msa_jax.cli.configs import with_paths
 from msa_jax.errors import DataError, MSAError
 
@@ -37,7 +38,7 @@ def _show_log() -> None:
 
 def _line(message: object) -> str:
     """The message on one line, after the command's name."""
-    return f"{pathlib.Path(sys.argv[0]).name}: {' '.join(str(message).split())}"
+    return f"{pathlib.Path(sys.argv[0]).name}: {one_line(message)}"
 
 
 def _parsed(

@@ -15,9 +15,10 @@ import sys
 import numpy as np
 from tqdm import tqdm
 
+from msa_jax.cli.base import run as run_command
 from msa_jax.data import CorpusSource, Renderer
 from msa_jax.data.corpora.negatives import write_negatives
-from msa_jax.errors import ConfigError, MSAError
+from msa_jax.errors import ConfigError
 from msa_jax.evaluation.retrieval import encode_documents, router_scores
 from msa_jax.export import export, require_new
 from msa_jax.model import MSATransformer
@@ -72,12 +73,7 @@ def main() -> int:
     parser.add_argument("--most", type=int, default=4000, help="questions to mine for (default 4000)")
     parser.add_argument("--count", type=int, default=8, help="negatives a question (default 8)")
     args = parser.parse_args()
-    try:
-        _mine(args)
-    except MSAError as error:
-        print(f"mine: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command("mine", lambda: _mine(args))
 
 
 def _mine(args: argparse.Namespace) -> None:

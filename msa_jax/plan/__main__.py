@@ -19,6 +19,7 @@ from msa_jax.importing import exit_without
 
 exit_without("bank", "msa_jax.plan")  # before what needs it is imported
 
+from msa_jax.cli.base import run
 from msa_jax.errors import ConfigError
 from msa_jax.plan import choose, report, settings
 from msa_jax.plan.topologies import Topology
@@ -87,11 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse flags and print the plan; returns the exit status."""
     # Nothing runs, so no accelerator of this host is taken.
     jax.config.update("jax_platforms", "cpu")
-    try:
-        return _run(_parser().parse_args(argv))
-    except ConfigError as error:
-        print(f"msa_jax.plan: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+    return run("msa_jax.plan", lambda: _run(_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -22,8 +22,9 @@ from msa_jax.importing import exit_without
 
 exit_without("serve", "serve")  # before what needs it is imported
 
+from msa_jax.cli.base import run
 from msa_jax.cli.loading import add_flags, changes_of, loading_of
-from msa_jax.errors import ConfigError, MSAError, require
+from msa_jax.errors import ConfigError, require
 from msa_jax.inference.session import Session
 from msa_jax.inference.settings import MODES, AskConfig, Budget, EngineConfig, Sampling, modes_help
 from msa_jax.serve.keys import Keys
@@ -35,7 +36,6 @@ log = logging.getLogger("msa_jax.serve")
 
 # For the session to close; it has nothing to do any more.
 _CLOSE_SECONDS = 10.0
-REFUSALS = (MSAError, OSError)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -135,39 +135,43 @@ def _show_log() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; see the module."""
     options = parser().parse_args(arguments)
-    try:
-        service, engine = make_service(options)
-        changes = changes_of(options)
-        bound = bind(options.host, options.port)
+    return run("serve", lambda: _serve(options))
 
-        _show_log()
 
-        def load():
-            session = Session.open(
-                options.bank, workdir=options.workdir, checkpoint=options.checkpoint, engine=engine,
-                defaults=service.defaults, writable=options.writable, row_len=options.row_len,
-                loading=loading_of(options), changes=changes,
-            )  # fmt: skip
-            log.info("loaded; compiling")
-            session.warm_up()
-            service.start(session, engine.slots)
-            log.info("ready")
+def _serve(options: argparse.Namespace) -> None:
+    service, engine = make_service(options)
+    changes = changes_of(options)
+    bound = bind(options.host, options.port)
 
-        asyncio.run(serve(service, bound, load, options.keys))
-    except REFUSALS as e:
-        print(f"serve: {' '.join(str(e).split())}", file=sys.stderr)
-        return 1
+    _show_log()
+
+    def load():
+        session = Session.open(
+            options.bank, workdir=options.workdir, checkpoint=options.checkpoint, engine=engine,
+            defaults=service.defaults, writable=options.writable, row_len=options.row_len,
+            loading=loading_of(options), changes=changes,
+        )  # fmt: skip
+        log.info("loaded; compiling")
+        session.warm_up()
+        service.start(session, engine.slots)
+        log.info("ready")
+
+    asyncio.run(serve(service, bound, load, options.keys))
     if service.session is not None:
         closing = threading.Thread(target=service.session.close, daemon=True)
         closing.start()
         closing.join(_CLOSE_SECONDS)
     log.info("stopped")
-    return 0
 
 
-if __name__ == "__main__":
+def program() -> None:
+    """The command, and the end of the process whatever its threads do."""
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()
     # A thread that still encodes or compiles cannot be stopped; the bank keeps what was committed.
     os._exit(status)
+
+
+if __name__ == "__main__":
+    program()

@@ -22,7 +22,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from msa_jax.cli.base import run
 from msa_jax.errors import ConfigError
+from msa_jax.files import write_text
 from msa_jax.serve.errors import ApiError, shown
 
 
@@ -162,11 +164,8 @@ def _access(entry: Entry) -> Access:
 
 def _write(path: str, entries: Mapping[str, Entry]) -> None:
     """In one step, readable by the owner alone."""
-    aside = f"{path}.{os.getpid()}.new"
     try:
-        with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
-            file.write(_FILE.dump_json(dict(entries), indent=1).decode())
-        os.replace(aside, path)
+        write_text(path, _FILE.dump_json(dict(entries), indent=1).decode(), mode=0o600)
     except OSError as e:
         raise ConfigError(f"{path}: {e.strerror}: choose a place that can be written.") from e
 
@@ -201,23 +200,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add.add_argument("--write", action="store_true", help="it may change documents there too")
     remove.add_argument("name", metavar="NAME")
     options = root.parse_args(arguments)
-    try:
+
+    def work() -> None:
         if options.command == "add":
             print(add_key(options.file, options.name, options.namespace, options.write))
-            return 0
+            return
         entries = _read(options.file)
         if options.command == "list":
             for entry in entries.values():
                 print(json.dumps(dataclasses.asdict(_access(entry)), ensure_ascii=False))
-            return 0
+            return
         kept = {digest: entry for digest, entry in entries.items() if entry.name != options.name}
         if len(kept) == len(entries):
             raise ConfigError(f"{options.file}: no key is named {options.name!r}: `list` shows those there are.")
         _write(options.file, kept)
-    except ConfigError as e:
-        print(f"keys: {e}", file=sys.stderr)
-        return 1
-    return 0
+
+    return run("keys", work)
 
 
 if __name__ == "__main__":

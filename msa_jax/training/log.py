@@ -8,6 +8,8 @@ from collections.abc import Mapping
 
 import tensorboardX
 
+from msa_jax.files import write_text
+
 
 class RunLog:
     """`metrics.jsonl` and TensorBoard of a run. A run that resumes drops what it logged after its checkpoint.
@@ -28,7 +30,7 @@ class RunLog:
                     continue  # the last line of a killed run
                 if record["step"] <= resumed_step:
                     kept.append(line + "\n")
-        self._path.write_text("".join(kept))
+        write_text(self._path, "".join(kept))
         self._file = self._path.open("a")
         self._writer = tensorboardX.SummaryWriter(
             str(pathlib.Path(workdir) / "tensorboard"), purge_step=resumed_step + 1 if resumed_step else None
