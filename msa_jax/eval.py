@@ -1,9 +1,9 @@
-"""Evaluates a trained run: python eval.py --config=configs/demo.py --workdir=runs/demo --memory_tokens=16384,65536
+"""Evaluates a trained run: python eval.py --config=demo --workdir=runs/demo --memory_tokens=16384,65536
 
-For every size it encodes a memory of held-out text, asks its questions, lets the model generate freely, and
-reports a table, eval.json and curve.png in the workdir.
+What is asked is a task. By default a memory of held-out text is encoded for every size, its questions are asked, and
+the model generates freely. Scores are printed as a table and kept as JSON in the workdir.
 
-How documents are found (--config.evaluation.mode=NAME):
+Tasks (--task=NAME; docs/evaluation.md says more):
 """
 
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ from absl import flags
 from msa_jax import distributed
 from msa_jax.cli.command import run_command
 from msa_jax.errors import ConfigError
+from msa_jax.evaluation import tasks
 
 
 def _sizes(values: list[str]) -> list[int]:
@@ -31,26 +32,41 @@ def _sizes(values: list[str]) -> list[int]:
 
 def _evaluate(values: flags.FlagValues) -> None:
     # Here, because all that evaluates takes seconds to import.
-    from msa_jax.evaluation import evaluate, write_results
+    from msa_jax.evaluation.evaluate import evaluate, report
     from msa_jax.runs.config import RunConfig
 
-    run = RunConfig.from_dict(values.config.to_dict())
-    rows = evaluate(run, values.workdir, _sizes(values.memory_tokens))
-    if not distributed.is_main():
-        return
-    text = write_results(rows, run, values.workdir)
-    print(f"\n{text}\n\n{values.workdir}/eval.json\n{values.workdir}/curve.png")
+    run = None if values.config is None else RunConfig.from_dict(values.config.to_dict())
+    rows = evaluate(
+        run, values.workdir, _sizes(values.memory_tokens), task=values.task, settings=values.set,
+        baselines=values.baselines, folders=values.folder, memory=values.memory, out=values.json,
+    )  # fmt: skip
+    if distributed.is_main():
+        print(f"\n{report(rows, values.task, values.workdir)}")
 
 
 def _define(values: flags.FlagValues) -> None:
-    flags.DEFINE_list("memory_tokens", ["16384"], "Sizes of memory, in tokens.", flag_values=values)
+    own = dict(flag_values=values)
+    flags.DEFINE_string("task", "needles", f"What is asked: {', '.join(tasks.described())}.", **own)
+    flags.DEFINE_list("memory_tokens", ["16384"], "Sizes of memory, in tokens.", **own)
+    flags.DEFINE_list("baselines", [], "What to compare with: bm25, bag_of_words, dense.", **own)
+    flags.DEFINE_list("folder", [], "Folders of documents.jsonl and questions.jsonl.", **own)
+    flags.DEFINE_string("memory", None, "Folder of a memory that is encoded once; default: in the workdir.", **own)
+    flags.DEFINE_multi_string("set", [], "NAME=VALUE of the task's own settings.", **own)
+    flags.DEFINE_string("json", None, "File of scores; default: eval.json or eval_TASK.json in the workdir.", **own)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command; see the module."""
     from msa_jax.inference.settings import modes_help
 
-    run_command(_evaluate, f"{__doc__}{modes_help()}\n", _define, arguments)
+    described = "
+".join(f"  {name:<10} {line}" for name, line in tasks.described().items())
+    modes = f"
+
+How documents are found (--config.evaluation.mode=NAME):
+{modes_help()}"
+    run_command(_evaluate, f"{__doc__}{described}{modes}
+", _define, arguments, required=())
 
 
 if __name__ == "__main__":

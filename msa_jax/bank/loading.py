@@ -134,6 +134,7 @@ def load(
     store: BankReader,
     *,
     namespaces: Sequence[str] | None = None,
+    rows: np.ndarray | None = None,
     room: float = 0.0,
     content: str = "device",
     key_dtype: str | None = None,
@@ -151,6 +152,7 @@ def load(
     Args:
       store: an open bank; in several processes, at the same version in all.
       namespaces: which ones; default all.
+      rows: [n] int64, documents by their rows in `store.table`; default all. `refresh` then brings no others.
       room: capacity beyond what is needed, as part of it, for `refresh` to grow into. Capacities are padded to a few
         sizes anyhow, by up to a quarter.
       content: where content goes: "device"; "host", into its pinned memory; or "disk", where it stays, and where
@@ -178,7 +180,8 @@ def load(
     if axes is None:
         tiers.require_one_device(sharding, content)
     parts = math.prod(mesh.shape[axis] for axis in axes or ())
-    placement = Placement.of(store, only=namespaces, room=room, parts=parts)
+    among = None if rows is None else np.unique(rows)
+    placement = Placement.of(store, only=namespaces, among=among, room=room, parts=parts)
     dtypes = dict(routing_keys=key_dtype, content_k=content_dtype, content_v=content_dtype)
     places = dict(routing_keys=sharding)
     if content != "disk":

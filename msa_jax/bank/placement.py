@@ -11,7 +11,8 @@ import numpy as np
 from msa_jax.bank.capacity import capacity_for, shares_of
 from msa_jax.bank.database import url_of
 from msa_jax.bank.reader import BankReader
-from msa_jax.bank.table import LENGTH, NAMESPACE, START
+from msa_jax.bank.table import ALIVE, LENGTH, NAMESPACE, START
+from msa_jax.errors import BankError
 
 # What a bank that was outgrown gets beyond what it needs, so that it is not outgrown again by the next document.
 _ROOM_AFTER = 1 / 16
@@ -31,6 +32,7 @@ class Placement:
       origin: the store's place, and the database in it whose chunk numbers these are.
       version: of the store.
       only: the namespaces that were asked for; None means all, those to come as well.
+      among: [n] int64, the rows of the store's table that were asked for, ascending; None means all.
       names: of the store's namespaces.
       rows: [N] int64, row in the store's table of each document, -1 where there is none; documents of equal text in
         one namespace are one document here, and the row is that of one that lives.
@@ -46,6 +48,7 @@ class Placement:
     origin: tuple[str, str]
     version: int
     only: tuple[str, ...] | None
+    among: np.ndarray | None
     names: tuple[str, ...]
     rows: np.ndarray
     namespaces: np.ndarray
@@ -64,6 +67,7 @@ class Placement:
         store: BankReader,
         *,
         only: Sequence[str] | None,
+        among: np.ndarray | None = None,
         room: float,
         parts: int = 1,
         like: Placement | None = None,
@@ -72,11 +76,12 @@ class Placement:
 
         Args:
           only: namespaces; names that the store does not have stand for no document. None means all.
+          among: rows of the table, ascending; None means all.
           room: spare capacity, as part of what is needed.
           parts: S. They get about as many chunks each, of documents that lie side by side on disk.
           like: keep the sizes of this one, which are compiled for, where that wastes less than half.
         """
-        keys, rows = _texts(store, only)
+        keys, rows = _texts(store, only, among)
         lengths = store.table.columns[rows, LENGTH]
 
         def kept(wanted, before):
@@ -95,6 +100,7 @@ class Placement:
             origin=origin_of(store),
             version=store.version,
             only=None if only is None else tuple(only),
+            among=among,
             names=tuple(store.table.namespaces),
             rows=np.full(documents, -1, np.int64),
             namespaces=np.full(documents, -1, np.int64),
@@ -121,7 +127,7 @@ class Placement:
             return None
         if store.version == self.version:
             return self
-        keys, rows = _texts(store, self.only)
+        keys, rows = _texts(store, self.only, self.among)
         placed = np.flatnonzero(self.lengths)
         mine = _key(self.source[self.starts[placed]], self.namespaces[placed])
         # Both sides hold each key once. Keys of new texts are larger than those before only within a namespace's
@@ -148,9 +154,22 @@ class Placement:
         )._with(keys[~found], fresh, lengths, shares)
 
     def anew(self, store: BankReader) -> Placement:
-        """All live documents of a store placed as they were asked for, with some room to grow into."""
+        """All live documents of a store placed as they were asked for, with some room to grow into.
+
+        Raises:
+          BankError: rows were asked for, and the store has given rows other numbers.
+        """
+        if self.among is not None:
+            raise BankError(f"{store.path}: its rows have other numbers than those that were loaded; load it again.")
         room = max(self.room, _ROOM_AFTER)
         return Placement.of(store, only=self.only, room=room, parts=len(self.chunks), like=self)
+
+    def includes(self, row: int) -> bool:
+        """Whether a row of the store's table is among those that were asked for."""
+        if self.among is None:
+            return True
+        at = np.searchsorted(self.among, row)
+        return bool(at < len(self.among) and self.among[at] == row)
 
     @property
     def part_chunks(self) -> int:
@@ -203,13 +222,15 @@ def _key(starts: np.ndarray, namespaces: np.ndarray) -> np.ndarray:
     return (starts << _NAMESPACE_BITS) | namespaces
 
 
-def _texts(store: BankReader, only: Sequence[str] | None) -> tuple[np.ndarray, np.ndarray]:
-    """Keys of the live texts of the namespaces asked for, ascending, and a live row of each.
+def _texts(
+    store: BankReader, only: Sequence[str] | None, among: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Keys of the live texts of the namespaces and rows asked for, ascending, and a live row of each.
 
     Documents of one text share its chunks: the first row of them stands for all. Nothing is shared across namespaces.
     """
     table = store.table
-    rows = table.alive
+    rows = table.alive if among is None else among[table.columns[among, ALIVE] == 1]
     rows = rows[table.columns[rows, LENGTH] > 0]
     if only is not None:
         numbers = [number for number, name in enumerate(table.namespaces) if name in set(only)]

@@ -69,17 +69,17 @@ def verify(store: BankReader, *, progress: bool = False) -> dict[str, Any]:
 
 
 def _verify_numbers(store: BankReader, live: np.ndarray) -> None:
-    """Of live rows [n, 10]: each text has one number, which no other has."""
+    """Of live rows [n, 10]: each text that was encoded has one number, which no other has."""
     next_of(store.path)  # refuses a damaged one
     numbers = np.unique(live[:, NUMBER])
     if len(numbers) and numbers[0] < 1:
         raise BankError(f"{store.path}: a document has no number.")
     if len(numbers) >= store.manifest.next_text:
         raise BankError(f"{store.path}: {len(numbers)} numbers are in use, and fewer were given.")
-    # A text's key holds its namespace.
-    pairs = np.unique(live[:, [NUMBER, TEXT_KEY, TEXT_KEY + 1]], axis=0)
+    # By where it stands: `append` may be told to encode a text again, with another number.
+    pairs = np.unique(live[:, [NUMBER, START]], axis=0)
     twice = np.flatnonzero(np.diff(pairs[:, 0]) == 0)
     if len(twice):
         raise BankError(f"{store.path}: two texts have number {pairs[twice[0], 0]}.")
-    if len(np.unique(pairs[:, 1:], axis=0)) != len(pairs):
-        raise BankError(f"{store.path}: a text of one namespace has two numbers.")
+    if len(np.unique(pairs[:, 1])) != len(pairs):
+        raise BankError(f"{store.path}: a text has two numbers.")

@@ -1,205 +1,184 @@
-"""A memory of any size, encoded once into files, of which every beginning is a memory too.
+"""A bank of any size, encoded once, of which every beginning is a memory too.
 
 The same questions are asked at every size: all their documents lie in the first part, and a larger memory adds
-documents behind it, so that scores of two sizes differ by what was added alone. Routing keys are kept in bfloat16,
-content in int8: 100M tokens of the tiny preset take 6.7 GB. Encoding can be interrupted and goes on.
-
-Sizes: L_r router layers, C chunks, N documents, K key/value heads, D head dim, M = K * D.
+documents behind it, so that scores of two sizes differ by what was added alone. Memories of several tasks may share
+the haystack behind them: each is a namespace of one bank on disk. Encoding can be interrupted and goes on, and what is
+there can be asked meanwhile.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import gc
 import json
 import pathlib
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from msa_jax.bank.encoder import RowEncoder
-from msa_jax.bank.quantization import quantize_content
-from msa_jax.data import Document, Question, Renderer, pack_documents
+from msa_jax.bank import BankDocument, DocumentEncoder, MemoryStore
+from msa_jax.bank.reader import BankReader
+from msa_jax.bank.table import NAMESPACE, NUMBER, TOKENS, key_of
+from msa_jax.data import Document, Question, Renderer
 from msa_jax.errors import DataError
-from msa_jax.evaluation.parts import Part, Piece, part_of
+from msa_jax.evaluation.task import Inputs
 from msa_jax.files import write_text
-from msa_jax.model import MSATransformer
+from msa_jax.inference.library import Library
+from msa_jax.inference.stored import StoredLibrary
+from msa_jax.runs.open import reconfigured
 
-_KEYS = jnp.dtype(jnp.bfloat16)
-
+Asked = TypeVar("Asked")
 Blocks = Iterable[tuple[Sequence[Document], Sequence[int]]]
 
 
-def _question(fields: dict) -> Question:
-    return Question(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+class GrownBank:
+    """Documents of a source in a bank on disk, in the order in which they came.
 
-
-class GrownMemory:
-    """Encoded documents in a folder, in the order in which they came; another process may ask while one encodes.
-
-    Attributes:
-      numbers: [N] int64. place: index of each document by its id. questions: all of them.
-      token_ends, chunk_ends: [N] int64, rendered tokens and chunks of the documents up to and with each.
-      seconds: that encoding took, over all interruptions.
-      longest: chunks of the longest document that there may be.
+    Every document is encoded, with a number of its own, even if another has the same text: a haystack of noise is as
+    long as it says. Numbers are the bank's, not the source's.
     """
 
     def __init__(
-        self, folder: str | pathlib.Path, model: MSATransformer, renderer: Renderer, *, documents: int | None = None,
-        of: Mapping[str, Any] | None = None,
+        self, folder: str | pathlib.Path, encoder: DocumentEncoder, renderer: Renderer, of: Mapping[str, Any]
     ):  # fmt: skip
-        """Open the files, or make them for `documents` documents at most.
+        """Open the bank in a folder, or make one.
 
         Args:
-          of: what they are made of, the run and the seed say: kept with them, and refused if another is given later.
+          renderer: cuts documents to their length.
+          of: what the documents are made of: kept with the bank.
 
         Raises:
-          DataError: the folder holds a memory of another form, or none and `documents` is not given.
+          DataError: the folder holds a memory of something else.
+          BankError: a bank of another model, or one that cannot be read.
         """
-        self.folder, self.renderer, c = pathlib.Path(folder), renderer, model.config
-        self._model, self._chunk = model, c.chunk_size
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._state = self.folder / "state.json"
-        there = json.loads(self._state.read_text()) if self._state.exists() else None
-        if documents is None:
-            if there is None:
-                raise DataError(f"{self.folder} holds no memory; encode one first")
-            documents = there["form"]["documents"]
-        per = -(-(renderer.body_len + renderer.document_overhead) // c.chunk_size)
-        form = {
-            "documents": documents, "layers": len(c.router_layers), "chunks": documents * per,
-            "kv_heads": c.num_kv_heads, "head_dim": c.head_dim, "chunk_size": c.chunk_size,
-            "of": dict(of) if of is not None else there["form"].get("of", {}) if there else {},
-        }  # fmt: skip
-        form = json.loads(json.dumps(form))  # as it is read back: tuples are lists
-        state = there or {"form": form, "done": 0, "seconds": 0}
-        if {"of": {}} | state["form"] != form:
-            raise DataError(f"{self.folder} holds a memory of {state['form']}, wanted is {form}; use another folder")
-        self.done, self.seconds = state["done"], state["seconds"]
-        self._form, self.longest = form, per
-        layers, chunks, heads, width = form["layers"], form["chunks"], form["kv_heads"], form["head_dim"]
-        self.keys = self._array("keys", (layers, chunks, heads * width), np.uint16).view(_KEYS)
-        content, scales = (layers, chunks, heads, width), (layers, heads, chunks)
-        self.content = [self._array(name, content, np.int8) for name in ("k", "v")]
-        self.scales = [self._array(f"{name}_scale", scales, np.float32) for name in ("k", "v")]
-        self.numbers = self._array("numbers", (documents,), np.int64)
-        self.token_ends = self._array("token_ends", (documents,), np.int64)
-        self.chunk_ends = self._array("chunk_ends", (documents,), np.int64)
-        self.body_ends = self._array("body_ends", (documents,), np.int64)
-        self.bodies = self._array("bodies", (documents * renderer.body_len,), np.int32)
-        self.questions: list[Question] = []
-        self.place: dict[str, int] = {}
-        self._known = self.folder / "questions.json"
-        if self._known.exists():
-            known = json.loads(self._known.read_text())
-            self.questions = [_question(q) for q in known["questions"]]
-            self.place = known["place"]
+        self.path = pathlib.Path(folder) / "bank"
+        self._encoder, self._renderer = encoder, renderer
+        known, wanted = pathlib.Path(folder) / "of.json", json.dumps(dict(of), sort_keys=True)
+        if known.exists() and known.read_text() != wanted:
+            raise DataError(f"{folder} holds a memory of {known.read_text()}, wanted is {wanted}; use another folder")
+        if not known.exists():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            MemoryStore.create(self.path, encoder.spec).close()
+            write_text(known, wanted)
+        with BankReader(self.path) as store:
+            store.spec.require_same(encoder.spec, str(self.path))
 
-    def _array(self, name, shape, dtype):
-        path = self.folder / name
-        return np.memmap(path, dtype, "r+" if path.exists() else "w+", shape=shape)
+    def fill(self, namespace: str, blocks: Blocks, *, tokens: int | None = None) -> int:
+        """Encode what is missing of a namespace, of all blocks or until it has so many tokens; returns how many it has.
 
-    def fill(
-        self, questions: Sequence[Question], blocks: Blocks, *, rows_per_step: int, tokens: int | None = None,
-        progress: bool = True,
-    ) -> None:  # fmt: skip
-        """Encode what is missing, of all blocks or until there are so many tokens.
-
-        Blocks must be the same every time; those that are there already are passed over.
+        Blocks must be the same every time: those that are there already are passed over, each is a commit.
         """
-        self.questions, self.place = list(questions), {}
-        wanted = {i for q in questions for i in q.supporting_ids}
-        encoder = RowEncoder(self._model)
-        row_len = -(-(self.renderer.body_len + self.renderer.document_overhead) // self._chunk) * self._chunk
-        first = 0
-        total, unit = (len(self.numbers), "doc") if tokens is None else (tokens, "tok")
-        with tqdm(
-            total=total, desc="encode", unit=unit, unit_scale=True, mininterval=5.0, disable=not progress
-        ) as bar:  # fmt: skip
-            for documents, numbers in blocks:
-                last = first + len(documents)
-                self.place |= {d.id: first + i for i, d in enumerate(documents) if d.id in wanted}
-                if last > self.done:
-                    begin = time.monotonic()
-                    self._encode(encoder, documents, numbers, first, row_len, rows_per_step)
-                    self.done, self.seconds = last, self.seconds + time.monotonic() - begin
-                    self._save()
-                if len(self.place) == len(wanted) and not self._known.exists():
-                    asked = [dataclasses.asdict(q) for q in self.questions]
-                    write_text(self._known, json.dumps({"questions": asked, "place": self.place}))
-                bar.update((last if tokens is None else min(self.tokens, tokens)) - bar.n)
-                first = last
-                if tokens is not None and self.tokens >= tokens:
-                    break
-        missing = wanted - self.place.keys()
-        if missing:
-            raise DataError(f"the memory lacks {len(missing)} documents that its questions need")
+        with MemoryStore(self.path, writable=True) as store:
+            rows = _rows_of(store, namespace)
+            done, held, first = len(rows), int(store.table.columns[rows, TOKENS].sum()), 0
+            with tqdm(desc=f"encode {namespace}", unit="tok", unit_scale=True, total=tokens, mininterval=5.0) as bar:
+                bar.update(held)
+                blocks = iter(blocks)
+                while tokens is None or held < tokens:
+                    documents, _ = next(blocks, ((), ()))
+                    if not documents:
+                        break
+                    if first >= done:
+                        added = self._append(store, namespace, documents)
+                        held += added
+                        bar.update(added)
+                    first += len(documents)
+        return held
 
-    def _save(self):
-        write_text(self._state, json.dumps({"form": self._form, "done": self.done, "seconds": self.seconds}))
-
-    def _encode(self, encoder, documents, numbers, first, row_len, rows_per_step):
-        bodies = [np.asarray(self.renderer.body(d), np.int32) for d in documents]
-        rendered = [self.renderer.render_tokens(b, n) for b, n in zip(bodies, numbers, strict=True)]
-        packed = pack_documents(rendered, chunk_size=self._chunk, row_len=row_len)
-        used = packed.chunk_documents < len(packed.starts)
-        place = np.where(used, np.cumsum(used) - 1, -1)
-        count, last = int(used.sum()), first + len(documents)
-        states = encoder.arrays(count)
-        encoder.encode(packed, states, place, rows_per_step=rows_per_step)
-        ends = (self.chunk_ends, self.token_ends, self.body_ends)
-        chunk, token, body = (int(x[first - 1]) if first else 0 for x in ends)
-        where = slice(chunk, chunk + count)
-        self.keys[:, where] = states[0].astype(_KEYS)
-        for values, target, scales in zip(states[1:], self.content, self.scales, strict=True):
-            target[:, where], scales[:, :, where] = quantize_content(values)
-        sizes = np.array([len(b) for b in bodies])
-        self.numbers[first:last] = numbers
-        self.chunk_ends[first:last] = chunk + np.cumsum(packed.lengths)
-        self.token_ends[first:last] = token + np.cumsum([len(r) for r in rendered])
-        self.body_ends[first:last] = body + np.cumsum(sizes)
-        self.bodies[body : body + sizes.sum()] = np.concatenate(bodies)
+    def _append(self, store: MemoryStore, namespace: str, documents: Sequence[Document]) -> int:
+        first = store.manifest.next_text
+        ordinals = list(range(first, first + len(documents)))
+        numbers = [self._encoder.number(ordinal) for ordinal in ordinals]
+        lists = [
+            np.asarray(self._renderer.render_document(document, number), np.int32)
+            for document, number in zip(documents, numbers, strict=True)
+        ]
+        kept = [BankDocument(d.id, d.text, title=d.title, namespace=namespace) for d in documents]
+        store.append(kept, self._encoder.encode(lists, ordinals), range(len(documents)))
+        return sum(map(len, lists))
 
     def parts(
-        self, tokens: int, *, behind: GrownMemory | None = None, room: tuple[int, int] = (0, 0)
-    ) -> Iterator[Part]:
-        """Memories of `tokens` tokens, from the beginning on, until every question has been in one.
+        self, questions: Sequence[Question], tokens: int, namespace: str, behind: str | None = None
+    ) -> Iterator[tuple[np.ndarray, list[int]]]:
+        """Memories of at most `tokens` tokens, from the beginning on, until every question has been in one.
 
         A size that holds all questions' documents is one part, a smaller one as many as are needed.
 
         Args:
-          behind: a haystack that goes on where this memory ends; several memories may share it. Its documents have
-            other numbers.
-          room: banks are padded to so many documents and chunks: what asks banks of one shape is compiled once.
+          questions: their documents are in `namespace`.
+          behind: a namespace whose beginning lies behind the end of this one.
+
+        Yields:
+          Rows [n] int64 of the bank's table, and which questions have their documents among them.
 
         Raises:
-          DataError: one question's documents are further apart than `tokens`.
+          DataError: a question's documents are missing, or further apart than `tokens`.
         """
-        places = [[self.place[i] for i in q.supporting_ids] for q in self.questions]
-        left, first = set(range(len(self.questions))), 0
+        with BankReader(self.path) as store:
+            rows, table = _rows_of(store, namespace), store.table
+            more = _rows_of(store, behind) if behind else rows[:0]
+            missing = [i for q in questions for i in q.supporting_ids if table.row_of(key_of(namespace, i)) is None]
+            if missing:
+                raise DataError(f"{self.path} lacks {len(missing)} documents that its questions need")
+            wanted = [[table.row_of(key_of(namespace, i)) for i in q.supporting_ids] for q in questions]
+            ends, behind_ends = (np.cumsum(table.columns[some, TOKENS]) for some in (rows, more))
+        places = [np.searchsorted(rows, some) for some in wanted]
+        left, first = set(range(len(questions))), 0
         while left:
-            start = int(self.token_ends[first - 1]) if first else 0
-            last = self._until(start + tokens)
+            start = int(ends[first - 1]) if first else 0
+            last = int(np.searchsorted(ends, start + tokens, "right"))
             inside = {i for i in left if first <= min(places[i]) and max(places[i]) < last}
             if last <= first:
                 raise DataError(f"{len(left)} questions have documents apart from each other by over {tokens} tokens")
             if inside:
-                pieces = [Piece(self, first, last)]
-                if behind is not None and last == self.done:
-                    rest = start + tokens - int(self.token_ends[last - 1])
-                    pieces.append(Piece(behind, 0, behind._until(rest)))
-                yield part_of(pieces, sorted(inside), room)
+                chosen = rows[first:last]
+                if last == len(rows):
+                    room = start + tokens - int(ends[-1])
+                    chosen = np.concatenate([chosen, more[: np.searchsorted(behind_ends, room, "right")]])
+                yield chosen, sorted(inside)
             left -= inside
             first = last
 
-    @property
-    def tokens(self) -> int:
-        """Of all documents that are encoded."""
-        return int(self.token_ends[self.done - 1]) if self.done else 0
+    def ask(
+        self, rows: np.ndarray, namespace: str, questions: Sequence[Question],
+        ask: Callable[[Library, Sequence[Question]], Asked],
+    ) -> tuple[dict[str, Any], Asked, list[set[int]]]:  # fmt: skip
+        """Ask some rows, on the device with content in int8.
 
-    def _until(self, tokens: int) -> int:
-        """How many documents have together at most so many tokens."""
-        return int(np.searchsorted(self.token_ends[: self.done], tokens, "right"))
+        Returns:
+          What was asked: its tokens, documents and MiB; what `ask` gave; and for every question the numbers of its
+          documents.
+        """
+        library = StoredLibrary(self.path, rows=rows, content_dtype="int8")
+        with contextlib.closing(library), BankReader(self.path) as store:
+            columns, row_of = store.table.columns, store.table.row_of
+            wanted = [{int(columns[row_of(key_of(namespace, i)), NUMBER]) for i in q.supporting_ids} for q in questions]
+            about = {"tokens": int(columns[rows, TOKENS].sum()), "documents": len(rows)}
+            about["bank_mib"] = library.bank.nbytes / 2**20
+            answers = ask(library, questions)
+        del library
+        gc.collect()  # an engine is a ring of references, and there is no room for two banks of the largest size
+        return about, answers, wanted
+
+
+def _rows_of(store: BankReader, namespace: str) -> np.ndarray:
+    """Rows of the live documents of a namespace, in order; none if there is no such namespace."""
+    table = store.table
+    if namespace not in table.namespaces:
+        return np.zeros(0, np.int64)
+    rows = table.alive
+    return rows[table.columns[rows, NAMESPACE] == table.namespaces.index(namespace)]
+
+
+def grown_bank(inputs: Inputs, made_of: Mapping[str, Any]) -> GrownBank:
+    """The bank of a task, in its folder; `made_of` are settings that it depends on besides the run's data."""
+    # In bfloat16, in which processors may be faster; questions are asked in the model's own dtype.
+    model = reconfigured(inputs.model, dtype="bfloat16")
+    run, row_len = inputs.run, inputs.run.row_len(model.config.chunk_size)
+    encoder = DocumentEncoder(
+        model, inputs.renderer.tokenizer, row_len=row_len, rows_per_step=run.evaluation.rows_per_step
+    )  # fmt: skip
+    data = run.to_dict()["data"] | {"folder": ",".join(pathlib.Path(folder).name for folder in run.data.folders)}
+    return GrownBank(inputs.memory, encoder, inputs.renderer, {"data": data, **made_of})

@@ -34,6 +34,10 @@ class Memory:
     questions: list[Question]
     tokens: int
 
+    def wanted(self, question: Question) -> set[int]:
+        """Numbers of the documents that support a question."""
+        return {self.numbers[self.place[i]] for i in question.supporting_ids}
+
 
 def build_memory(
     source: Source,

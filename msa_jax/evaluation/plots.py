@@ -33,6 +33,7 @@ def token_count(tokens: float) -> str:
 
 def plot_curve(rows: Sequence[dict[str, Any]], path: str | pathlib.Path) -> None:
     """Scores against tokens of memory, log axis; of several router layers the worst is drawn."""
+    rows = [row for row in rows if row.get("retriever", "router") == "router"]
     rows = sorted(rows, key=lambda row: row["memory_tokens"])
     sizes = [row["memory_tokens"] for row in rows]
     figure = Figure(figsize=(7, 4.2), layout="constrained")

@@ -1,4 +1,4 @@
-"""Retrieval alone: what the router ranks first of many passages, how rankings are joined, and how they are scored.
+"""Retrieval alone: what the router ranks first of many passages, and how rankings are joined.
 
 Sizes: B questions, T active tokens, L_r router layers, N documents, S passages.
 """
@@ -18,7 +18,6 @@ from msa_jax.context import Route
 from msa_jax.data import Document, Renderer, pack_documents
 from msa_jax.data.batch import ROUTING
 from msa_jax.data.splits import draw_numbers
-from msa_jax.errors import DataError
 from msa_jax.memory import DocumentLayout, MemoryBank
 from msa_jax.model import MSATransformer
 from msa_jax.routing import need_scores
@@ -126,16 +125,3 @@ def fuse(rankings: Sequence[Sequence[int]], *, constant: float = 60.0) -> list[i
         for rank, item in enumerate(ranking, 1):
             scores[item] = scores.get(item, 0.0) + 1 / (constant + rank)
     return sorted(scores, key=lambda item: (-scores[item], item))
-
-
-def halves(first: Sequence[int], second: Sequence[int], k: int) -> list[int]:
-    """The best ceil(k / 2) of `first`, then the best of `second` that are not among them, k together."""
-    kept = list(first[: -(-k // 2)])
-    return kept + [item for item in second if item not in kept][: k - len(kept)]
-
-
-def recall(ranking: Sequence[int], wanted: set[int], k: int) -> float:
-    """Share of what is wanted among the first k."""
-    if not wanted:
-        raise DataError("recall of nothing wanted is not defined; leave out questions without supporting documents")
-    return len(wanted & set(ranking[:k])) / len(wanted)

@@ -5,7 +5,17 @@ from __future__ import annotations
 import collections
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
+from typing import Any
+
+import numpy as np
+
+from msa_jax.data import Question
+from msa_jax.errors import DataError
+from msa_jax.inference.answer import Answer
+
+# Documents among the best of the first round that recall is told of.
+RECALL_AT = (1, 5, 10, 16)
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -49,3 +59,45 @@ def precision_recall(predicted: Sequence, relevant: Sequence) -> tuple[float, fl
     return hits / len(predicted) if predicted else 0.0, hits / len(relevant) if relevant else 1.0
 
 
+def recall(ranking: Sequence[int], wanted: Set[int], k: int) -> float:
+    """Share of what is wanted among the first k. Raises DataError when nothing is wanted."""
+    if not wanted:
+        raise DataError("recall of nothing wanted is not defined; leave out questions without supporting documents")
+    return len(wanted & set(ranking[:k])) / len(wanted)
+
+
+def answer_scores(question: Question, wanted: Set[int], answer: Answer) -> dict[str, Any]:
+    """Scores of one answer; docs/evaluation.md says what each is.
+
+    Args:
+      wanted: numbers of the documents that support the answer.
+    """
+    named = [event.number for event in answer.events if event.kind in ("read", "cut", "unknown")]
+    precision, found = precision_recall(named, wanted)
+    row: dict[str, Any] = {
+        "id_exact_match": float(set(named) == wanted),
+        "id_precision": precision,
+        "id_recall": found,
+        "rounds": float(len(answer.rounds) - 1),
+        "answered": float(answer.outcome == "answered"),
+    }
+    if question.wanted:
+        row["string_match"] = string_match(answer.text, question.wanted)
+        row["all_values"] = float(row["string_match"] == 1)
+    elif question.answers:
+        row["exact_match"] = exact_match(answer.text, question.answers)
+        row["f1"] = f1(answer.text, question.answers)
+    best = [layer.tolist() for layer in answer.rounds[0].documents]
+    for n in RECALL_AT:
+        row[f"router_recall@{n}"] = [recall(layer, wanted, n) for layer in best]
+    # Of n documents: those among the n best, as 1 for a single document.
+    row["router_recall@n"] = [recall(layer, wanted, len(wanted)) for layer in best]
+    return row
+
+
+def means(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Over questions that have a score; of scores by router layer a list. What nothing was measured of is left out."""
+    found = {name: np.mean([row[name] for row in rows if name in row], axis=0) for name in rows[0]}
+    return {
+        name: value.round(4).tolist() if value.ndim else float(value) for name, value in found.items() if value.size
+    }

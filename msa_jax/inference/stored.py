@@ -108,7 +108,7 @@ class StoredLibrary:
 
     def find(self, number: int, view: View) -> Original | None:
         rows = self._reader.table.rows_numbered(number, set(np.flatnonzero(view.allowed).tolist()))
-        rows = [row for row in rows if row < view.rows]
+        rows = [row for row in rows if row < view.rows and self._loaded.placement.includes(row)]
         if not rows:
             return None
         # Documents of equal text share a number: the first one stands for them.

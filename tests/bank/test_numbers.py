@@ -162,7 +162,7 @@ def test_texts_that_are_numbered_wrongly_are_found(tmp_path):
         for column, value, message in (
             (NUMBER, 3, "two texts have number 3"),
             (NUMBER, 0, "a document has no number"),
-            (keys, whole[0, keys], "a text of one namespace has two numbers"),
+            (keys, whole[0, keys], "document 'b' is not the one added"),
         ):
             store.table.columns[1, column] = value
             with pytest.raises(BankError, match=message):

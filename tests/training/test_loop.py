@@ -15,7 +15,7 @@ from flax import nnx
 
 from msa_jax.checkpoints.run import Checkpoints
 from msa_jax.errors import CheckpointError, ConfigError, TrainingDiverged
-from msa_jax.evaluation import evaluate, write_results
+from msa_jax.evaluation.evaluate import evaluate, report
 from msa_jax.runs.build import make_model, open_tokenizer, train_run
 from msa_jax.runs.config import RunConfig
 from msa_jax.runs.open import load_model
@@ -110,7 +110,7 @@ def test_a_run_learns_and_survives_every_interruption(root, settings, config_fil
     assert [r["memory_tokens"] for r in scores] == [2048, 4096]
     assert all(abs(r["tokens"] - r["memory_tokens"]) < 0.1 * r["memory_tokens"] for r in scores)
     assert scores[0]["router_recall@16"][0] > 0.8
-    assert "exact match" in write_results(scores, run, cut)
+    assert "exact match" in report(scores, "needles", cut)
     assert json.loads((cut / "eval.json").read_text())["rows"] == scores
     assert (cut / "curve.png").stat().st_size > 5000
 

@@ -5,8 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given
-from hypothesis import strategies as st
 
 from msa_jax import MSAConfig, MSATransformer
 from msa_jax.data import CorpusSource, Document, Question, Renderer, Template, Tokenizer
@@ -18,11 +16,10 @@ from msa_jax.evaluation.retrieval import (
     best_passages,
     encode_documents,
     fuse,
-    halves,
     part_of,
-    recall,
     router_scores,
 )
+from msa_jax.evaluation.scores import recall
 from msa_jax.training.step import forward
 
 TEXTS = [
@@ -106,20 +103,6 @@ def test_fusion_by_reciprocal_ranks():
     assert fuse([[5, 6], []]) == [5, 6]
     # Third in both outweighs first in one, unless the constant is small.
     assert fuse([[1, 8, 5], [7, 9, 5]])[0] == 5 and fuse([[1, 8, 5], [7, 9, 5]], constant=0)[0] == 1
-
-
-RANKINGS = st.permutations(range(12)).flatmap(lambda p: st.integers(0, 12).map(lambda n: list(p[:n])))
-
-
-@given(RANKINGS, RANKINGS, st.integers(1, 9))
-def test_halves_hold_the_best_of_both(first, second, k):
-    joined = halves(first, second, k)
-    assert len(joined) == len(set(joined)) <= k
-    assert joined[: -(-k // 2)][: len(first)] == first[: -(-k // 2)]
-    assert set(joined) <= set(first) | set(second)
-    if len(second) >= k:
-        assert set(second[: k // 2]) <= set(joined)
-    assert set(fuse([first, second])) == set(first) | set(second)
 
 
 def test_mined_negatives_are_the_best_of_the_wrong_ones(model, renderer):

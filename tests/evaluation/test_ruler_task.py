@@ -4,9 +4,9 @@ import random
 import types
 
 import numpy as np
+from benchmarks.quality import ruler, ruler_report
 from flax import nnx
 
-from benchmarks.quality import ruler, ruler_report
 from msa_jax.config import MSAConfig
 from msa_jax.data import Question, Renderer, RulerSource, Tokenizer
 from msa_jax.data.haystacks.ruler_tasks import NOISE, TASKS

@@ -5,12 +5,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from benchmarks.quality import babi
 from msa_jax.data import Document, Question
 from msa_jax.data.sources.babi import Story
 from msa_jax.errors import QuestionError
 from msa_jax.evaluation import stories
 from msa_jax.evaluation.stories import StoryLibrary
+from msa_jax.evaluation.tasks import babi
 from msa_jax.inference import AskConfig, Budget, EngineConfig
 from msa_jax.inference.answer import Event
 from msa_jax.inference.engine import Engine
@@ -63,16 +63,16 @@ def test_scores_by_hop():
         (story, 0, answer([1], [(2, 1), (1, 2)], "south")),
         (story, 1, answer([1, 5], [(4, 1), (5, 5), (5, 5)])),
     ]
-    rows = [babi.row(*one) for one in found]
-    assert [row["id of hop"] for row in rows] == [[1.0, 1.0], [1.0, 0.0], [0.0, 1.0]]
+    rows = [babi.score(*one) for one in found]
+    assert [row["id_of_hop"] for row in rows] == [[1.0, 1.0], [1.0, 0.0], [0.0, 1.0]]
     assert [row["chain"] for row in rows] == [1.0, 0.0, 0.0] and [row["answer"] for row in rows] == [1.0, 0.0, 1.0]
     # The second hop's routing counts only where the first went right.
-    routed = [row["router best of hop"] for row in rows]
+    routed = [row["best_of_hop"] for row in rows]
     assert routed == [[[1, 1], [1, 0]], [[0, 1], [0, 1]], [[1, 0], None]]
     total = babi.summary(rows)
-    assert total["id of hop"] == pytest.approx([2 / 3, 2 / 3]) and total["chain"] == pytest.approx(1 / 3)
-    assert total["router recall@1 of hop, by layer"] == [[0.6667, 0.6667], [0.5, 0.5]]
-    assert total["documents read"] == pytest.approx(5 / 3)
+    assert total["id_of_hop"] == pytest.approx([2 / 3, 2 / 3]) and total["chain"] == pytest.approx(1 / 3)
+    assert [total[f"router_recall@1_of_hop_{hop}"] for hop in (1, 2)] == [[0.6667, 0.6667], [0.5, 0.5]]
+    assert total["documents_read"] == pytest.approx(5 / 3)
 
 
 def test_the_kinds_of_second_hops():

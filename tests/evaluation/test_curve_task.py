@@ -7,8 +7,8 @@ import sys
 import types
 
 import pytest
-
 from benchmarks.quality import curve
+
 from msa_jax.errors import DataError
 from msa_jax.runs.config import RunConfig
 from tests.training.conftest import SETTINGS, save_start

@@ -1,6 +1,7 @@
 """Retrieval alone, from folders to a table: batches, mined negatives, a run that goes on, recall against BM25."""
 
 import json
+import pathlib
 import sys
 import types
 
@@ -9,12 +10,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks.quality import questions
+from msa_jax import export
+from msa_jax.checkpoints import pretrained
 from msa_jax.data import Renderer
 from msa_jax.data.batch import REPLY
 from msa_jax.data.pipeline import make_dataset
 from msa_jax.errors import ConfigError
-from msa_jax.evaluation import mine
+from msa_jax.eval import main
+from msa_jax.evaluation import evaluate, mine
 from msa_jax.runs import open as opening
 from msa_jax.runs.build import make_model, make_source, open_tokenizer, train_run
 from msa_jax.runs.config import RunConfig
@@ -80,7 +83,7 @@ def run(folders, tmp_path_factory):
     tokenizer = open_tokenizer(run, workdir, train=True)
     model = make_model(run, tokenizer)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (mine, questions):
+        for module in (mine, evaluate, export):
             patch.setattr(module, "load_model", lambda *_: (model, Renderer(tokenizer, run.data.document_len)))
         yield run, workdir, tokenizer, model
 
@@ -140,40 +143,52 @@ def test_negatives_are_mined_and_a_run_goes_on_with_them(run, folders, tmp_path,
     assert not (tmp_path / "never").exists()
 
 
-def test_questions_become_a_table_and_a_figure(run, tmp_path, monkeypatch):
+def test_a_run_is_exported(run, tmp_path, monkeypatch, capsys):
+    _, workdir, _, model = run
+    out = tmp_path / "out"
+    assert export.main(["--workdir", str(workdir), "--out", str(out)]) == 0
+    there = pretrained.load_model(out)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(there), nnx.state(model))
+    assert export.main(["--workdir", str(workdir), "--out", str(out)]) == 1 and "exists" in capsys.readouterr().err
+    assert export.main(["--workdir", str(tmp_path), "--out", str(out / "new")]) == 1
+    assert "no trained run there" in capsys.readouterr().err and not (out / "new").exists()
+
+
+def tabled(*words):
+    """Rows that `eval.py --task=questions` writes."""
+    main(["--task=questions", *map(str, words)])
+    return json.loads(pathlib.Path(words[-1].partition("=")[2]).read_text())["rows"]
+
+
+def test_questions_become_a_table_and_a_figure(run, folders, tmp_path, capsys):
     _, workdir, _, _ = run
-    table, figure = tmp_path / "questions.json", tmp_path / "curve.png"
-    arguments(monkeypatch, "--workdir", workdir, "--out", table, "--figure", figure)
-    questions.main()
-    record = json.loads(table.read_text())
-    assert record["passages"] == 60 < record["blocks"] and figure.stat().st_size > 5000
-    own, everything = record["rows"]
-    assert (own["passages"], everything["passages"], own["questions"]) == (42, 60, everything["questions"])
-    for row in record["rows"]:
-        for scores in row["methods"].values():
-            values = [scores[f"recall@{k}"] for k in (1, 5, 10, 16)]
-            assert values == sorted(values) and values[0] <= 0.5 and scores["all@16"] <= values[-1] <= 1
-            assert scores["curve"][0] == [1, round(values[0], 4)]
+    file = tmp_path / "questions.json"
+    rows = tabled(f"--workdir={workdir}", "--baselines=bag_of_words", f"--json={file}")
+    assert (workdir / "eval_questions.png").stat().st_size > 5000
+    assert [(row["bank"], row["retriever"]) for row in rows] == [
+        (bank, name) for bank in ("own", "all") for name in ("bm25", "bag_of_words", "router", "router+bm25")
+    ]
+    assert {row["documents"] for row in rows} == {42, 60} and len({row["questions"] for row in rows}) == 1
+    assert 0 < rows[0]["questions"] < 20  # what training never saw
+    for row in rows:
+        values = [row[f"recall@{k}"] for k in (1, 2, 5, 10, 16)]
+        assert values == sorted(values) and values[0] <= 50 and row["all@16"] <= values[-1] <= 100
         # Titles are in the questions, so whoever matches words finds them.
-        assert row["methods"]["bm25"]["recall@16"] > 0.8 and row["methods"]["router"]["recall@16"] > 0.6
-    assert "/" not in record["config"]["data"]["folder"]
+        assert row["recall@16"] > 60
+    assert "| recall@16, % |" in capsys.readouterr().out
 
-    arguments(monkeypatch, "--workdir", workdir, "--out", table, "--distractors", 7, "--mean")
-    questions.main()
-    fewer = json.loads(table.read_text())
-    assert [row["passages"] for row in fewer["rows"]] == [42, 49]
-    assert fewer["command"].endswith("--distractors 7 --mean")
-    assert fewer["rows"][0]["methods"]["bm25"] == own["methods"]["bm25"]
-    assert fewer["rows"][0]["methods"]["router"] == own["methods"]["router"]
-    assert "bm25 + router, mean over tokens, fused" in fewer["rows"][1]["methods"]
-
-    # Neither a checkpoint nor anything else of training is needed.
-    monkeypatch.delattr(questions, "load_model")
-    arguments(monkeypatch, "--workdir", workdir, "--out", table, "--untrained")
-    questions.main()
-    start = json.loads(table.read_text())
-    assert start["steps"] == 0 and start["command"].endswith("--untrained")
-    assert start["rows"][0]["methods"]["router"] == own["methods"]["router"]
+    # Folders that it was not trained on: all their questions. Without a run it is BM25 alone.
+    (tmp_path / "other").mkdir()
+    for name in ("documents.jsonl", "questions.jsonl"):
+        (tmp_path / "other" / name).write_text((pathlib.Path(folders.split(",")[0]) / name).read_text())
+    rows = tabled(f"--workdir={workdir}", f"--folder={tmp_path / 'other'}", f"--json={file}")
+    assert [(row["set"], row["bank"], row["questions"]) for row in rows] == [("other", "own", 20)] * 3
+    (alone,) = tabled(f"--folder={tmp_path / 'other'}", f"--json={file}")
+    assert alone == rows[0] and alone["retriever"] == "bm25"
+    with pytest.raises(SystemExit, match="no folder has a questions.jsonl"):
+        tabled(f"--folder={folders.split(', ')[1]}", f"--json={file}")
+    with pytest.raises(SystemExit, match="give --workdir"):
+        tabled(f"--folder={tmp_path / 'other'}", "--baselines=bag_of_words", f"--json={file}")
 
 
 def test_a_router_alone_has_no_replies_to_learn(folders):
