@@ -2,82 +2,75 @@
 
 import copy
 import json
-import pathlib
-import sys
 import types
 
 import pytest
-from benchmarks.quality import curve
 
-from msa_jax.errors import DataError
+from msa_jax.errors import ConfigError, DataError
+from msa_jax.evaluation.evaluate import evaluate, report
+from msa_jax.evaluation.tasks import curve
 from msa_jax.runs.config import RunConfig
-from tests.training.conftest import SETTINGS, save_start
+from tests.training.conftest import SETTINGS, haystack, save_start
 
-FLAGS = ["--memory", "memory", "--sizes", "1024,3072", "--top_k", "2", "--questions", "5", "--first", "1024"]
+__all__ = ["haystack"]
+OWN = ["questions=5", "first=1024"]
+
+
+@pytest.fixture(scope="module")
+def trained(haystack, tmp_path_factory):
+    """A run that has only begun, and texts that no package documents."""
+    settings = copy.deepcopy(SETTINGS)
+    settings["data"] |= {"folder": str(haystack), "num_words": 32, "key_format": "{a}-{b}-{n}"}
+    run, workdir = RunConfig.from_dict(settings), tmp_path_factory.mktemp("run")
+    save_start(run, workdir)
+    texts = [json.loads(line)["text"] for line in (haystack / "documents.jsonl").read_text().splitlines()]
+    return run, workdir, texts
 
 
 @pytest.fixture
-def workdir(haystack, tmp_path, monkeypatch):
-    """A run that has only begun, asked about text that no package documents."""
-    settings = copy.deepcopy(SETTINGS)
-    settings["data"] |= {"folder": str(haystack), "num_words": 32, "key_format": "{a}-{b}-{n}"}
-    save_start(RunConfig.from_dict(settings), tmp_path / "run")
-    texts = [json.loads(line)["text"] for line in (haystack / "documents.jsonl").read_text().splitlines()]
-    installed = types.SimpleNamespace(passages=lambda: texts)
+def workdir(trained, monkeypatch):
+    installed = types.SimpleNamespace(passages=lambda: trained[2])
     monkeypatch.setattr(curve, "PythonDocsSource", lambda split, packages: installed)
-    monkeypatch.chdir(tmp_path)
-    return pathlib.Path("run")
+    return trained[1]
 
 
-def told(monkeypatch, workdir, *more):
-    """What a call writes."""
-    monkeypatch.setattr(sys, "argv", ["curve", "--workdir", str(workdir), *FLAGS, *more])
-    curve.main()
-    return json.loads((workdir / "curve.json").read_text())
-
-
-def test_sizes_are_asked_once_and_told_apart(workdir, quick_compiles, monkeypatch, capsys):
-    record = told(monkeypatch, workdir)
-    small, large = record["rows"]
-    assert [row["memory_tokens"] for row in (small, large)] == [1024, 3072]
+def test_sizes_are_asked_once_and_told_apart(trained, workdir, quick_compiles, monkeypatch):
+    small, large = rows = evaluate(None, workdir, [1024, 3072], task="curve", settings=OWN)
+    assert [row["memory_tokens"] for row in rows] == [1024, 3072]
     assert small["tokens"] <= 1024 < large["tokens"] <= 3072 and small["documents"] < large["documents"]
-    assert small["questions"] == large["questions"] == 5 and small["top_k"] == 2
-    for row in (small, large):
+    assert small["questions"] == large["questions"] == 5
+    for row in rows:
         assert len(row["router_recall@1"]) == len(row["margin_mean"]) == 1
     assert small["router_recall@16"][0] >= large["router_recall@16"][0]
     assert small["margin_mean"][0] >= large["margin_mean"][0]  # more documents, and the same questions
-    assert record["encoded_documents"] >= large["documents"]
-    assert (workdir / "memory_curve.png").stat().st_size > 5000
-    assert "| 1K | 2 | 5 |" in capsys.readouterr().out
-    assert record["command"] == (
-        "python -m benchmarks.quality.curve --workdir runs/run --memory FOLDER --sizes 1024,3072 --top_k 2"
-        " --router_bias_scale 1.0 --questions 5 --first 1024 --seed 1 --steps encode,ask"
-    )
+    assert "| 1,024 |" in report(rows, "curve", workdir)
+    assert (workdir / "eval_curve.png").stat().st_size > 5000
 
     monkeypatch.setattr(curve, "ask", None)  # what is there already is not asked again
-    assert told(monkeypatch, workdir)["rows"] == record["rows"]
-    with pytest.raises(DataError, match="scores of another model, .* router bias .*; give another --out"):
-        told(monkeypatch, workdir, "--router_bias_scale", "2")
+    assert evaluate(None, workdir, [1024, 3072], task="curve", settings=OWN) == rows
+    with pytest.raises(DataError, match="scores of another model, memory or settings; give another --json"):
+        evaluate(None, workdir, [1024], task="curve", settings=[*OWN, "seed=2"])
+    with pytest.raises(DataError, match="holds a memory of"):
+        evaluate(None, workdir, [1024], task="curve", settings=[*OWN, "seed=2"], out=workdir / "other.json")
 
 
-def test_the_bias_is_scaled_in_what_is_asked(workdir, monkeypatch):
-    asked = []
+def test_a_model_is_asked_as_the_config_has_it(trained, workdir, quick_compiles, monkeypatch, tmp_path):
+    run, asked = trained[0], []
 
-    def ask(model, *rest):
-        asked.append((model.config.router_bias_scale, model.config.top_k))
+    def ask(inputs, *rest):
+        asked.append(inputs.model.config)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(curve, "ask", ask)
+    sharper = RunConfig.from_dict({**run.to_dict(), "model": run.to_dict()["model"] | {"router_bias_scale": 2.5}})
     with pytest.raises(KeyboardInterrupt):
-        told(monkeypatch, workdir, "--router_bias_scale", "2.5")
-    assert asked == [(2.5, 2)]
+        evaluate(sharper, workdir, [1024], task="curve", settings=OWN, memory=tmp_path, out=tmp_path / "a.json")
+    assert asked[0].router_bias_scale == 2.5
 
 
-@pytest.mark.parametrize(
-    "flag, statement",
-    [("--router_bias_scale=0", "router_bias_scale must be positive"), ("--top_k=0", "top_k must be an integer")],
-)
-def test_what_cannot_be_asked_is_said_before_anything_is_encoded(workdir, monkeypatch, flag, statement):
-    monkeypatch.setattr(curve, "encode", None)
-    with pytest.raises(SystemExit, match=f"curve: {statement}"):
-        told(monkeypatch, workdir, flag)
+def test_what_cannot_be_asked_is_said_before_anything_is_encoded(workdir, monkeypatch):
+    monkeypatch.setattr(curve, "grown_bank", None)
+    with pytest.raises(ConfigError, match="there is no step 'train'"):
+        evaluate(None, workdir, [1024], task="curve", settings=["steps=train"], out=workdir / "none.json")
+    with pytest.raises(DataError, match='of data.source "needles"; give one of "ruler"'):
+        evaluate(None, workdir, [1024], task="ruler")
