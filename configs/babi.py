@@ -1,7 +1,7 @@
 """bAbI's tasks 1 and 2 by Memory Interleave, learned from nothing on one CPU core.
 
     python train.py --config=configs/babi.py --workdir=runs/babi --config.data.folder=FOLDER
-    python -m benchmarks.quality.babi --workdir runs/babi
+    python eval.py --task=babi --workdir=runs/babi
 
 1,200 steps, 25 minutes on one core (1.0 s a step, more while other work ran). All 1,000 test questions of each task,
 asked freely, seeds 0, 1, 2: task 1 1.000 each, task 2 0.980, 0.980, 0.979 with interleave and 0.239 to 0.256 with one

@@ -1,7 +1,7 @@
 """Needles under keys of three words in real text, for memories up to 100M tokens.
 
     python train.py --config=configs/curve.py --workdir=runs/curve
-    python -m benchmarks.quality.curve --workdir runs/curve --memory FOLDER
+    python eval.py --task=curve --workdir=runs/curve --memory_tokens=16384,1048576,100000000
 
 The demo's recipe, 460 steps of it, with a bank that grows to 64K tokens: in the last 160 steps every question is asked
 of its own 64 documents and of the 448 of the seven batches before. 22 minutes on one CPU core that other work shared,

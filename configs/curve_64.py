@@ -1,8 +1,8 @@
 """The curve's needles with chunks of 64 tokens: a memory of a quarter of the size, one chunk for every document.
 
     python train.py --config=configs/curve_64.py --workdir=runs/curve_64
-    python -m benchmarks.quality.curve --workdir runs/curve_64 --memory FOLDER \\
-        --folders wiki_passages,hotpotqa,musique --sizes 16384,262144,1048576,10000000 --top_k 16 --questions 128
+    python eval.py --task=curve --workdir=runs/curve_64 --memory_tokens=16384,262144,1048576,10000000 \\
+        --folder=wiki_passages,hotpotqa,musique --set=questions=128
 
 The recipe of configs/small.py with keys of three words, numbers of seven digits and a bank that grows to 64K tokens: in
 the last 440 steps a question is asked of its own 32 documents and of the 992 of the 31 batches before. A chunk weighs

@@ -3,7 +3,7 @@
     python train.py --config=configs/ruler_single.py --workdir=runs/ruler_single
     python -m msa_jax.export --workdir runs/ruler_single --out runs/ruler_single/export
     python train.py --config=configs/ruler.py --workdir=runs/ruler
-    python -m benchmarks.quality.ruler --workdir runs/ruler --modes generate,constrained
+    python eval.py --task=ruler --workdir=runs/ruler --memory_tokens=32768 --set=modes=generate,constrained
 
 14 and 19 minutes on one core. Of the wanted values at 32K tokens of memory, mean over the eight tasks, 0.927 are in the
 answers when all is generated freely and 0.982 in mode "constrained" (docs/results.md).

@@ -2,7 +2,8 @@
 
     python -m msa_jax.export --workdir runs/ruler --out runs/ruler/export
     python train.py --config=configs/ruler_grown.py --workdir=runs/ruler_grown
-    python -m benchmarks.quality.ruler --workdir runs/ruler_grown --modes generate,constrained --router_bias_scale 2
+    python eval.py --task=ruler --workdir=runs/ruler_grown --set=modes=generate,constrained \\
+        --config=ruler_grown --config.model.router_bias_scale=2
 
 Goes on from configs/ruler.py. Documents of the seven batches before stay in memory (docs/training.md): 512 documents,
 37K tokens. 10 minutes on one core. Mean over the eight tasks with twice the bias of the training and in mode

@@ -1,7 +1,7 @@
 """Retrieval of real questions, learned from nothing: a router over passages of an encyclopedia.
 
     python train.py --config=configs/wiki.py --config.data.folder=DIR,DIR,... --workdir=runs/wiki
-    python -m benchmarks.quality.questions --workdir runs/wiki
+    python eval.py --task=questions --workdir=runs/wiki
 
 Folders as docs/data.md describes them, those with questions.jsonl among them. Nine tenths of a batch are pairs: a title
 or a sentence asks for its passage; the rest are half of the real questions, the other half being for evaluation.

@@ -3,7 +3,7 @@
     python -m msa_jax.evaluation.mine --workdir runs/wiki --out runs/wiki/negatives.jsonl \\
         --export runs/wiki/export
     python train.py --config=configs/wiki_hard.py --config.data.folder=DIR,DIR,... --workdir=runs/wiki_hard
-    python -m benchmarks.quality.questions --workdir runs/wiki_hard
+    python eval.py --task=questions --workdir=runs/wiki_hard
 
 Goes on from configs/wiki.py with its model. Mining knows the real questions and as many pairs as there is time for, so
 here real questions are 40 % of a batch, and each brings two passages that the router took for its own. Six minutes

@@ -180,5 +180,7 @@ def grown_bank(inputs: Inputs, made_of: Mapping[str, Any]) -> GrownBank:
     encoder = DocumentEncoder(
         model, inputs.renderer.tokenizer, row_len=row_len, rows_per_step=run.evaluation.rows_per_step
     )  # fmt: skip
-    data = run.to_dict()["data"] | {"folder": ",".join(pathlib.Path(folder).name for folder in run.data.folders)}
+    # A folder may stand elsewhere another time.
+    data = run.to_dict()["data"]
+    data["folder"] = [pathlib.Path(folder).name for folder in data.get("folder", "").split(",")]
     return GrownBank(inputs.memory, encoder, inputs.renderer, {"data": data, **made_of})

@@ -129,5 +129,5 @@ def test_what_cannot_work_is_said(folder, source, tmp_path):
         source.episode([0, 1], 5, rng())
     with pytest.raises(DataError, match="num_documents is 999 and there are"):
         source.episode([0], 999, rng())
-    with pytest.raises(DataError, match="benchmarks.quality.babi"):
+    with pytest.raises(DataError, match="eval.py --task=babi"):
         source.memory(10, 1, rng())

@@ -11,9 +11,9 @@ from msa_jax.bank import MemoryStore
 from msa_jax.bank.table import NAMESPACE, TOKENS
 from msa_jax.config import MSAConfig
 from msa_jax.data import Question, Renderer, RulerSource, Tokenizer
-from msa_jax.data.sources.ruler_tasks import NOISE, TASKS
-from msa_jax.data.uuids import draw_uuids
-from msa_jax.evaluation.grown import GrownBank, grown_bank
+from msa_jax.data.haystacks.ruler_tasks import NOISE, TASKS
+from msa_jax.data.haystacks.uuids import draw_uuids, word_pattern
+from msa_jax.evaluation.grown import grown_bank
 from msa_jax.evaluation.report import table
 from msa_jax.evaluation.scores import answer_scores, means
 from msa_jax.evaluation.task import Inputs, Results
@@ -61,7 +61,8 @@ def inputs(tmp_path):
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefgh", k=4)) for _ in range(60)]
     texts = [" ".join(rng.choices(words, k=400)) + "." for _ in range(8)]
-    spoken = Tokenizer.train([*texts, NOISE, *draw_uuids(np.random.default_rng(0), 2000)], 700, uuid_pairs=True)
+    texts_of_all = [*texts, NOISE, *draw_uuids(np.random.default_rng(0), 2000)]
+    spoken = Tokenizer.train(texts_of_all, 700, word_pattern=word_pattern())
     config = MSAConfig(
         vocab_size=spoken.vocab_size, hidden_size=8, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4, mlp_size=8
     )
@@ -83,14 +84,15 @@ def inputs(tmp_path):
     return make
 
 
+@pytest.mark.slow
 def test_tasks_share_the_haystack_behind_their_memories(inputs, quick_compiles, monkeypatch):
-    filled, append = [], GrownBank._append
+    filled, append = [], MemoryStore.append
 
-    def appending(self, store, namespace, documents):
-        filled.append(namespace)
-        return append(self, store, namespace, documents)
+    def appending(self, documents, *encoded):
+        filled.append(documents[0].namespace)
+        return append(self, documents, *encoded)
 
-    monkeypatch.setattr(GrownBank, "_append", appending)
+    monkeypatch.setattr(MemoryStore, "append", appending)
     ruler.run(inputs(4000, 24_000, tasks=("niah_multivalue",), modes=("router",)))
     assert set(filled) == {"niah_multivalue", "behind_niah_single_2"}
     del filled[:]

@@ -181,5 +181,5 @@ class BabiSource:
         """Raises DataError: every question has a memory of its own, so there is none to grow."""
         raise DataError(
             "bAbI's questions see the statements of their own story, so there is no memory of a given size; evaluate "
-            "with python -m benchmarks.quality.babi"
+            "with eval.py --task=babi"
         )

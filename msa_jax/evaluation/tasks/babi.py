@@ -79,8 +79,8 @@ def run(inputs: Inputs) -> None:
 def _stories(inputs: Inputs, task: int) -> list[Story]:
     data = inputs.run.data
     if inputs.settings.part == "test":
-        return read_stories(data.folder, task, "test")
-    return BabiSource(data.folder, (task,), "eval", data.eval_fraction).stories
+        return read_stories(data.settings.folder, task, "test")
+    return BabiSource(data.settings.folder, (task,), "eval", data.eval_fraction).stories
 
 
 def asked(engine: Engine, stories: Sequence[Story], config: AskConfig) -> list[tuple[Story, int, Answer]]:

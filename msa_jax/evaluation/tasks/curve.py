@@ -27,7 +27,6 @@ from msa_jax.inference.answer import Answer
 from msa_jax.inference.engine import Engine
 from msa_jax.inference.library import Library
 from msa_jax.inference.settings import AskConfig, Budget, EngineConfig
-from msa_jax.runs.build import haystack
 
 ENGINE = EngineConfig(slots=16, prefill_rows=16, context=256, lengths=(48, 176), decode_steps=16)
 _SAMPLE = 2048
@@ -88,13 +87,14 @@ def _largest(inputs: Inputs) -> int:
 def _memory(inputs: Inputs):
     """Questions, and blocks of documents: keys that training never asked for, of its words, in all text there is."""
     data, renderer, settings = inputs.run.data, inputs.renderer, inputs.settings
-    words = frequent_words(list(haystack(data)), renderer.tokenizer, data.num_words, data.key_format)
+    own = data.settings
+    words = frequent_words(own.haystack(), renderer.tokenizer, own.num_words, own.key_format)
     texts = list(PythonDocsSource("train", packages=None).passages())
     texts += [d.text for folder in inputs.folders for d in JsonlSource(folder).documents]
     source = NeedleSource(
         texts, words, renderer.tokenizer,
-        document_tokens=data.document_len, split="eval", eval_fraction=data.eval_fraction, key_format=data.key_format,
-        hard_fraction=data.hard_fraction, needle_fraction=data.needle_fraction,
+        document_tokens=data.document_len, split="eval", eval_fraction=data.eval_fraction, key_format=own.key_format,
+        hard_fraction=own.hard_fraction, needle_fraction=own.needle_fraction,
     )  # fmt: skip
     digits = renderer.tokenizer.template.id_digits
     _, some = source.memory(_SAMPLE, 0, np.random.default_rng(settings.seed), id_digits=digits)

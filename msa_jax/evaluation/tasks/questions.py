@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from msa_jax.data import JsonlSource, cut_documents
+from msa_jax.data.sources.jsonl import Settings as JsonlSettings
 from msa_jax.errors import ConfigError
 from msa_jax.evaluation import baselines
 from msa_jax.evaluation.report import Column
@@ -67,8 +68,10 @@ class Blocks:
 
 def run(inputs: Inputs) -> None:
     """A row for every set of questions, bank and retriever; recall is in percent."""
-    folders = list(inputs.folders) or [pathlib.Path(folder) for folder in inputs.run.data.folders if inputs.run]
+    folders = list(inputs.folders) or _trained_on(inputs)
     asked = [folder for folder in folders if (folder / "questions.jsonl").is_file()]
+    if not folders:
+        raise ConfigError("--task=questions reads documents.jsonl and questions.jsonl: give --folder=DIR.")
     if not asked:
         raise ConfigError(f"{', '.join(map(str, folders))}: no folder has a questions.jsonl; give one that has.")
     corpus = JsonlSource(folders, "eval", _ALL)
@@ -91,13 +94,20 @@ def run(inputs: Inputs) -> None:
 
 
 def _held_out(inputs: Inputs, folder: pathlib.Path) -> float:
-    trained = [] if inputs.run is None else [pathlib.Path(known).resolve() for known in inputs.run.data.folders]
+    trained = [known.resolve() for known in _trained_on(inputs)]
     return inputs.run.data.eval_fraction if folder.resolve() in trained else _ALL
+
+
+def _trained_on(inputs: Inputs) -> list[pathlib.Path]:
+    """Folders of a run of data.source "jsonl"."""
+    own = None if inputs.run is None else inputs.run.data.settings
+    return [pathlib.Path(folder) for folder in own.folders] if isinstance(own, JsonlSettings) else []
 
 
 def _encoded(inputs: Inputs, corpus: JsonlSource, place: dict[str, int]) -> Blocks:
     renderer, chunk_size = inputs.renderer, inputs.model.config.chunk_size
-    blocks = cut_documents(corpus, renderer.tokenizer, renderer.body_len, titles=inputs.run.data.titles).documents
+    titles = getattr(inputs.run.data.settings, "titles", False)
+    blocks = cut_documents(corpus, renderer.tokenizer, renderer.body_len, titles=titles).documents
     row_len = inputs.run.row_len(chunk_size)
     bank = encode_documents(inputs.model, renderer, blocks, row_len=row_len, seed=inputs.settings.seed)
     owners = [place[d.id if d.id in place else d.id.rpartition("/")[0]] for d in blocks]

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from msa_jax.data import Question
-from msa_jax.data.sources.ruler_tasks import TASKS, check_tasks
+from msa_jax.data.haystacks.ruler_tasks import TASKS, check_tasks
 from msa_jax.evaluation.grown import GrownBank, grown_bank
 from msa_jax.evaluation.plots import token_count
 from msa_jax.evaluation.report import Column
