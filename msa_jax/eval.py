@@ -59,14 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command; see the module."""
     from msa_jax.inference.settings import modes_help
 
-    described = "
-".join(f"  {name:<10} {line}" for name, line in tasks.described().items())
-    modes = f"
-
-How documents are found (--config.evaluation.mode=NAME):
-{modes_help()}"
-    run_command(_evaluate, f"{__doc__}{described}{modes}
-", _define, arguments, required=())
+    described = "\n".join(f"  {name:<10} {line}" for name, line in tasks.described().items())
+    modes = f"How documents are found (--config.evaluation.mode=NAME):\n{modes_help()}"
+    run_command(_evaluate, f"{__doc__}{described}\n\n{modes}\n", _define, arguments, required=())
 
 
 if __name__ == "__main__":
