@@ -14,6 +14,7 @@ _BANK = ("orbax", "safetensors", "tensorstore", "tokenizers", "tqdm")
 EXTRAS: dict[str, tuple[str, ...]] = {
     "bank": _BANK,
     "train": (*_BANK, "absl", "grain", "matplotlib", "ml_collections", "optax", "tensorboardX"),
+    "baselines": ("bm25s", "scipy"),
     "serve": (*_BANK, "prometheus_client", "pydantic", "pydantic_core", "starlette", "uvicorn"),
 }
 

@@ -218,6 +218,7 @@ def test_what_is_imported_is_declared(root, declared):
         room = rest[0] if top == "msa_jax" else "model.py" if top == "pallas_kernels" else "train"
         extra = "" if room in CORE else "bank" if room in BANK else "serve" if room == "serve" else "train"
         extra = "train" if rest == ["data", "pipeline.py"] else extra
+        extra = "baselines" if rest == ["evaluation", "baselines.py"] else extra
         for name in {name.split(".")[0] for name in imports([file], root)} - OWN - sys.stdlib_module_names:
             names = {normal(each) for each in distributions.get(name, [name])}
             assert names & declared[extra], f"{file} imports {name}, which setup.cfg does not name for [{extra}]"

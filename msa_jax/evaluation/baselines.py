@@ -10,6 +10,7 @@ import numpy as np
 
 from msa_jax.data import Tokenizer
 from msa_jax.errors import ConfigError
+from msa_jax.importing import require_extra
 from msa_jax.training.bag_of_words import rarity
 
 _QUESTIONS_AT_ONCE = 256
@@ -29,15 +30,17 @@ def rank(
     Raises:
       ConfigError: a package is not installed, or there is no tokenizer.
     """
+    try:
+        require_extra("baselines")
+    except ImportError as error:
+        raise ConfigError(str(error)) from None
     return RANKERS[name](texts, questions, min(count, len(texts)), tokenizer, keys)
 
 
 def _bm25(texts, questions, count, tokenizer, keys):
     """BM25 as bm25s has it: Lucene's formula, k1 1.5, b 0.75, English stop words, no stemming."""
-    try:
-        import bm25s
-    except ImportError:
-        raise ConfigError("--baselines=bm25 needs the package bm25s: pip install 'msa-jax[all]'.") from None
+    import bm25s
+
     logging.getLogger("bm25s").setLevel(logging.WARNING)  # it tells of every index that it builds
     split = functools.partial(
         bm25s.tokenize, stopwords=None if keys else "en", return_ids=False, show_progress=False
