@@ -51,11 +51,17 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One question's active context: three lists of one length, in tokens."""
+    """One question's active context as it grows: three lists of one length, in tokens."""
 
     tokens: list[int]
     roles: list[int]
     weights: list[float]
+
+    def add(self, tokens: Sequence[int], role: int = REPLY, weights: float | Sequence[float] = 0.0) -> None:
+        """Append tokens of one role, with a loss weight each or one for all."""
+        self.tokens.extend(tokens)
+        self.roles.extend([role] * len(tokens))
+        self.weights.extend(weights if isinstance(weights, Sequence) else [weights] * len(tokens))
 
 
 def rows_needed(num_documents: int, document_len: int, chunk_size: int, row_len: int) -> int:

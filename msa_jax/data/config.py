@@ -107,7 +107,8 @@ def own_settings(values: Mapping[str, Any]) -> dict[str, Any]:
 def _refuse_foreign(name: str, value: Any, source: str) -> None:
     having = owners()[name]
     defaults = [settings_type(other).__dataclass_fields__[name].default for other in having]
-    if value is not None and value not in defaults:
+    # None cannot be given by flag, so one that is None by default is passed over when a flag chooses another source.
+    if value is not None and None not in defaults and value not in defaults:
         raise ConfigError(
             f"data.{name} is a setting of {' and '.join(having)}, and does nothing with data.source {source!r}: "
             f"leave it at {defaults[0]!r}, or take another source."

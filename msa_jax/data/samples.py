@@ -118,7 +118,7 @@ class Renderer:
 
         With `at_once` all documents are named in one turn, and then come their texts.
         """
-        context = _Context(*self.prompt(question.question))
+        context = self.question(question)
         ids = (self.weights.leading_id, self.weights.trailing_id)
         if at_once:
             context.add(self.references([number for _, number in supporting]), REPLY, self.weights.id)
@@ -127,11 +127,12 @@ class Renderer:
                 context.add(self.reference(number), REPLY, self.weights.id)
             context.add(*self._quoted(document, number, ids))
         self._close(context, question, question.answers)
-        return context.sample()
+        return context
 
     def question(self, question: Question) -> Sample:
         """The question alone, with the head of a reply that is not trained."""
-        return _Context(*self.prompt(question.question)).sample()
+        tokens, roles = self.prompt(question.question)
+        return Sample(tokens, roles, [0.0] * len(tokens))
 
     def step(self, question: Question, supporting: Sequence[tuple[Document, int]], read: int) -> Sample:
         """One retrieval step of a question whose first `read` supporting documents have been read.
@@ -140,7 +141,7 @@ class Renderer:
         that was read last. What is written next carries the loss: the next document's number, or if there is none
         the end of retrieval and the answer. What is quoted carries none, whatever the weights say.
         """
-        context = _Context(*self.prompt(question.question))
+        context = self.question(question)
         for i, (document, number) in enumerate(supporting[:read], 1):
             context.add(self.reference(number))
             context.add(self._quoted(document, number)[0], ROUTING if i == read else REPLY)
@@ -148,20 +149,20 @@ class Renderer:
             context.add(self.reference(supporting[read][1]), REPLY, self.weights.id)
         else:
             self._close(context, question, question.answers)
-        return context.sample()
+        return context
 
     def refusal(self, question: Question) -> Sample:
         """The reply to a question whose documents are not in the memory: retrieval ends at once, then `not_found`."""
-        context = _Context(*self.prompt(question.question))
+        context = self.question(question)
         self._close(context, question, [self.tokenizer.template.not_found])
-        return context.sample()
+        return context
 
     def _quoted(self, document: Document, number: int, id_weights: tuple[float, ...] = (0.0, 0.0)):
         """What `appended` gives, its role and its loss weights."""
         tokens, weights = self._appended.fill(self.tokenizer.number_ids(number), self.body(document), id_weights)
         return tokens, REPLY, weights
 
-    def _close(self, context: "_Context", question: Question, answers: Sequence[str]) -> None:
+    def _close(self, context: Sample, question: Question, answers: Sequence[str]) -> None:
         """End retrieval and, if there is an answer, repeat the question and give the first one."""
         context.add(self._end_of_retrieve, REPLY, self.weights.id)
         if answers:
@@ -177,21 +178,6 @@ class Renderer:
             else:
                 ids += self.tokenizer.encode(piece.replace(field, value))
         return ids
-
-
-class _Context:
-    """A sample as it grows."""
-
-    def __init__(self, tokens: list[int], roles: list[int]):
-        self._tokens, self._roles, self._weights = list(tokens), list(roles), [0.0] * len(tokens)
-
-    def add(self, tokens: Sequence[int], role: int = REPLY, weights: float | Sequence[float] = 0.0) -> None:
-        self._tokens += tokens
-        self._roles += [role] * len(tokens)
-        self._weights += weights if isinstance(weights, Sequence) else [weights] * len(tokens)
-
-    def sample(self) -> Sample:
-        return Sample(self._tokens, self._roles, self._weights)
 
 
 class _Frame:

@@ -6,10 +6,11 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from msa_jax.errors import DataError
 
+Numbers = Literal["plain", "place"]
 FIELD = re.compile(r"\{(id|text|question|answer)\}")
 _ANY_FIELD = re.compile(r"\{(\w+)\}")  # misspelt ones included
 
@@ -57,7 +58,7 @@ class Template:
     restated: str = "<|im_start|>The user's question is: {question}\n<|object_ref_end|>"
     reply_answer: str = "The answer to the question is: {answer}<|im_end|>"
     not_found: str = "The memory holds no answer to this question."
-    numbers: Literal["plain", "place"] = "plain"
+    numbers: Numbers = "plain"
     id_digits: int = 7
 
     def __post_init__(self):
@@ -67,7 +68,7 @@ class Template:
         for name, wanted in _FIELDS.items():
             self._check_frame(name, (wanted,))
         self._check_frame("appended", (("id", "text"), ("id", "text", "id")))
-        if self.numbers not in ("plain", "place"):
+        if self.numbers not in get_args(Numbers):
             raise DataError(f'the template\'s numbers must be "plain" or "place", got {self.numbers!r}')
         if not 1 <= self.id_digits <= 18:
             raise DataError(f"the template's id_digits must be in 1..18, got {self.id_digits}")

@@ -81,6 +81,12 @@ def test_a_module_is_a_source(letters, tmp_path):
     assert len(episode.documents) == 4 and episode.documents[0].text.endswith("of eval")
 
 
+def test_another_source_can_be_chosen_by_flag(letters):
+    """A config's limits on what it reads do not stand in the way of a source that reads nothing of it."""
+    assert run_of(max_chars=500).data.settings.max_chars == 500
+    assert run_of(source="letters", max_chars=500).data.settings.towns == 9
+
+
 def test_what_a_source_says_is_checked(letters):
     with pytest.raises(ConfigError, match="data.towns must be above 1, got 1"):
         run_of(source="letters", towns=1)
