@@ -11,16 +11,10 @@ from msa_jax.bank.database import Database, reason_of
 from msa_jax.bank.reader import ARRAYS, BankReader
 from msa_jax.bank.table import LENGTH, NAMESPACE, PLACE, START, body_key, unpack
 from msa_jax.errors import BankError
+from msa_jax.memory.places import behind, chunks_of
 
 _BLOCK_BYTES = 1 << 26
 _ROWS_AT_ONCE = 8192
-
-
-def chunks_of(places: np.ndarray) -> np.ndarray:
-    """Chunk numbers of documents, one after another, from their (START, LENGTH) [n, 2]."""
-    starts, lengths = places[:, 0], places[:, 1]
-    ends = np.cumsum(lengths)
-    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - ends + lengths, lengths)
 
 
 def moved(columns: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray]:
@@ -34,10 +28,9 @@ def moved(columns: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray]:
     """
     starts, one = np.unique(columns[:, START], return_index=True)
     lengths = columns[one, LENGTH]
-    begins = first + np.cumsum(lengths) - lengths
     places = columns[:, PLACE]
-    places[:, 0] = begins[np.searchsorted(starts, columns[:, START])]
-    return chunks_of(np.stack([starts, lengths], axis=1)), places
+    places[:, 0] = behind(lengths, first)[np.searchsorted(starts, columns[:, START])]
+    return chunks_of(starts, lengths), places
 
 
 def copy_chunks(

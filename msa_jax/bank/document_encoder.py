@@ -14,6 +14,7 @@ from msa_jax.data.batch import pack_documents
 from msa_jax.data.samples import Renderer
 from msa_jax.data.tokenizer import Tokenizer
 from msa_jax.errors import BankError, DataError
+from msa_jax.memory.places import behind, chunks_of
 from msa_jax.model import MSATransformer
 
 # Rows are shorter by this factor, down to this many tokens.
@@ -91,7 +92,7 @@ class DocumentEncoder:
         """Chunks of documents given as token ids, which say the numbers that `ordinals` have."""
         tokens = np.array([len(ids) for ids in token_lists], np.int64)
         lengths = -(-tokens // self.spec.chunk_size)
-        starts = np.cumsum(lengths) - lengths
+        starts = behind(lengths)
         targets = self._rows.arrays(int(lengths.sum()))
         shorter = 0
         for row_len in self._row_lens:
@@ -102,9 +103,7 @@ class DocumentEncoder:
             packed = pack_documents([token_lists[i] for i in mine], chunk_size=self.spec.chunk_size, row_len=row_len)
             # Packing keeps the order of documents, so their chunks follow each other.
             place = np.full(len(packed.chunk_documents), -1, np.int64)
-            place[packed.chunk_documents < len(mine)] = np.repeat(
-                starts[mine] - np.cumsum(lengths[mine]) + lengths[mine], lengths[mine]
-            ) + np.arange(lengths[mine].sum())
+            place[packed.chunk_documents < len(mine)] = chunks_of(starts[mine], lengths[mine])
             rows = max(1, self.rows_per_step * self.row_len // row_len)
             self._rows.encode(packed, targets, place, rows_per_step=rows)
         numbers = np.array([self.number(ordinal) for ordinal in ordinals], np.int64)

@@ -124,12 +124,5 @@ def encode_bank(
     total = int((documents.segment_ids > 0).sum())
     with tqdm(total=total, desc="encode", unit="tok", unit_scale=True, mininterval=1.0, disable=not progress) as bar:
         encoder.encode(documents, targets, np.where(used, place, -1), rows_per_step=rows_per_step, progress=bar.update)
-    lengths = documents.lengths
-    starts = np.where(lengths > 0, place[np.minimum(documents.starts, len(place) - 1)], 0)
-    layout = DocumentLayout(
-        chunk_documents=jnp.asarray(documents.chunk_documents[used]),
-        starts=jnp.asarray(starts, jnp.int32),
-        lengths=jnp.asarray(lengths, jnp.int32),
-        max_length=int(lengths.max(initial=1)),
-    )
+    layout = DocumentLayout.from_chunk_documents(documents.chunk_documents[used], len(documents.starts))
     return MemoryBank(*map(jnp.asarray, targets), layout)

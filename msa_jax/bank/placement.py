@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from msa_jax.bank.capacity import capacity_for, shares_of
 from msa_jax.bank.database import url_of
 from msa_jax.bank.reader import BankReader
 from msa_jax.bank.table import ALIVE, LENGTH, NAMESPACE, START
 from msa_jax.errors import BankError
+from msa_jax.memory.places import capacity_for, chunks_of, in_parts, shares_of
 
 # What a bank that was outgrown gets beyond what it needs, so that it is not outgrown again by the next document.
 _ROOM_AFTER = 1 / 16
@@ -191,22 +191,17 @@ class Placement:
         """Texts that are new, placed behind all others of the parts whose shares they are."""
         names = "rows", "namespaces", "starts", "lengths", "chunk_documents", "source", "documents", "chunks"
         new = {name: getattr(self, name).copy() for name in names}
-        for part, share in enumerate(shares):
-            first = part * self.part_documents + self.documents[part]
-            here = slice(first, first + len(rows[share]))
-            chunk = part * self.part_chunks + self.chunks[part]
-            starts = chunk + np.cumsum(lengths[share]) - lengths[share]
-            chunks = slice(chunk, chunk + lengths[share].sum())
-            new["rows"][here] = rows[share]
-            new["namespaces"][here] = keys[share] & ((1 << _NAMESPACE_BITS) - 1)
-            new["starts"][here] = starts
-            new["lengths"][here] = lengths[share]
-            new["chunk_documents"][chunks] = np.repeat(np.arange(here.start, here.stop), lengths[share])
-            # Chunk i of a text lies on disk as far behind its first as on the device.
-            behind = np.repeat((keys[share] >> _NAMESPACE_BITS) - starts, lengths[share])
-            new["source"][chunks] = np.arange(chunks.start, chunks.stop) + behind
-            new["documents"][part] += len(rows[share])
-            new["chunks"][part] += lengths[share].sum()
+        parts = shares, self.documents, self.chunks, self.part_documents, self.part_chunks
+        places, starts = in_parts(lengths, *parts)
+        chunks = chunks_of(starts, lengths)
+        new["rows"][places] = rows
+        new["namespaces"][places] = keys & ((1 << _NAMESPACE_BITS) - 1)
+        new["starts"][places], new["lengths"][places] = starts, lengths
+        new["chunk_documents"][chunks] = np.repeat(places, lengths)
+        # Chunk i of a text lies on disk as far behind its first as on the device.
+        new["source"][chunks] = chunks_of(keys >> _NAMESPACE_BITS, lengths)
+        new["documents"] += [len(rows[share]) for share in shares]
+        new["chunks"] += [lengths[share].sum() for share in shares]
         longest = int(lengths.max(initial=1))
         if longest > self.max_length:
             new["max_length"] = capacity_for(longest, multiple=1)

@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from msa_jax.memory import DocumentLayout, MemoryBank
+from msa_jax.memory.places import chunks_of, in_parts
 from msa_jax.sharding import Shardings
 
 
@@ -31,38 +32,26 @@ def spread(bank: MemoryBank, mesh: jax.sharding.Mesh, shardings: Shardings) -> M
     if axes is None or bank.layout.axes is not None or bank.key_scale is not None or bank.tier != "device":
         raise ValueError("spread: needs a bank of floats on one device, and shardings that name mesh axes for it.")
     ways = math.prod(mesh.shape[name] for name in axes)
-    starts, lengths = np.asarray(bank.layout.starts), np.asarray(bank.layout.lengths)
-    per_part = max(1, -(-len(starts) // ways))
+    lengths = np.asarray(bank.layout.lengths)
+    per_part = max(1, -(-len(lengths) // ways))
     parts = [slice(s * per_part, (s + 1) * per_part) for s in range(ways)]
     room = max(1, *(int(lengths[part].sum()) for part in parts))
-    documents = ways * per_part
-    source = np.zeros(ways * room, np.int64)
-    owners = np.full(ways * room, documents, np.int32)
-    new_starts, new_lengths = np.zeros(documents, np.int32), np.zeros(documents, np.int32)
-    new_lengths[: len(lengths)] = lengths
-    for s, part in enumerate(parts):
-        count = lengths[part]
-        ends = np.cumsum(count)
-        within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - count, count)
-        place = slice(s * room, s * room + len(within))
-        source[place] = np.repeat(starts[part], count) + within
-        owners[place] = np.repeat(np.arange(part.start, part.start + len(count)), count)
-        new_starts[part.start : part.start + len(count)] = s * room + ends - count
+    none = np.zeros(ways, np.int64)
+    places, starts = in_parts(lengths, parts, none, none, per_part, room)  # in equal parts a place is a number
+    chunks = chunks_of(starts, lengths)
+    owners = np.full(ways * room, ways * per_part, np.int32)
+    owners[chunks] = np.repeat(places, lengths)
+    source = chunks_of(np.asarray(bank.layout.starts), lengths)
+    put = lambda values, *lead: jax.device_put(values, NamedSharding(mesh, P(*lead, axes)))  # noqa: E731
 
-    def put(values, spec):
-        return jax.device_put(values, NamedSharding(mesh, spec))
+    def spread_out(values):
+        values = np.asarray(values)
+        spread = np.zeros((values.shape[0], len(owners), *values.shape[2:]), values.dtype)
+        spread[:, chunks] = values[:, source]
+        return put(spread, None)
 
-    used = owners < documents
-    arrays = {}
-    for name in ("routing_keys", "content_k", "content_v"):
-        values = np.asarray(getattr(bank, name))[:, source]
-        values[:, ~used] = 0
-        arrays[name] = put(values, P(None, axes))
+    padded = lambda x: put(np.pad(x, (0, ways * per_part - len(x))).astype(np.int32))  # noqa: E731
     layout = DocumentLayout(
-        chunk_documents=put(owners, P(axes)),
-        starts=put(new_starts, P(axes)),
-        lengths=put(new_lengths, P(axes)),
-        max_length=bank.layout.max_length,
-        axes=axes,
+        put(owners), padded(starts), padded(lengths), max_length=bank.layout.max_length, axes=axes
     )
-    return MemoryBank(**arrays, layout=layout)
+    return MemoryBank(*map(spread_out, (bank.routing_keys, bank.content_k, bank.content_v)), layout=layout)

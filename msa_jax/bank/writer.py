@@ -11,6 +11,7 @@ from msa_jax.bank.change import Change, Encoded, commit
 from msa_jax.bank.reader import ARRAYS, BankReader
 from msa_jax.bank.table import DEFAULT_NAMESPACE, PLACE, BankDocument, key_of, pack_body
 from msa_jax.errors import BankError
+from msa_jax.memory.places import behind
 
 
 class BankWriter(BankReader):
@@ -54,7 +55,7 @@ class BankWriter(BankReader):
     def _commit(self, documents, encoded, sources, *, buried, operation):
         places = np.zeros((len(documents), len(PLACE)), np.int64)
         if documents:
-            starts = self.manifest.chunks + np.cumsum(encoded.lengths) - encoded.lengths
+            starts = behind(encoded.lengths, self.manifest.chunks)
             encoded_places = np.stack([starts, encoded.lengths, encoded.tokens, encoded.numbers], axis=1)
             for i, source in enumerate(sources):
                 places[i] = encoded_places[source] if source >= 0 else self.table.columns[-1 - source, PLACE]

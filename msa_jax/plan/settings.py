@@ -9,9 +9,9 @@ import re
 
 import jax
 
-from msa_jax.bank.placement import capacity_for
 from msa_jax.config import PRESETS, MSAConfig
 from msa_jax.errors import ConfigError, require
+from msa_jax.memory.places import capacity_for
 from msa_jax.sharding import AXES, MeshConfig, check_model
 
 PROGRAMS = ("question", "decode", "encode", "train")

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msa_jax.bank import change, transfer
-from msa_jax.bank.capacity import capacity_for
 from msa_jax.bank.change import Encoded
 from msa_jax.bank.loading import load
 from msa_jax.bank.manifest import BankSpec
 from msa_jax.bank.store import MemoryStore
 from msa_jax.bank.table import BankDocument
 from msa_jax.errors import BankError
+from msa_jax.memory.places import capacity_for
 from msa_jax.sharding import MeshConfig, Shardings
 from tests.bank import drawn
 from tests.bank.test_ingest_and_load import TEXTS, create, documents, encoder_of, same_bank

@@ -11,8 +11,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msa_jax.bank.capacity import shares_of
 from msa_jax.bank.loading import load
+from msa_jax.memory.places import shares_of
 from tests.bank.drawn import create, put
 from tests.test_bank_encoder import B, close, forward
 

@@ -1,9 +1,13 @@
-"""How much room a bank gets on devices, and which documents go to which of them."""
+"""Where documents' chunks lie: all the arithmetic of placing documents one behind the other, in parts, with room.
+
+Sizes: n texts, S parts in which places are counted, one for each device that shares a bank.
+"""
 
 from __future__ import annotations
 
 import bisect
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -14,13 +18,41 @@ _STEPS = (8, 10, 12, 14)
 
 def capacity_for(size: int, *, multiple: int = 128) -> int:
     """The smallest capacity of at least `size` that banks are padded to, a multiple of `multiple`."""
-    power = 0
-    while True:
-        for step in _STEPS:
-            capacity = -(-(step << power) // multiple) * multiple
-            if capacity >= size:
-                return capacity
-        power += 1
+    capacities = (-(-(step << power) // multiple) * multiple for power in itertools.count() for step in _STEPS)
+    return next(capacity for capacity in capacities if capacity >= size)
+
+
+def behind(lengths: np.ndarray, first: int = 0) -> np.ndarray:
+    """Starts [n] of texts of so many chunks, one behind the other from chunk `first` on."""
+    return first + np.cumsum(lengths) - lengths
+
+
+def chunks_of(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Chunk numbers of ranges [n], one range after another."""
+    return np.arange(lengths.sum()) + np.repeat(starts - behind(lengths), lengths)
+
+
+def in_parts(
+    lengths: np.ndarray,
+    shares: Sequence[slice],
+    documents: np.ndarray,
+    chunks: np.ndarray,
+    part_documents: int,
+    part_chunks: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The place of each text among documents, and its first chunk, both [n]: behind what is in its part.
+
+    Args:
+      lengths: [n] chunks of each text.
+      shares: S slices of the texts, which part gets which; together all of them.
+      documents, chunks: [S] places that are taken in each part, its first ones.
+      part_documents, part_chunks: places that a part has.
+    """
+    places, starts = np.zeros(len(lengths), np.int64), np.zeros(len(lengths), np.int64)
+    for part, share in enumerate(shares):
+        places[share] = part * part_documents + documents[part] + np.arange(len(lengths[share]))
+        starts[share] = behind(lengths[share], part * part_chunks + chunks[part])
+    return places, starts
 
 
 def shares_of(
