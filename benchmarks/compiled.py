@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
-import json
 import os
 import pathlib
 import time
@@ -26,7 +25,8 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
-from msa_jax.cli.compilation import for_other_chips
+from benchmarks.measure import write_json  # noqa: E402
+from msa_jax.cli.compilation import for_other_chips  # noqa: E402
 from pallas_kernels import chunk_scores, gather_attention  # noqa: E402
 
 TPUS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
@@ -227,7 +227,7 @@ def main() -> None:
             seconds = time.monotonic() - start
             rows[name] = sizes | dict(shape={f.name: getattr(case, f.name) for f in dataclasses.fields(case)})
             print(f"{chip:5}{name:38}{sizes['arguments']:12}{sizes['temporaries']:13}{sizes['outputs']:10}{seconds:9.1f}")
-    options.out.write_text(json.dumps(results, indent=1) + "\n")
+    write_json(options.out, results)
 
 
 if __name__ == "__main__":

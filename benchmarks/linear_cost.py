@@ -29,6 +29,7 @@ from flax import nnx
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from benchmarks.measure import write_json
 from msa_jax.config import MSAConfig
 from msa_jax.context import Route
 from msa_jax.data.batch import Batch, DocumentBatch, QuestionBatch
@@ -213,7 +214,7 @@ def main() -> None:
         by_unit = {unit: [v[unit] for v in values] for unit in values[0]}
         slopes = {unit: exponents(list(sizes), v) for unit, v in by_unit.items()}
         results["curves"][name] = dict(tokens=list(sizes), values=by_unit, exponents=slopes)
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
+        write_json(options.out, results)
     for name, curve in results["curves"].items():
         for unit, slopes in curve["exponents"].items():
             print(f"{name:32}{unit:10}" + ", ".join(f"{k} {v:.3f}" for k, v in slopes.items()))

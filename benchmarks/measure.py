@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import pathlib
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 
@@ -72,20 +71,19 @@ def environment() -> dict:
     }
 
 
-def commit() -> str:
-    """The commit that is checked out, marked if files differ from it; empty where there is no git."""
-    try:
-        asked = ["git", "describe", "--always", "--dirty"]
-        told = subprocess.run(asked, cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return told.stdout.strip()
+def _short(value):
+    if isinstance(value, dict):
+        return {name: _short(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_short(one) for one in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def write_json(path: str | pathlib.Path, record: dict) -> None:
-    """Write the record as indented JSON, whole or not at all; folders are made."""
+    """Write the record as JSON, a line an entry, whole or not at all; floats to five digits; folders are made."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(record, indent=2) + "\n")
+    lines = [f"{json.dumps(name)}: {json.dumps(_short(value))}" for name, value in record.items()]
+    partial.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     partial.replace(path)

@@ -30,6 +30,11 @@ def test_namespaces_load_alone_and_questions_see_what_they_name(tmp_path):
         for i, text in enumerate(TEXTS):
             store.add([BankDocument(str(i), text, namespace="odd" if i % 2 else "even")], encoder_of())
         same_bank(load(store, namespaces=["odd"]), TEXTS[1::2], numbers=[2, 4])
+        picked = load(store, rows=np.array([3, 0]))
+        same_bank(picked, [TEXTS[0], TEXTS[3]], numbers=[1, 4])
+        store.add([BankDocument("more", "one more")], encoder_of())
+        same_bank(picked.refresh(store), [TEXTS[0], TEXTS[3]], numbers=[1, 4])
+        store.delete(["more"], "default")
         loaded = load(store)
         visible = loaded.visible([["odd"], None, ["even", "odd"], []])[:, :5]
         np.testing.assert_array_equal(visible, [[0, 1, 0, 1, 0], [1] * 5, [1] * 5, [0] * 5])

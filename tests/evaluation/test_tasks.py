@@ -1,7 +1,6 @@
 """Tasks of evaluation: one file is one task; what they are given, keep and print."""
 
 import json
-import pathlib
 
 import pytest
 
@@ -40,12 +39,10 @@ TASK = Task(run=run, columns=[Column("count", "counted", "{:,}")], settings=Sett
 
 
 @pytest.fixture
-def new(monkeypatch):
-    """A task is a file in the folder, and nothing else."""
-    path = pathlib.Path(tasks.__file__).parent / "countup.py"
-    path.write_text(NEW)
-    yield
-    path.unlink()
+def new(monkeypatch, tmp_path):
+    """A task is a file in a folder of the package, and nothing else."""
+    monkeypatch.setattr(tasks, "__path__", [*tasks.__path__, str(tmp_path)])
+    (tmp_path / "countup.py").write_text(NEW)
 
 
 def test_a_new_task_is_one_file(new, tmp_path, capsys):

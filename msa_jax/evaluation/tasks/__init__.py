@@ -12,7 +12,7 @@ from msa_jax.evaluation.task import Task
 
 def described() -> dict[str, str]:
     """Tasks by name, each with a line that says what it is; nothing of them is imported."""
-    files = sorted(pathlib.Path(__file__).parent.glob("[a-z]*.py"))
+    files = sorted(file for folder in __path__ for file in pathlib.Path(folder).glob("[a-z]*.py"))
     return {file.stem: (ast.get_docstring(ast.parse(file.read_text())) or "").split("\n")[0] for file in files}
 
 
