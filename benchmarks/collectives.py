@@ -172,7 +172,7 @@ def compile_encode(config: MSAConfig, mesh_config: MeshConfig, documents: int) -
 def small_config(**changes) -> MSAConfig:
     return MSAConfig(**(dict(
         vocab_size=96, hidden_size=32, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=8, mlp_size=48,
-        chunk_size=4, top_k=3, router_layers=(2, 3), router_bias=True,
+        chunk_size=4, top_k_documents=3, router_layers=(2, 3), router_bias=True,
     ) | changes))  # fmt: skip
 
 

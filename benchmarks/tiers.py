@@ -62,7 +62,7 @@ def random_bank(folder: pathlib.Path, config: MSAConfig, model: MSATransformer, 
 
 def latency(tokens: int, repeats: int) -> dict:
     """Median milliseconds of a question and of a token by where content is."""
-    config = MSAConfig.preset("tiny", chunk_size=CHUNK, top_k=TOP_K)
+    config = MSAConfig.preset("tiny", chunk_size=CHUNK, top_k_documents=TOP_K)
     model = MSATransformer(config, rngs=nnx.Rngs(0))
     graph, params = nnx.split(model)
     rng = np.random.default_rng(1)

@@ -99,7 +99,7 @@ def program(case: Case, chip: str):
         content = jax.ShapeDtypeStruct(shape, case.content, sharding=there)
         bank |= dict(content_k=content, content_v=content)
     args = dict(state=jax.tree.map(lambda x: array(x.shape, x.dtype), state), bank=MemoryBank(**bank))
-    b, k = case.questions, config.top_k
+    b, k = case.questions, config.top_k_documents
     ranges = array((layers, b, k), "int32")
     selection = Selection(documents=ranges, scores=array((layers, b, k), "float32"), starts=ranges, lengths=ranges)
     if case.step == "fetch":

@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
             "model": {
                 "preset": "tiny",
                 "chunk_size": 16,
-                "top_k": 16,
+                "top_k_documents": 16,
                 "router_bias": True,
                 "router_bias_init": 40.0,
             },

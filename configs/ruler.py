@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
     return full_config(
         {
             "init_from": "runs/ruler_single/export",
-            "model": {"chunk_size": 16, "top_k": 16, "router_bias": True},
+            "model": {"chunk_size": 16, "top_k_documents": 16, "router_bias": True},
             "tokenizer": {"path": "runs/ruler_single/export", "template": "compact"},
             "data": {
                 "source": "ruler",

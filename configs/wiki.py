@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
                 "mlp_size": 256,
                 "router_layers": (1,),
                 "chunk_size": 16,
-                "top_k": 1,
+                "top_k_documents": 1,
             },
             "tokenizer": {"vocab_size": 16_384, "template": "compact", "id_digits": 5},
             "data": {

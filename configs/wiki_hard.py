@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     return full_config(
         {
             "init_from": f"{FIRST}/export",
-            "model": {"router_layers": (1,), "chunk_size": 16, "top_k": 1},
+            "model": {"router_layers": (1,), "chunk_size": 16, "top_k_documents": 1},
             "tokenizer": {"path": f"{FIRST}/export", "template": "compact", "id_digits": 5},
             "data": {
                 "source": "jsonl",

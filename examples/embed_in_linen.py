@@ -18,7 +18,9 @@ from msa_jax import AttentionConfig, MemorySparseAttention
 from msa_jax.memory import DocumentLayout
 
 VOCAB, WIDTH, CHUNK, DOCUMENTS, LENGTH = 48, 32, 4, 6, 8
-CONFIG = AttentionConfig(hidden_size=WIDTH, num_heads=2, num_kv_heads=1, head_dim=16, chunk_size=CHUNK, top_k=DOCUMENTS)
+CONFIG = AttentionConfig(
+    hidden_size=WIDTH, num_heads=2, num_kv_heads=1, head_dim=16, chunk_size=CHUNK, top_k_documents=DOCUMENTS
+)
 
 
 class ReadDocuments(nnx.Module):

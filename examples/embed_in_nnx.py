@@ -49,7 +49,8 @@ class TheirModel(nnx.Module):
 
     def __init__(self, rngs):
         config = AttentionConfig(
-            hidden_size=WIDTH, num_heads=4, num_kv_heads=2, head_dim=16, chunk_size=CHUNK, top_k=2, router_bias=True
+            hidden_size=WIDTH, num_heads=4, num_kv_heads=2, head_dim=16, chunk_size=CHUNK, top_k_documents=2,
+            router_bias=True,
         )
         self.tokens = nnx.Embed(VOCAB, WIDTH, rngs=rngs)
         self.first = Block(PlainAttention(rngs), rngs)

@@ -25,9 +25,13 @@ DType = Literal["float32", "bfloat16"]
 _LATER = {"proportional_attention": False, "layer_specs": [{}], "embedding_scale": 1.0}
 
 
+# Names of earlier versions, which saved runs have; elsewhere they are refused, as some mean something else today.
+RENAMED = {"top_k": "top_k_documents"}
+
+
 def of_today(values: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of a model as earlier versions wrote them, under the names that they have now."""
-    values = dict(values)
+    values = {RENAMED.get(n, n): value for n, value in values.items() if n not in RENAMED or value is not None}
     method, recall = values.pop("top_k_method", None), values.pop("top_k_recall", None)
     if method == "approximate":
         values["retriever"] = method if recall is None else f"{method}:recall={recall}"
@@ -49,7 +53,7 @@ class RuntimeConfig:
     """How a model runs, not what it is: all of it may change between a bank's encoding and its asking.
 
     Attributes:
-      top_k: k, documents that a router layer selects.
+      top_k_documents: k, documents that a router layer selects.
       retriever: what selects them, by name, with settings of its own as in "approximate:recall=0.9"; the names are
         those of `msa_jax.routing.RETRIEVERS`.
       router_bias_scale: multiplies the router's bias. Above 1 when a memory of many times the documents of the training
@@ -60,7 +64,7 @@ class RuntimeConfig:
         whole layers.
     """
 
-    top_k: int = 16
+    top_k_documents: int = 16
     retriever: str = "exact"
     router_bias_scale: float = 1.0
     implementation: Implementation | None = None
@@ -68,7 +72,7 @@ class RuntimeConfig:
 
     def __post_init__(self):
         require_choices(self)
-        _require_sizes(self, "top_k")
+        _require_sizes(self, "top_k_documents")
         routing.parse(self.retriever)
         scale = self.router_bias_scale
         require(is_number(scale) and scale > 0, f"router_bias_scale must be positive, got {scale!r}.")
@@ -83,7 +87,7 @@ class RuntimeConfig:
 class AttentionConfig(RuntimeConfig):
     """What one attention layer needs to know; enough to embed `MemorySparseAttention` in another model.
 
-    Dims: E `hidden_size`, H `num_heads`, K `num_kv_heads`, D `head_dim`, P `chunk_size`, k `top_k`.
+    Dims: E `hidden_size`, H `num_heads`, K `num_kv_heads`, D `head_dim`, P `chunk_size`, k `top_k_documents`.
 
     Attributes:
       hidden_size: width E of the residual stream.
@@ -277,7 +281,7 @@ class MSAConfig(AttentionConfig):
 
 
 _QWEN3 = dict(
-    vocab_size=151_936, num_kv_heads=8, head_dim=128, chunk_size=64, top_k=16,
+    vocab_size=151_936, num_kv_heads=8, head_dim=128, chunk_size=64, top_k_documents=16,
     position_offset=TEMPLATE_LEN + 16, tie_embeddings=True, dtype="bfloat16", param_dtype="bfloat16",
 )  # fmt: skip
 

@@ -25,7 +25,7 @@ from msa_jax.training.step import forward, init_state, loss_of, spread_batch
 N, B, T, VOCABULARY = 16, 8, 7, 48
 MODEL = dict(
     preset="tiny", hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_size=24, chunk_size=4,
-    top_k=3, router_layers=(1,), router_bias=True, router_bias_init=2.0, remat="none",
+    top_k_documents=3, router_layers=(1,), router_bias=True, router_bias_init=2.0, remat="none",
     proportional_attention=True,
 )  # fmt: skip
 TRAINING = TrainingConfig(

@@ -17,7 +17,7 @@ from msa_jax.layers.block import DecoderBlock, scan_stack, stack
 from msa_jax.memory import DocumentLayout, LayerMemory
 
 B, T, N, E, W, P = 2, 5, 4, 10, 8, 4
-CONFIG = AttentionConfig(hidden_size=E, num_heads=6, num_kv_heads=2, head_dim=4, chunk_size=P, top_k=2)
+CONFIG = AttentionConfig(hidden_size=E, num_heads=6, num_kv_heads=2, head_dim=4, chunk_size=P, top_k_documents=2)
 
 
 def normal(seed, *shape):

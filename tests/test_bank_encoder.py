@@ -20,7 +20,7 @@ from msa_jax.memory import DocumentLayout
 B, T, V, N, P = 2, 6, 37, 5, 4
 CONFIG = MSAConfig(
     vocab_size=V, hidden_size=12, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=6, mlp_size=20, chunk_size=P,
-    top_k=2, position_offset=5, router_layers=(1, 2), router_bias=True, router_bias_init=3.0,
+    top_k_documents=2, position_offset=5, router_layers=(1, 2), router_bias=True, router_bias_init=3.0,
 )  # fmt: skip
 RNG = np.random.default_rng(0)
 LENGTHS = (9, 3, 12, 4, 7)  # 3, 1, 3, 1 and 2 chunks
@@ -177,7 +177,7 @@ def test_order_numbers_capacity_and_documents_never_selected_change_nothing(orde
     seen = np.zeros((B, ROOM_N), bool)
     seen[:, numbers[:N]] = visible
     # Two documents more are seen but never the best, unless fewer than k others score above 0.
-    enough = (np.sort(want.document_scores, axis=-1)[..., -CONFIG.top_k] > 0).all()
+    enough = (np.sort(want.document_scores, axis=-1)[..., -CONFIG.top_k_documents] > 0).all()
     assert enough or not visible.all()
     seen[:, numbers[N : N + 2]] = enough
     got = forward(rearranged(order, numbers, gaps, added=numbers[N : N + 2]), seen)
@@ -211,7 +211,7 @@ def test_a_document_that_is_not_visible_has_no_influence(hidden):
 def test_more_documents_allowed_than_seen_moves_no_position():
     """k may differ from training: positions come from `position_offset`."""
     visible = np.eye(N, dtype=bool)[[2, 0]]
-    many = model_of(top_k=N + 3)
+    many = model_of(top_k_documents=N + 3)
     assert many.config.position_offset == CONFIG.position_offset
     close(forward(bank_of(), visible, many).hidden, forward(bank_of(), visible).hidden)
 

@@ -18,9 +18,9 @@ from msa_jax.spec import LayerSpec, RopeScaling
     ("changes", "message"),
     [
         *((dict([(name, 0)]), f"{name} must be an integer of at least 1, got 0.")
-          for name in ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "chunk_size", "top_k")),
+          for name in ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "chunk_size", "top_k_documents")),
         (dict(chunk_size=2.0), "chunk_size must be an integer of at least 1, got 2.0."),
-        (dict(top_k=True), "top_k must be an integer of at least 1, got True."),
+        (dict(top_k_documents=True), "top_k_documents must be an integer of at least 1, got True."),
         (dict(hidden_size="64"), "hidden_size must be an integer of at least 1, got '64'."),
         (dict(num_heads=6, num_kv_heads=4), "num_heads (6) must be a multiple of num_kv_heads (4)."),
         (dict(head_dim=7), "head_dim must be even for RoPE, got 7."),
@@ -123,10 +123,10 @@ def test_preset_of_the_paper():
     config = MSAConfig.preset("qwen3_4b")
     assert (config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim) == (36, 32, 8, 128)
     assert config.router_layers == tuple(range(18, 36)) and (config.group_size, config.router_width) == (4, 1024)
-    assert (config.chunk_size, config.top_k, config.position_offset, config.rope_theta) == (64, 16, 19, 5e6)
+    assert (config.chunk_size, config.top_k_documents, config.position_offset, config.rope_theta) == (64, 16, 19, 5e6)
     assert config.tie_embeddings and not config.router_bias and config.routing_score == "cosine"
     # k in use does not move positions.
-    assert config.replace(top_k=4).position_offset == 19
+    assert config.replace(top_k_documents=4).position_offset == 19
     with pytest.raises(ConfigError, match="Unknown preset 'huge'; choose one of .*'qwen3_4b'"):
         MSAConfig.preset("huge")
 
@@ -149,8 +149,8 @@ def test_round_trip_through_json(config):
 
 def test_from_dict_names_what_it_does_not_know():
     with pytest.raises(ConfigError, match=r"Unknown model settings \['heads', 'layers'\]; known ones are \['chunk"):
-        MSAConfig.from_dict(dict(layers=3, heads=2, top_k=4))
-    assert MSAConfig.from_dict(dict(top_k=4, router_layers=None)) == MSAConfig(top_k=4)
+        MSAConfig.from_dict(dict(layers=3, heads=2, top_k_documents=4))
+    assert MSAConfig.from_dict(dict(top_k_documents=4, router_layers=None)) == MSAConfig(top_k_documents=4)
 
 
 PUBLISHED = dict(
@@ -172,7 +172,7 @@ def test_from_checkpoint_reads_the_published_fields(tmp_path):
     assert config == MSAConfig(
         vocab_size=100, hidden_size=48, mlp_size=80, num_layers=6, num_heads=4, num_kv_heads=2, head_dim=12,
         norm_eps=1e-5, rope_theta=5e6, dtype="bfloat16", param_dtype="bfloat16", tie_embeddings=False, chunk_size=32,
-        top_k=8, position_offset=11, router_layers=(3, 5),
+        top_k_documents=8, position_offset=11, router_layers=(3, 5),
     )  # fmt: skip
     assert MSAConfig.from_checkpoint(tmp_path) == config  # the folder
     changes = dict(remat="dots", dtype="float32")

@@ -13,7 +13,7 @@ from flax.nnx import bridge
 from msa_jax import AttentionConfig, MemorySparseAttention
 from msa_jax.memory import DocumentLayout
 
-CONFIG = AttentionConfig(hidden_size=10, num_heads=4, num_kv_heads=2, head_dim=4, chunk_size=4, top_k=2)
+CONFIG = AttentionConfig(hidden_size=10, num_heads=4, num_kv_heads=2, head_dim=4, chunk_size=4, top_k_documents=2)
 POSITIONS = np.broadcast_to(np.arange(8, dtype=np.int32), (3, 8))
 LAYOUT = DocumentLayout.from_chunk_documents([0, 0, 1, 1, 2, 2], 3)
 

@@ -21,7 +21,7 @@ from msa_jax.spec import LayerSpec
 
 CONFIG = MSAConfig(
     vocab_size=31, hidden_size=12, num_layers=5, num_heads=6, num_kv_heads=2, head_dim=4, mlp_size=20,
-    router_layers=(1, 2, 4), chunk_size=4, top_k=3, position_offset=5, tie_embeddings=False,
+    router_layers=(1, 2, 4), chunk_size=4, top_k_documents=3, position_offset=5, tie_embeddings=False,
     rope_theta=5e6, norm_eps=1e-5,
 )  # fmt: skip
 
@@ -170,8 +170,8 @@ def test_biases_are_spread_as_what_they_are_added_to(tmp_path):
 
 
 def test_casts_to_the_config_asked_for(saved):
-    model = load_model(saved, dtype="bfloat16", param_dtype="bfloat16", top_k=1)
-    assert model.config == CONFIG.replace(dtype="bfloat16", param_dtype="bfloat16", top_k=1)
+    model = load_model(saved, dtype="bfloat16", param_dtype="bfloat16", top_k_documents=1)
+    assert model.config == CONFIG.replace(dtype="bfloat16", param_dtype="bfloat16", top_k_documents=1)
     assert {x.dtype for x in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("bfloat16")}
     embedding = make().embed.embedding[...].astype(jnp.bfloat16)
     np.testing.assert_array_equal(model.embed.embedding[...], embedding)
@@ -215,7 +215,7 @@ def test_qwen3_gets_a_router_and_says_so(saved, caplog):
     config = json.loads((saved / "config.json").read_text())
     del config["msa_config"]
     (saved / "config.json").write_text(json.dumps(config))
-    changes = dict(chunk_size=4, top_k=3, router_layers=(1, 2, 4), router_bias=True, router_bias_init=9.0)
+    changes = dict(chunk_size=4, top_k_documents=3, router_layers=(1, 2, 4), router_bias=True, router_bias_init=9.0)
     with caplog.at_level(logging.WARNING, logger="msa_jax.checkpoints.pretrained"):
         model = load_model(saved, seed=1, **changes)
     (fresh,) = caplog.messages

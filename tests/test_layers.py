@@ -24,8 +24,8 @@ from msa_jax.spec import LayerSpec, RopeScaling
 B, T, N, E, H, K, D, R, W = 2, 5, 4, 10, 6, 2, 4, 4, 12
 G = H // K
 CONFIG = AttentionConfig(
-    hidden_size=E, num_heads=H, num_kv_heads=K, head_dim=D, rope_theta=50.0, norm_eps=1e-4, chunk_size=4, top_k=2,
-    position_offset=7,
+    hidden_size=E, num_heads=H, num_kv_heads=K, head_dim=D, rope_theta=50.0, norm_eps=1e-4, chunk_size=4,
+    top_k_documents=2, position_offset=7,
 )  # fmt: skip
 TABLE = np.random.default_rng(99).normal(size=(64, E)).astype(np.float32)
 seeds = st.integers(0, 2**31)
@@ -263,7 +263,7 @@ def numpy_msa(layer, documents, x, positions, visible):
         scores[n] = cosines.max() if visible[n] else -1e30
     q, k, v = numpy_qkv(layer, x, positions)
     parts, best = [(k, v, np.zeros((len(x), H)))], scores.max()
-    for n in np.argsort(-scores)[: c.top_k]:
+    for n in np.argsort(-scores)[: c.top_k_documents]:
         if visible[n]:
             bias = c.router_bias_scale * w["router_beta"] * (scores[n] - best) if c.router_bias else np.zeros(H)
             bias = bias + np.log(c.chunk_size) * c.proportional_attention
@@ -286,7 +286,7 @@ def run(graphdef, params, table, batch, x, positions, visible):
 
 FORMS = {
     # With P = 1 and every document selected this is dense attention over the concatenated documents.
-    "dense": dict(chunk_size=1, top_k=N),
+    "dense": dict(chunk_size=1, top_k_documents=N),
     "sparse": dict(),
     "router bias": dict(router_bias=True, router_bias_init=3.0),
     "sharper router bias": dict(router_bias=True, router_bias_init=3.0, router_bias_scale=2.5),

@@ -19,7 +19,7 @@ B, T, V, N, P, W, PREFIX = 2, 6, 37, 5, 4, 12, 3
 SCORES = ("scores",)
 CONFIG = MSAConfig(
     vocab_size=V, hidden_size=12, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6, mlp_size=20, chunk_size=P,
-    top_k=2, position_offset=5, tie_embeddings=False,
+    top_k_documents=2, position_offset=5, tie_embeddings=False,
 )  # fmt: skip
 RNG = np.random.default_rng(0)
 DOCUMENTS = [RNG.integers(0, V, n) for n in (9, 3, 12, 4, 7)]  # 3, 1, 3, 1 and 2 chunks
@@ -221,7 +221,7 @@ def test_remat_changes_neither_values_nor_gradients():
 
 
 def test_bfloat16_is_near_float32():
-    kwargs = dict(top_k=N + 3)  # all documents, so that no choice hangs on rounding
+    kwargs = dict(top_k_documents=N + 3)  # all documents, so that no choice hangs on rounding
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.ndim > 1 else x, bank_of())
     got = prefill(model=model_of(**kwargs, dtype="bfloat16"), read=Route(half, want=SCORES))
     want = prefill(model=model_of(**kwargs), read=Route(bank_of(), want=SCORES))

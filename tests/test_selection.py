@@ -117,7 +117,7 @@ def test_approximate_top_k_finds_what_its_target_says(recall):
 
 
 def test_a_layer_selects_as_its_config_says():
-    config = AttentionConfig(hidden_size=8, head_dim=4, chunk_size=2, top_k=2)
+    config = AttentionConfig(hidden_size=8, head_dim=4, chunk_size=2, top_k_documents=2)
     layout = layout_of(np.minimum(np.arange(C), N))
     x, positions = jnp.asarray(normal(0, B, T, 8)), jnp.zeros((B, T), jnp.int32)
     states = ChunkStates(*(jnp.asarray(normal(i, C, 2, 4)) for i in range(3)))

@@ -18,7 +18,7 @@ from msa_jax.sharding import MeshConfig, Shardings
 LAYERS, CHUNKS, DOCUMENTS, TOKENS = 2, 11, 5, 7  # chunks and documents of a device
 CONFIG = MSAConfig(
     vocab_size=48, hidden_size=16, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, mlp_size=24, chunk_size=4,
-    top_k=4, router_layers=(1, 2),
+    top_k_documents=4, router_layers=(1, 2),
 )  # fmt: skip
 
 

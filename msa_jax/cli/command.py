@@ -20,6 +20,7 @@ from msa_jax import distributed
 from msa_jax.cli import processes
 from msa_jax.cli.base import one_line
 from msa_jax.cli.configs import with_paths
+from msa_jax.config import RENAMED
 from msa_jax.errors import DataError, MSAError
 
 _HELP = {"--help", "-help", "-h", "--helpfull", "--helpshort"}
@@ -62,6 +63,9 @@ def _parsed(
     if _HELP & set(argv):
         print(f"{doc}\nflags:\n{values.get_help(include_special_flags=False)}")
         raise SystemExit(0)
+    for old, new in RENAMED.items():
+        if any(argument.lstrip("-").partition("=")[0] == f"config.model.{old}" for argument in argv):
+            raise SystemExit(_line(f"--config.model.{old} is now --config.model.{new}."))
     try:
         rest = values(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, IndexError, FileNotFoundError) as error:

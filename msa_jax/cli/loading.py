@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from msa_jax.cli import compilation
-from msa_jax.config import RuntimeConfig
+from msa_jax.config import RENAMED, RuntimeConfig
 from msa_jax.errors import ConfigError
 from msa_jax.sharding import MeshConfig
 
@@ -29,7 +29,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         )
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE",
-        help=f"change how the model runs, such as top_k=4: one of {', '.join(RuntimeConfig.names())}; may be repeated",
+        help=f"change how the model runs, such as top_k_documents=4; of {', '.join(RuntimeConfig.names())}; repeatable",
     )  # fmt: skip
     compilation.add_flag(group)
 
@@ -52,6 +52,8 @@ def changes_of(options: argparse.Namespace) -> dict[str, Any]:
     changes = {}
     for given in options.set:
         name, equals, value = given.partition("=")
+        if name in RENAMED:
+            raise ConfigError(f"--set {given}: {name} of a model is now {RENAMED[name]}.")
         if not equals or name not in RuntimeConfig.names():
             raise ConfigError(f"--set {given}: give NAME=VALUE, the name one of {', '.join(RuntimeConfig.names())}.")
         try:

@@ -27,7 +27,7 @@ def read(fields: Fields | None, where: str, num_layers: int) -> dict[str, Any]:
     msa = fields or Fields({}, where, within="msa_config.")
     for name, only in ONLY:
         msa.only(name, only)
-    top_k = 16 if msa.get("top_k_docs") is None else msa.integer("top_k_docs")
+    k = 16 if msa.get("top_k_docs") is None else msa.integer("top_k_docs")
     layers = msa.get("router_layer_idx")
     if layers == "all":
         layers = range(num_layers)
@@ -41,8 +41,8 @@ def read(fields: Fields | None, where: str, num_layers: int) -> dict[str, Any]:
         ) from e
     return dict(
         chunk_size=64 if msa.get("pooling_kernel_size") is None else msa.integer("pooling_kernel_size"),
-        top_k=top_k,
-        position_offset=TEMPLATE_LEN + top_k,
+        top_k_documents=k,
+        position_offset=TEMPLATE_LEN + k,
         router_layers=layers,
     ) | {name.removeprefix(_PREFIX): value for name, value in msa.starting(_PREFIX).items()}
 
@@ -51,6 +51,6 @@ def write(values: Mapping[str, Any]) -> dict[str, Any]:
     """What `read` reads back, but for how a model runs."""
     return dict(ONLY) | {
         "pooling_kernel_size": values["chunk_size"],
-        "top_k_docs": values["top_k"],
+        "top_k_docs": values["top_k_documents"],
         "router_layer_idx": ",".join(map(str, values["router_layers"])),
     } | {_PREFIX + name: values[name] for name in _OURS}  # fmt: skip

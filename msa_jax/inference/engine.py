@@ -285,7 +285,7 @@ class Engine:
                 computed = int(turn.lengths[i])
                 found = no_routing(computed)
                 if reads:
-                    top_k = self._model.config.top_k
+                    top_k = self._model.config.top_k_documents
                     found = routed_of(written, i, self.library, top_k=top_k, tokens=computed, why=why)
                 talk.caught_up()
                 talk.begin_round(found)

@@ -63,7 +63,7 @@ def empty_rows(
     cache, head = model.cache(rows, length, template).past, 0 if template is None else template.size
     if bank is None:
         return Rows(cache=cache, selection=None, asked=None, near=None, head=head)
-    selected = (bank.num_layers, rows, min(model.config.top_k, bank.num_documents))
+    selected = (bank.num_layers, rows, min(model.config.top_k_documents, bank.num_documents))
 
     def nothing():
         zeros = [jnp.zeros(selected, jnp.int32) for _ in range(3)]

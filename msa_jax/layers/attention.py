@@ -183,13 +183,13 @@ class MemorySparseAttention(SelfAttention):
 
     Documents pass through the layer once (`encode`), each attending to itself alone; their keys, values
     and routing keys are pooled into chunks of P tokens (`memory`). A question then passes through the same
-    layer (the call): its routing tokens score every chunk by cosine in one matrix product, the `top_k` best
+    layer (the call): its routing tokens score every chunk by cosine in one matrix product, the `top_k_documents` best
     documents are selected, and every token attends to their chunks and to its own past in one softmax.
 
     It takes the place of a self-attention layer in any transformer: it adds no residual and no norm of its
     own input. Example, with `docs` [R, W, E] packed documents and `x` [B, T, E] a question::
 
-        layer = MemorySparseAttention(AttentionConfig(hidden_size=64, chunk_size=8, top_k=2), rngs=rngs)
+        layer = MemorySparseAttention(AttentionConfig(hidden_size=64, chunk_size=8, top_k_documents=2), rngs=rngs)
         docs_out, states = layer.encode(docs, positions=doc_positions, segment_ids=segment_ids)
         memory = layer.memory(states, layout)
         result = layer(x, positions=positions, memory=memory, return_scores=True)
@@ -334,9 +334,9 @@ class MemorySparseAttention(SelfAttention):
             asked = routing.Query(routing.averaged(query, route, mean_over_tokens), route)
             if return_scores:
                 routing.need_scores(c.retriever, "return_scores")
-                scores, selection = retriever.route_with_scores(asked, memory, visible, c.top_k)
+                scores, selection = retriever.route_with_scores(asked, memory, visible, c.top_k_documents)
             else:
-                selection = retriever.route(asked, memory, visible, c.top_k)
+                selection = retriever.route(asked, memory, visible, c.top_k_documents)
             selection = selection if also is None else merge(selection, also)
         last = dict(bias=self._bias(selection), mask=mask, implementation=implementation)
         if memory.layout.axes is not None:

@@ -137,7 +137,7 @@ def decode(config: MSAConfig, mesh: Mesh, bank: Bank, sizes: Sizes) -> Program:
         hidden, context = model.decode(token, Context(cache, length, position), read=Reuse(bank, selection))
         return jnp.argmax(model.logits(hidden), axis=-1).astype(jnp.int32), context.past
 
-    b, layers, k = sizes.batch, len(config.router_layers), config.top_k
+    b, layers, k = sizes.batch, len(config.router_layers), config.top_k_documents
     cache = _cache(config, mesh, sizes, sizes.cache_tokens)
     array = functools.partial(_array, mesh)
     ranges = array((layers, b, k), jnp.int32, P(None, DATA))

@@ -50,7 +50,7 @@ def load_model(run: RunConfig, workdir: pathlib.Path, step: int | None = None) -
 
 
 def reconfigured(model: MSATransformer, **changes) -> MSATransformer:
-    """The same parameters under another configuration, such as another `top_k` or `dtype`.
+    """The same parameters under another configuration, such as another `top_k_documents` or `dtype`.
 
     Raises:
       ConfigError: an unknown name, a bad value, or one that changes the parameters.

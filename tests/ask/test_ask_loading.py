@@ -25,11 +25,14 @@ def test_flags_become_options_of_load():
 
 def test_settings_of_the_model_that_a_bank_does_not_depend_on_can_be_changed():
     assert changes_of(options()) == {}
-    some = changes_of(options("--set=top_k=4", "--set", "retriever=two_level:group=8", "--set=router_bias_scale=1.5"))
-    assert some == dict(top_k=4, retriever="two_level:group=8", router_bias_scale=1.5)
-    for wrong in ("top_k", "chunk_size=8", "=4"):
-        with pytest.raises(ConfigError, match=f"^--set {wrong}: give NAME=VALUE, the name one of top_k, "):
+    given = ("--set=top_k_documents=4", "--set", "retriever=two_level:group=8", "--set=router_bias_scale=1.5")
+    some = changes_of(options(*given))
+    assert some == dict(top_k_documents=4, retriever="two_level:group=8", router_bias_scale=1.5)
+    for wrong in ("top_k_documents", "chunk_size=8", "=4"):
+        with pytest.raises(ConfigError, match=f"^--set {wrong}: give NAME=VALUE, the name one of top_k_documents, "):
             changes_of(options(f"--set={wrong}"))
+    with pytest.raises(ConfigError, match="^--set top_k=4: top_k of a model is now top_k_documents.$"):
+        changes_of(options("--set=top_k=4"))
 
 
 def test_a_mesh_takes_all_devices_or_says_what_it_needs():

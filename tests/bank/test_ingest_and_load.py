@@ -152,7 +152,7 @@ def test_a_bank_of_before_a_setting_was_there_is_still_its_models(monkeypatch):
 def test_another_models_or_tokenizers_bank_is_refused(tmp_path):
     model = model_of()
     assert fingerprint_of(model) == fingerprint_of(model_of())
-    assert fingerprint_of(model) == fingerprint_of(model_of(top_k=2, router_bias_scale=2.0))
+    assert fingerprint_of(model) == fingerprint_of(model_of(top_k_documents=2, router_bias_scale=2.0))
     assert fingerprint_of(model) != fingerprint_of(model_of(router_bias_init=4.0))
     assert fingerprint_of(model) != fingerprint_of(model_of(proportional_attention=True))
     spec = BankSpec.of(model, Bytes())

@@ -20,7 +20,7 @@ B, T, V, N, LAYERS, HEADS, WIDTH = 3, 5, 41, 7, 2, 2, 6
 LENGTHS = (3, 1, 2, 5, 1, 2, 3)
 CONFIG = MSAConfig(
     vocab_size=V, hidden_size=12, num_layers=3, router_layers=(1, 2), num_heads=4, num_kv_heads=HEADS, head_dim=WIDTH,
-    mlp_size=20, chunk_size=4, top_k=3, position_offset=5, router_bias=True, router_bias_init=1.0,
+    mlp_size=20, chunk_size=4, top_k_documents=3, position_offset=5, router_bias=True, router_bias_init=1.0,
 )  # fmt: skip
 TINY = float(np.finfo(np.float32).tiny)
 VECTORS = hnp.arrays(

@@ -29,7 +29,8 @@ B, T, V, N, LAYERS, HEADS, WIDTH = 3, 5, 41, 7, 2, 2, 6
 LENGTHS = (3, 1, 2, 5, 1, 2, 3)
 CONFIG = MSAConfig(
     vocab_size=V, hidden_size=12, num_layers=3, router_layers=(1, 2), num_heads=4, num_kv_heads=HEADS,
-    head_dim=WIDTH, mlp_size=20, chunk_size=4, top_k=3, position_offset=5, router_bias=True, router_bias_init=1.0,
+    head_dim=WIDTH, mlp_size=20, chunk_size=4, top_k_documents=3, position_offset=5, router_bias=True,
+    router_bias_init=1.0,
 )  # fmt: skip
 TOKENS = np.random.default_rng(2).integers(0, V, (B, T)).astype(np.int32)
 
@@ -145,7 +146,7 @@ def test_what_is_fetched_once_serves_every_step_of_decoding(place, int8):
     elsewhere = placed(place, int8)
     near, selected = jax.jit(tiers.fetch)(elsewhere, selection)
     assert near.tier == "device" and near.routing_keys is None
-    assert near.num_chunks == B * CONFIG.top_k * bank.layout.max_length
+    assert near.num_chunks == B * CONFIG.top_k_documents * bank.layout.max_length
     got, scores, _ = run(near, selection=selected)
     np.testing.assert_allclose(got, want, atol=1e-6)
     assert scores is None

@@ -171,7 +171,7 @@ def test_what_does_not_fit_is_refused(bank, renderer, encoder, tmp_path):
 
 
 def test_a_model_takes_another_configuration_if_its_parameters_allow():
-    other = reconfigured(model_of(), top_k=1)
-    assert other.config.top_k == 1 and model_of().config.top_k == 2
+    other = reconfigured(model_of(), top_k_documents=1)
+    assert other.config.top_k_documents == 1 and model_of().config.top_k_documents == 2
     with pytest.raises(ConfigError, match="would change the parameters"):
         reconfigured(model_of(), mlp_size=24)

@@ -41,7 +41,7 @@ def renderer():
 def model(renderer):
     config = MSAConfig(
         vocab_size=renderer.tokenizer.vocab_size, hidden_size=12, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6,
-        mlp_size=20, chunk_size=4, top_k=2, position_offset=5, router_layers=(0, 1),
+        mlp_size=20, chunk_size=4, top_k_documents=2, position_offset=5, router_layers=(0, 1),
     )  # fmt: skip
     graphdef, state = nnx.split(nnx.eval_shape(lambda: MSATransformer(config, rngs=nnx.Rngs(0))))
     rng = np.random.default_rng(1)

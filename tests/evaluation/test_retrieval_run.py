@@ -58,7 +58,7 @@ def settings(folders, steps, **data):
     return {
         "model": {
             "hidden_size": 64, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 64, "mlp_size": 48,
-            "chunk_size": 16, "top_k": 1, "router_layers": (1,),
+            "chunk_size": 16, "top_k_documents": 1, "router_layers": (1,),
         },
         "tokenizer": {"vocab_size": 600, "id_digits": 3},
         "data": {

@@ -44,7 +44,7 @@ def model_of(**changes):
     config = MSAConfig(**{
         **dict(
             vocab_size=tokenizer.vocab_size, hidden_size=12, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=6,
-            mlp_size=20, chunk_size=P, top_k=2, position_offset=5, router_layers=(1, 2), tie_embeddings=False,
+            mlp_size=20, chunk_size=P, top_k_documents=2, position_offset=5, router_layers=(1, 2), tie_embeddings=False,
         ),
         **changes,
     })  # fmt: skip

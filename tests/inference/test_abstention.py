@@ -97,7 +97,7 @@ def small():
     rng = np.random.default_rng(0)
     texts = [" ".join(" ".join(rng.choice(WORDS, 9)) + "." for _ in range(30)) for _ in range(40)]
     model = dict(preset="tiny", hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, mlp_size=32,
-                 chunk_size=16, top_k=4)  # fmt: skip
+                 chunk_size=16, top_k_documents=4)  # fmt: skip
     evaluation = dict(batch_size=1, rows_per_step=8, max_rounds=1, max_new_tokens=16)
     data = dict(document_len=80, num_words=12)
     run = RunConfig.from_dict(dict(model=model, data=data, evaluation=evaluation, tokenizer=dict(vocab_size=640),

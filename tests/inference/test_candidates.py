@@ -96,7 +96,7 @@ def test_numbers_are_those_of_documents_routed_to(template):
         engine._until(pending)
         answer = pending.result()
         events = answer.rounds[0].events
-        routed = {int(n) for layer in answer.rounds[0].documents for n in layer[: model_of().config.top_k]}
+        routed = {int(n) for layer in answer.rounds[0].documents for n in layer[: model_of().config.top_k_documents]}
         read = [e.number for e in events if e.kind == "read"]
         assert len(read) == 1 + bool(again) == len(set(read)) and set(read) <= routed
         if template == plain:

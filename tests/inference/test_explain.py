@@ -45,7 +45,7 @@ def renderer():
 def model_of():
     config = MSAConfig(
         vocab_size=renderer().tokenizer.vocab_size, hidden_size=16, num_layers=4, num_heads=4, num_kv_heads=2,
-        head_dim=6, mlp_size=20, chunk_size=P, top_k=2, position_offset=5, router_layers=(1, 3),
+        head_dim=6, mlp_size=20, chunk_size=P, top_k_documents=2, position_offset=5, router_layers=(1, 3),
     )  # fmt: skip
     graphdef, state = nnx.split(nnx.eval_shape(lambda: MSATransformer(config, rngs=nnx.Rngs(0))))
     rng = np.random.default_rng(1)

@@ -25,7 +25,7 @@ def test_a_model_can_run_otherwise_than_in_training(tmp_path, monkeypatch):
     monkeypatch.setattr(session_module, "open_model", lambda **_: (trained[-1], tokenizer, ROW))
 
     def asked(k, **changes):
-        trained.append(model_of(top_k=k))
+        trained.append(model_of(top_k_documents=k))
         where = dict(workdir="run", writable=True, engine=SINGLE, defaults=LATENT)
         with Session.open(tmp_path / "bank", **where, changes=changes) as session:
             return told(session.ask(Q))
@@ -35,7 +35,7 @@ def test_a_model_can_run_otherwise_than_in_training(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"Unknown model settings \['topk'\]"):
         asked(2, topk=1)
     # The refused ones have let go of the bank.
-    assert asked(2, top_k=1) == asked(1) != asked(2)
+    assert asked(2, top_k_documents=1) == asked(1) != asked(2)
 
 
 def test_nothing_is_compiled_once_it_is_warm(opened):

@@ -32,7 +32,7 @@ SETTINGS = {
         "head_dim": 32,
         "mlp_size": 96,
         "chunk_size": 16,
-        "top_k": 4,
+        "top_k_documents": 4,
         "router_bias": True,
     },
     "tokenizer": {"vocab_size": 640},

@@ -19,7 +19,7 @@ from msa_jax.training.init import embedding_stream, tie_router
 
 CONFIG = MSAConfig.preset(
     "tiny", vocab_size=512, hidden_size=128, num_layers=4, router_layers=(2, 3), num_heads=4, num_kv_heads=2,
-    head_dim=32, mlp_size=64, chunk_size=8, top_k=2,
+    head_dim=32, mlp_size=64, chunk_size=8, top_k_documents=2,
 )  # fmt: skip
 FRAME, END = 5, 7
 WEIGHTS = np.linspace(0.0, 1.0, CONFIG.vocab_size, dtype=np.float32)

@@ -20,7 +20,7 @@ from msa_jax.training.step import ask, empty_recent, encode, init_state, make_st
 P, W, N, B, Q = 4, 12, 3, 2, 2
 CONFIG = MSAConfig(
     vocab_size=31, hidden_size=24, num_layers=3, num_heads=2, num_kv_heads=1, head_dim=8, mlp_size=20,
-    router_layers=(1, 2), chunk_size=P, top_k=4, router_bias=True,
+    router_layers=(1, 2), chunk_size=P, top_k_documents=4, router_bias=True,
 )  # fmt: skip
 
 

@@ -107,6 +107,7 @@ def test_a_run_folder_of_an_earlier_version_is_the_same_run(settings, tmp_path):
             written["data"].setdefault(field.name, field.default)
     written["data"] |= {"titles": True, "ruler_tasks": ["niah_single_1"]}
     written["tokenizer"]["uuid_pairs"] = written["data"].pop("uuid_pairs")
+    written["model"]["top_k"] = written["model"].pop("top_k_documents")
     path = tmp_path / "config.json"
     path.write_text(json.dumps(written))
     check_workdir(RunConfig.from_dict(settings), tmp_path)

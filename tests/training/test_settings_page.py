@@ -81,6 +81,8 @@ def test_print_config_prints_them_and_trains_nothing(capsys):
     assert any("uuid_pairs" in line for line in lines) and not any("num_words" in line for line in lines)
     with pytest.raises(SystemExit, match="--workdir is missing: name the folder of the run"):
         train.main(["--config=demo"])
+    with pytest.raises(SystemExit, match="--config.model.top_k is now --config.model.top_k_documents."):
+        train.main(["--config=demo", "--workdir=run", "--config.model.top_k=4"])
 
 
 def test_help_names_every_mode(capsys):
