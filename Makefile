@@ -6,11 +6,11 @@ DEMO := --config=configs/demo.py --workdir=runs/demo
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 set_up = @python=$$(scripts/find_python.sh) && "$$python" scripts/make_venv.py
 
-.PHONY: help setup tpu demo test bench lint clean
+.PHONY: help setup tpu demo test test-slow test-all bench lint clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
 
 setup: $(STAMP)  ## make .venv and install everything into it
 
@@ -29,8 +29,16 @@ demo: setup  ## train a small model, then measure it from 16K to 1M tokens of me
 	$(PY) train.py $(DEMO)
 	$(PY) eval.py $(DEMO) --memory_tokens=16384,65536,262144,1048576
 
-test: lint  ## ruff, then every test that is not marked slow
-	$(PY) -m pytest -n 2 --dist worksteal -q
+PYTEST := $(PY) -m pytest -n 2 --dist worksteal -q
+
+test: lint  ## ruff, then every test that is not marked slow: at most 8 minutes on two cores
+	$(PYTEST)
+
+test-slow: setup  ## the tests marked slow alone: whole matrices, whole trainings
+	$(PYTEST) -m slow
+
+test-all: lint  ## ruff, then every test there is
+	$(PYTEST) -m "slow or not slow"
 
 bench: setup  ## time the routing
 	$(PY) -m benchmarks.routing

@@ -10,6 +10,8 @@ os.environ.setdefault("MPLBACKEND", "agg")
 # The interpreter of GPU kernels runs every warpgroup as a thread that may wait for another one, and holds a thread of
 # XLA's pool meanwhile. The pool has one a core, and on few cores none is left to wait for.
 os.environ.setdefault("NPROC", "16")
+# Most of the time of a test is compilation, and machine code for tiny arrays need not be fast. Of processes too.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     flags = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=2"]
     os.environ["XLA_FLAGS"] = " ".join(flags).strip()
@@ -45,13 +47,17 @@ def programs_are_not_kept(monkeypatch):
     monkeypatch.setattr("msa_jax.cli.compilation.keep_programs", lambda folder: None)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def quick_compiles():
-    """Compile with little optimisation: of tiny models, most of the time is compilation."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
+    """Every test compiles so."""
+
+
+@pytest.fixture(scope="module")
+def optimised():
+    """Compile as outside of tests: for what is measured of executables."""
+    jax.config.update("jax_disable_most_optimizations", False)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")

@@ -51,12 +51,11 @@ def test_agrees_with_the_published_implementation(copy_of, capsys, name):
     assert expected in printed
 
 
-# Slow: nearly 90 s of decoding in the interpreter of GPU kernels. The forward passes are those of train_gqa.
+@pytest.mark.slow  # a minute each in the interpreter; tests/kernels runs every kernel by default
 @pytest.mark.parametrize(
     "name, implementation",
     [
-        ("train_gqa", "tpu"), ("infer_gqa", "tpu"), ("train_gqa", "gpu"),
-        pytest.param("infer_gqa", "gpu", marks=pytest.mark.slow),
+        ("train_gqa", "tpu"), ("infer_gqa", "tpu"), ("train_gqa", "gpu"), ("infer_gqa", "gpu"),
     ],
 )  # fmt: skip
 def test_agrees_with_the_published_implementation_through_the_kernels(copy_of, capsys, name, implementation):

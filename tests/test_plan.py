@@ -18,6 +18,7 @@ from msa_jax.plan.topologies import Topology
 from msa_jax.sharding import MeshConfig
 from msa_jax.spec import LayerSpec
 
+pytestmark = pytest.mark.usefixtures("optimised")
 GIB = 2**30
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: `make tpu` installs it."

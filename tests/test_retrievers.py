@@ -134,7 +134,6 @@ def answers(retriever):
     return engine.ask(QUESTIONS[:1], config=ASK)
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_a_model_asks_with_two_levels_by_its_setting_alone():
     want, got = list(answers("exact")), list(answers("two_level:group=2,groups=3"))
     for mine, theirs in zip(got, want, strict=True):

@@ -17,7 +17,7 @@ from msa_jax.cli.compilation import for_other_chips
 MIB = 2**20
 CHUNKS = 262_144
 missing = programs.available("v5p")
-pytestmark = pytest.mark.skipif(missing is not None, reason=str(missing))
+pytestmark = [pytest.mark.usefixtures("optimised"), pytest.mark.skipif(missing is not None, reason=str(missing))]
 
 
 def compiled(**changes):

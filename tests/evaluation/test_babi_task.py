@@ -84,7 +84,7 @@ def test_the_kinds_of_second_hops():
     assert babi.kind(STORIES[0], 0) == "the person's latest place"
 
 
-def test_the_questions_of_all_stories_are_asked_together(quick_compiles):
+def test_the_questions_of_all_stories_are_asked_together():
     engine = Engine(model_of(), renderer(), library_of_stories(), CONFIG)
     found = babi.asked(engine, STORIES, AskConfig(mode="latent", budget=Budget(answer_tokens=2)))
     assert [(story.id, i) for story, i, _ in found] == [("a", 0), ("a", 1), ("b", 0)]

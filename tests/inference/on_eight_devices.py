@@ -1,7 +1,6 @@
 """A session of a bank that is spread over a mesh; test_engine_tiers.py runs this where there are eight devices."""
 
 import jax
-import pytest
 from flax import nnx
 
 from msa_jax.bank import MemoryStore
@@ -10,7 +9,6 @@ from msa_jax.sharding import MeshConfig, Shardings
 from tests.inference.small import ASK, BUDGET, QUESTIONS, encoder, model_of, renderer
 from tests.inference.test_engine_tiers import TWO, alike, path
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 __all__ = ["path"]
 
 

@@ -18,7 +18,6 @@ from msa_jax.inference.library import View
 from tests.inference.scripted import Scripted, names
 from tests.inference.small import ASK, BUDGET, CONTEXT, ENGINE, QUESTIONS, library_of, model_of, renderer
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 A, B, C, D, E = QUESTIONS
 LONG = Budget(answer_tokens=17, turn_tokens=9, document_tokens=3)
 CASES = [

@@ -10,7 +10,6 @@ from msa_jax.inference.library import FixedLibrary
 from tests.inference.scripted import Scripted, full_pass, names
 from tests.inference.small import ASK, BUDGET, CONTEXT, DOCUMENTS, ENGINE, QUESTIONS, library_of, model_of, renderer
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 ONE = dataclasses.replace(ENGINE, decode_steps=1)
 
 

@@ -10,7 +10,6 @@ from msa_jax.inference.stored import StoredLibrary
 from tests.inference.scripted import Scripted, full_pass, names
 from tests.inference.small import ASK, ENGINE, QUESTIONS, TEXTS, encoder, model_of, renderer
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 Q = QUESTIONS[0]
 
 

@@ -16,7 +16,6 @@ from msa_jax.inference.stored import StoredLibrary
 from tests.inference.scripted import Scripted, full_pass, names
 from tests.inference.small import BUDGET, ENGINE, QUESTIONS, TEXTS, encoder, library_of, model_of, renderer
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 TWO = dataclasses.replace(ENGINE, slots=2, prefill_rows=1, decode_steps=1)
 CONFIGS = [AskConfig(budget=BUDGET), AskConfig(mode="router", router_documents=2, budget=BUDGET)]
 

@@ -14,7 +14,6 @@ from msa_jax.inference import session as session_module
 from tests.inference.sessions import BASE, LATENT, LIMIT, READ, SINGLE, Held, stored, told
 from tests.inference.small import ASK, DOCUMENTS, ENGINE, QUESTIONS, ROW, bank_of, encoder, model_of, renderer
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 Q = QUESTIONS[0]
 
 

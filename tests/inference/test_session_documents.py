@@ -11,7 +11,6 @@ from msa_jax.inference import Budget
 from tests.inference.sessions import BASE, LATENT, LIMIT, READ, Held, cited, in_thread, meanwhile, stored, told
 from tests.inference.small import ASK, ENGINE, QUESTIONS, TEXTS
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 Q = QUESTIONS[0]
 
 

@@ -26,6 +26,7 @@ from pallas_kernels.chunk_scores import tpu as chunk_scores_tpu  # noqa: E402
 from pallas_kernels.gather_attention import tpu as gather_attention_tpu  # noqa: E402
 from pallas_kernels.gather_attention.reference import Operands  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("optimised")
 MIB = 2**20
 # One for each kernel, on one chip: the rest of the matrix is slow.
 QUICK = ("routing 4B, training", "attention 4B, prefill, int8", "attention 4B, training")

@@ -24,6 +24,11 @@ from msa_jax.serve.limits import Limits
 from msa_jax.serve.running import bind, make_server
 from msa_jax.serve.service import Service
 
+# What the contract's servers hold (test_contract.py).
+TEXTS = {"a": "one document of alpha", "b": "another one of alpha, a bit longer"}
+DOCUMENTS = [*(BankDocument(i, t, f"Title {i}", "alpha") for i, t in TEXTS.items()),
+             BankDocument("a", "what only beta may read", namespace="beta")]  # fmt: skip
+
 # What a script does: says text, sleeps so many seconds, waits for a go, reads a document, fails; or "silent": it ends
 # without a word.
 Step = str | float | threading.Event | Citation | Exception
@@ -131,6 +136,7 @@ class FakeSession:
         self._free, self.slots, self.script, self.outcome = threading.Semaphore(slots), slots, script, "answered"
         self.submitted: list[FakePending] = []
         self.add_seconds, self.adding, self.most_adding, self.go = add_seconds, 0, 0, go
+        self.version, self.emptied = 3, set()  # namespaces that had documents, as a bank knows them
 
     @property
     def namespaces(self):
@@ -145,7 +151,9 @@ class FakeSession:
     def _need(self, question, namespaces):
         if not question.strip():
             raise QuestionError("the question is empty: ask something.")
-        if unknown := set(namespaces or ()) - set(self.namespaces):
+        if len(question) > 1500:
+            raise QuestionError("the question has more tokens than the context: shorten the question.")
+        if unknown := set(namespaces or ()) - set(self.namespaces) - self.emptied:
             raise QuestionError(f"no namespace {sorted(unknown)}: there are {self.namespaces}.")
 
     def explain(self, question, *, namespaces=None, documents=5):
@@ -169,7 +177,9 @@ class FakeSession:
         for d in documents:
             if self.documents.get((d.namespace, d.id), d).text != d.text:
                 raise BankError(f"the/bank: document {d.id!r} of namespace {d.namespace!r} is there with another text.")
-        before = len(self.documents)
+            if len(d.text) > 300:
+                raise BankError(f"the/bank: document {d.id!r} has 99 tokens and the limit is 64: split it.")
+        before, self.version = len(self.documents), self.version + 1
         self.documents |= {(d.namespace, d.id): d for d in documents}
         added = len(self.documents) - before
         return Report(added=added, unchanged=len(documents) - added, encoded_tokens=3 * added)
@@ -180,11 +190,13 @@ class FakeSession:
             if (d.namespace, d.id) not in self.documents:
                 raise BankError(f"no document {d.id!r} in namespace {d.namespace!r}: `add` it instead.")
         self.documents |= {(d.namespace, d.id): d for d in documents}
+        self.version += 1
         return Report(added=len(documents))
 
     def delete(self, ids, namespace="default"):
         for identity in ids:
             del self.documents[namespace, identity]
+        self.emptied.add(namespace)
         return len(ids)
 
     def get(self, identity, namespace="default"):
@@ -199,7 +211,22 @@ class FakeSession:
 
     def stats(self):
         running = sum(not p.done() for p in self.submitted)
-        return Stats(waiting=0, running=running, slots=self.slots, documents=len(self.documents), version=3)
+        return Stats(waiting=0, running=running, slots=self.slots, documents=len(self.documents), version=self.version)
+
+
+class Reading(FakeSession):
+    """Answers with every document of the namespaces that the question may read."""
+
+    def submit(self, question, *, namespaces=None, config=None, listener=None):
+        def script(_):
+            for n, d in enumerate(list(self.documents.values())):
+                if namespaces is None or d.namespace in namespaces:
+                    yield Citation(n, d.id, d.title, d.namespace, d.text, 1)
+                    yield d.text
+
+        self.script = script
+        self.outcome = "not_in_memory" if (config.abstain_below or 0) > 1 else "answered"
+        return super().submit(question, namespaces=namespaces, config=config, listener=listener)
 
 
 class Served:

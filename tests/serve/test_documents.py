@@ -29,21 +29,6 @@ def http(server):
         yield client
 
 
-def test_in_out_changed_and_gone(http):
-    assert http.post("/v1/documents", json=ONE).json()["added"] == 1
-    many = {"documents": [{"id": str(i), "text": f"text {i}"} for i in range(3)]}
-    report = http.post("/v1/documents", json=many).json()
-    assert (report["added"], report["unchanged"], report["encoded_tokens"]) == (3, 0, 9)
-    assert http.post("/v1/documents", json=many).json()["unchanged"] == 3
-    place = "/v1/documents/a%2Fb%20c?namespace=mine"
-    assert http.get(place).json() == {"object": "document"} | ONE
-    assert http.put("/v1/documents", json=ONE | {"text": "new"}).json()["added"] == 1
-    assert http.get(place).json()["text"] == "new"
-    assert http.delete(place).json()["deleted"] is True
-    assert http.get(place).status_code == http.delete(place).status_code == 404
-    assert http.get("/v1/documents/0").json()["namespace"] == "default"
-
-
 @pytest.mark.parametrize(
     ("body", "param", "said"),
     [
@@ -65,33 +50,11 @@ def test_what_is_no_document(server, http, body, param, said):
     assert said in response.json()["error"]["message"] and server.session.documents == {}
 
 
-def test_what_the_bank_refuses_is_told_without_its_place(http):
-    http.post("/v1/documents", json=ONE)
-    response = http.post("/v1/documents", json=ONE | {"text": "other"})
-    message = response.json()["error"]["message"]
-    assert response.status_code == 400
-    assert message == "document 'a/b c' of namespace 'mine' is there with another text."
-    missing = http.put("/v1/documents", json={"id": "none", "text": "x"})
-    assert missing.status_code == 400 and "`add` it instead" in missing.text
-
-
 def test_a_server_that_only_reads(http):
     with serving(writable=False) as server, server.http() as http:
         for response in (http.post("/v1/documents", json=ONE), http.delete("/v1/documents/a")):
             assert (response.status_code, response.json()["error"]["code"]) == (403, "read_only")
         assert http.get("/v1/documents").json()["data"] == []
-
-
-def test_what_the_router_finds(http):
-    http.post("/v1/documents", json=ONE)
-    http.post("/v1/documents", json={"id": "b", "text": "other"})
-    explained = http.post("/v1/explain", json={"question": "a", "namespaces": ["mine"]}).json()
-    layer = {"layer": 2, "score": 0.5, "rank": 1, "chunk": 0, "passage": "Straße", "token": "word"}
-    found = {name: ONE[name] for name in ("id", "title", "namespace", "text")} | {"score": 0.5, "layers": [layer]}
-    assert explained == {"object": "explanation", "question": "a", "documents": [found]}
-    assert len(http.post("/v1/explain", json={"question": "a", "documents": 1}).json()["documents"]) == 1
-    for bad in ({}, {"question": " "}, {"question": "a", "documents": 0}, {"question": "a", "namespaces": ["no"]}):
-        assert http.post("/v1/explain", json=bad).status_code == 400
 
 
 @pytest.mark.parametrize(

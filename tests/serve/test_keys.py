@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 
 from msa_jax.bank import BankDocument
 from msa_jax.errors import ConfigError
-from msa_jax.inference.answer import Citation
 from msa_jax.serve import keys as module
 from msa_jax.serve.errors import ApiError
 from msa_jax.serve.keys import Access, Keys, add_key, digest_of, main
-from tests.serve.fakes import FakeSession, events_of, serving
+from tests.serve.fakes import Reading, events_of, serving
 
 
 def run(capsys, *arguments):
@@ -100,20 +99,6 @@ def content():
         for identity in (f"own-{space}", "shared"):
             words = secret_of(space)
             yield BankDocument(identity, f"{words} text", f"{words} title", space, {"m": words})
-
-
-class Reading(FakeSession):
-    """Answers with every document of the namespaces that the question may read."""
-
-    def submit(self, question, *, namespaces=None, config=None, listener=None):
-        def script(_):
-            for n, d in enumerate(list(self.documents.values())):
-                if namespaces is None or d.namespace in namespaces:
-                    yield Citation(n, d.id, d.title, d.namespace, d.text, 1)
-                    yield d.text
-
-        self.script = script
-        return super().submit(question, namespaces=namespaces, config=config, listener=listener)
 
 
 @pytest.fixture(scope="module")

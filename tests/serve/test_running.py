@@ -60,8 +60,24 @@ def refuses(url):
         return isinstance(e, httpx.ConnectError)
 
 
-def test_what_runs_ends_and_nothing_new_begins(root):
-    with started(root, 30) as (process, http), concurrent.futures.ThreadPoolExecutor(3) as pool:
+def test_keys_are_read_again_and_what_runs_ends_and_nothing_new_begins(root, tmp_path):
+    file = str(tmp_path / "keys")
+    first = add_key(file, "first", None, False)
+    with started(root, 30, file) as (process, http), concurrent.futures.ThreadPoolExecutor(3) as pool:
+
+        def status(key):
+            http.headers["authorization"] = f"Bearer {key}"
+            return http.get("/v1/models").status_code
+
+        second = add_key(file, "second", None, False)
+        assert (status(second), status(first)) == (401, 200)
+        process.send_signal(signal.SIGHUP)
+        assert eventually(lambda: status(second) == 200)
+        (tmp_path / "keys").write_text("{")
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.3)
+        assert status(first) == 200
+
         running = [pool.submit(chat, http, "slow", stream=stream) for stream in (False, True)]
         assert runs(http, 2)
         begin = time.monotonic()
@@ -70,53 +86,27 @@ def test_what_runs_ends_and_nothing_new_begins(root):
         assert running[0].result().json()["choices"][0]["message"]["content"] == "begun done"
         assert [e["choices"][0]["finish_reason"] for e in events_of(running[1].result().text)][-1] == "stop"
         assert process.wait(20) == 0 and time.monotonic() - begin < 20
-        assert "ended" in process.stdout.read()
+        assert "ended" in process.stdout.read() and "the keys stay as they were" in process.stderr.read()
 
 
 @pytest.mark.parametrize("signals", [(signal.SIGTERM,), (signal.SIGINT, signal.SIGINT)])
 def test_what_does_not_end_in_time_is_cancelled(root, signals):
-    """By the end of the grace, or by a second signal long before it."""
+    """By the end of the grace, or by a second signal long before it; nor does a change of documents keep it."""
     grace = 0.5 if len(signals) == 1 else 100
-    with started(root, grace) as (process, http), concurrent.futures.ThreadPoolExecutor(3) as pool:
+    with started(root, grace, ADD="60") as (process, http), concurrent.futures.ThreadPoolExecutor(3) as pool:
         running = [pool.submit(chat, http, "endless", stream=stream) for stream in (False, True)]
+        adding = pool.submit(http.post, "/v1/documents", json={"id": "a", "text": "b"})
         assert runs(http, 2)
         begin = time.monotonic()
+        time.sleep(0.3)
         for one in signals:
             process.send_signal(one)
             time.sleep(0.3)
         whole, stream = (one.result() for one in running)
         assert (whole.status_code, whole.json()["error"]["code"]) == (503, "stopping")
         assert events_of(stream.text)[-1]["error"]["code"] == "stopping"
-        assert process.wait(20) == 0 and time.monotonic() - begin < 20
-
-
-def test_a_change_that_takes_too_long_does_not_keep_it(root):
-    with started(root, 0.2, ADD="60") as (process, http), concurrent.futures.ThreadPoolExecutor(1) as pool:
-        adding = pool.submit(http.post, "/v1/documents", json={"id": "a", "text": "b"})
-        time.sleep(0.5)
-        process.send_signal(signal.SIGTERM)
         assert adding.result().json()["error"]["code"] == "stopping"
-        assert process.wait(20) == 0
-
-
-def test_keys_are_read_again(root, tmp_path):
-    file = str(tmp_path / "keys")
-    first = add_key(file, "first", None, False)
-    with started(root, 1, file) as (process, http):
-
-        def status(key):
-            return http.get("/v1/models", headers={"authorization": f"Bearer {key}"}).status_code
-
-        second = add_key(file, "second", None, False)
-        assert (status(first), status(second)) == (200, 401)
-        process.send_signal(signal.SIGHUP)
-        assert eventually(lambda: status(second) == 200)
-        (tmp_path / "keys").write_text("{")
-        process.send_signal(signal.SIGHUP)
-        time.sleep(0.3)
-        assert status(first) == 200
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 0 and "the keys stay as they were" in process.stderr.read()
+        assert process.wait(20) == 0 and time.monotonic() - begin < 20
 
 
 def test_what_cannot_be_loaded_ends_it(root):

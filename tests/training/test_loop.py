@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 from msa_jax.checkpoints.run import Checkpoints
-from msa_jax.errors import CheckpointError, ConfigError, TrainingDiverged
+from msa_jax.errors import CheckpointError, ConfigError, DataError, TrainingDiverged
 from msa_jax.evaluation.evaluate import evaluate, report
 from msa_jax.runs.build import make_model, open_tokenizer, train_run
 from msa_jax.runs.config import RunConfig
@@ -59,6 +59,7 @@ def wait_for_step(process, workdir, step, seconds=240):
     raise AssertionError(f"step {step} was not reached: {process.communicate()[0]}")
 
 
+@pytest.mark.slow  # test_processes.py kills a run and goes on with it by default
 def test_a_run_learns_and_survives_every_interruption(root, settings, config_file, tmp_path):
     """Loss falls and recall rises beyond stated bounds; SIGTERM, SIGKILL and resuming change no bit.
 
@@ -132,7 +133,7 @@ def test_a_run_learns_and_survives_every_interruption(root, settings, config_fil
         train_run(RunConfig.from_dict(settings), cut)
 
 
-def test_moving_average_is_kept_and_used(settings, tmp_path, quick_compiles):
+def test_moving_average_is_kept_and_used(settings, tmp_path):
     settings["training"]["phases"] = [{"steps": 2}]
     settings["training"]["optimizer"]["ema_decay"] = 0.75
     run = RunConfig.from_dict(settings)
@@ -177,27 +178,21 @@ def test_evaluating_an_untrained_workdir_is_an_error(settings, tmp_path):
         evaluate(unknown, tmp_path, [2048])
 
 
-@pytest.mark.parametrize(
-    "line, fault",
-    [
+def test_bad_data_ends_in_a_sentence_before_training(root, settings, haystack, tmp_path):
+    settings["data"] |= {"source": "jsonl", "folder": str(tmp_path)}
+    for line, fault in (
         ('{"id": "x", "title": "t", "text": ""}', "no text"),
         ('{"id": "x", "title":', "JSON"),
         ('{"id": "0", "title": "t", "text": "again"}', "already"),
-    ],
-)
-def test_bad_data_ends_in_a_sentence_before_training(root, settings, haystack, tmp_path, line, fault):
-    folder = tmp_path / "broken"
-    folder.mkdir()
-    (folder / "documents.jsonl").write_text((haystack / "documents.jsonl").read_text() + line + "\n")
-    settings["data"] |= {"source": "jsonl", "folder": str(folder)}
+    ):
+        (tmp_path / "documents.jsonl").write_text((haystack / "documents.jsonl").read_text() + line + "\n")
+        with pytest.raises(DataError, match=f"documents.jsonl:61.*{fault}"):
+            train_run(RunConfig.from_dict(settings), tmp_path / "run")
     config = tmp_path / "config.py"
-    config.write_text(
-        f"from ml_collections import ConfigDict\ndef get_config(): return ConfigDict({settings!r})\n"
-    )
-    process = command(root, config, tmp_path / "run")
-    output, _ = process.communicate(timeout=120)
+    write_config(config, settings)
+    output, _ = (process := command(root, config, tmp_path / "run")).communicate(timeout=120)
     assert process.returncode == 1
-    assert "documents.jsonl:61" in output and fault in output and "Traceback" not in output, output
+    assert "documents.jsonl:61" in output and "Traceback" not in output, output
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 

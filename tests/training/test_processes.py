@@ -83,7 +83,11 @@ def test_two_processes_are_as_one_and_one_goes_on_alone(config, tmp_path):
     "different, statement",
     [
         (["--config.training.seed=5", "--config.mesh.fsdp=True"], "settings of training, mesh differ between"),
-        (["--config.data.num_documents=0"], "process 1 of 2: train.py: data.num_documents must be at least 1, got 0."),
+        pytest.param(
+            ["--config.data.num_documents=0"],
+            "process 1 of 2: train.py: data.num_documents must be at least 1, got 0.",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_processes_that_disagree_end_with_a_sentence(config, tmp_path, different, statement):
@@ -101,8 +105,12 @@ def test_processes_that_disagree_end_with_a_sentence(config, tmp_path, different
     [
         (["--num_processes=2"], "--coordinator, --process_id missing"),
         (["--coordinator=here", "--num_processes=2", "--process_id=0"], "--coordinator must be host:port, got 'here'."),
-        (["--coordinator=h:1", "--num_processes=2", "--process_id=2"], "0 to num_processes - 1, got 2 of 2"),
-        (["--config.mesh.modle=2"], "modle"),
+        pytest.param(
+            ["--coordinator=h:1", "--num_processes=2", "--process_id=2"],
+            "0 to num_processes - 1, got 2 of 2",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(["--config.mesh.modle=2"], "modle", marks=pytest.mark.slow),
     ],
 )
 def test_flags_that_do_not_fit_are_a_sentence(config, tmp_path, flags, statement):

@@ -82,7 +82,7 @@ def test_muon_takes_matrices_and_adam_the_rest():
     keys = iter(jax.random.split(jax.random.key(0), 100))
     grads = jax.tree.map(lambda p: jax.random.normal(next(keys), p.shape), params)
     optimizer = make_optimizer(training)
-    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
     for path, update in jax.tree_util.tree_leaves_with_path(updates):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         if name.endswith("kernel") and not name.startswith("lm_head"):
