@@ -60,6 +60,20 @@ def optimised():
     jax.config.update("jax_disable_most_optimizations", True)
 
 
+@pytest.fixture
+def compiled():
+    """Durations of all that is compiled, or read from the cache, from here on; a list that may be cleared."""
+    durations = []
+
+    def note(event, duration, **_):
+        if "backend_compile" in event:
+            durations.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    yield durations
+    jax.monitoring.unregister_event_duration_listener(note)
+
+
 @pytest.fixture(scope="session")
 def root() -> pathlib.Path:
     """The root of the repository."""

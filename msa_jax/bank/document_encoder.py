@@ -50,9 +50,9 @@ class DocumentEncoder:
         self.tokenizer, self.renderer = tokenizer, Renderer(tokenizer)
         self.row_len, self.rows_per_step = row_len, rows_per_step
         # Attention within a row costs the square of its length, so short documents get short rows.
-        self._row_lens = [row_len]
-        while self._row_lens[0] // _SHORTER >= _SHORTEST and self._row_lens[0] // _SHORTER % chunk == 0:
-            self._row_lens.insert(0, self._row_lens[0] // _SHORTER)
+        self.row_lens = [row_len]
+        while self.row_lens[0] // _SHORTER >= _SHORTEST and self.row_lens[0] // _SHORTER % chunk == 0:
+            self.row_lens.insert(0, self.row_lens[0] // _SHORTER)
         self.spec = BankSpec.of(model, tokenizer)
         self._rows = RowEncoder(model)
 
@@ -95,7 +95,7 @@ class DocumentEncoder:
         starts = behind(lengths)
         targets = self._rows.arrays(int(lengths.sum()))
         shorter = 0
-        for row_len in self._row_lens:
+        for row_len in self.row_lens:
             mine = np.flatnonzero((tokens > shorter) & (tokens <= row_len))
             shorter = row_len
             if not len(mine):

@@ -48,7 +48,7 @@ class Numbers:
         """
         free = sum(end - max(first, self._last + 1) for first, end in self._blocks if end > self._last)
         if free < count:
-            self._claim(max(count - free, self._taken // _AHEAD))
+            self.claim(max(count - free, self._taken // _AHEAD))
         ordinals = (n for first, end in self._blocks for n in range(max(first, self._last + 1), end))
         taken = list(itertools.islice(ordinals, count))
         self._taken += count
@@ -61,7 +61,7 @@ class Numbers:
             first, end = self._blocks.pop()
             _exchange(self._bank, lambda found: max(first, next_text) if found == end else None)
 
-    def _claim(self, count: int) -> None:
+    def claim(self, count: int) -> None:
         first = end = 0
 
         def raised(found):

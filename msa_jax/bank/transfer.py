@@ -100,7 +100,7 @@ def write(
 
     def read(piece):
         try:
-            return fields[piece.part.field].make(_read(stored[piece.part.field], piece, source))
+            return fields[piece.part.field].make(read_piece(stored[piece.part.field], piece, source))
         except (ValueError, OSError) as e:
             raise BankError(f"{store.path}: {piece.part.field} cannot be read: {reason_of(e)}") from e
 
@@ -110,7 +110,7 @@ def write(
                 layer, chunk = piece.layers[0] - piece.part.layers[0], piece.start - piece.part.chunks[0]
                 numbers = np.array([layer, chunk, piece.chunks[0] - piece.start], np.int32)
                 for name, number, axis, rest in holders[piece.part]:
-                    shards[name][number] = _put(shards[name][number], blocks[name][rest], numbers, axis=axis)
+                    shards[name][number] = write_block(shards[name][number], blocks[name][rest], numbers, axis=axis)
                 # Pieces in flight are memory, so no more than those that are read ahead.
                 jax.block_until_ready([shards[name][number] for name, number, *_ in holders[piece.part]])
                 bar.update(_bytes_of(piece, stored))
@@ -138,7 +138,7 @@ def _shards(array: jax.Array) -> list[jax.Array]:
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames="axis")
-def _put(array: jax.Array, block: jax.Array, numbers: jax.Array, *, axis: int) -> jax.Array:
+def write_block(array: jax.Array, block: jax.Array, numbers: jax.Array, *, axis: int) -> jax.Array:
     """`array` with `block` at (layer, chunk), but for the first `kept` chunks that lie there.
 
     Args:
@@ -169,7 +169,7 @@ def _pieces(part: _Part, stored: ts.TensorStore, first: int, last: int) -> Itera
             yield _Piece(part, span, (begin, min(begin + size, last)), start, size)
 
 
-def _read(stored: ts.TensorStore, piece: _Piece, source: np.ndarray) -> np.ndarray:
+def read_piece(stored: ts.TensorStore, piece: _Piece, source: np.ndarray) -> np.ndarray:
     """What is written of a piece, [l, size, ...]; zero where it has no chunks."""
     layers, wanted = slice(*piece.layers), source[slice(*piece.chunks)]
     bounds = [0, *(np.flatnonzero(np.diff(wanted) != 1) + 1), len(wanted)]

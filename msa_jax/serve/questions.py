@@ -73,7 +73,7 @@ class Question:
         except BaseException:
             service.questions.leave()
             raise
-        service.add_cancel(question._pending.cancel)
+        service.cancels.add(question._pending.cancel)
         return question
 
     def _listen(self, event: StreamEvent) -> None:
@@ -160,7 +160,7 @@ class Question:
 
     def _leave(self) -> None:
         self._service.questions.leave()
-        self._service.remove_cancel(self._pending.cancel)
+        self._service.cancels.discard(self._pending.cancel)
 
 
 def _refusal_of(answer: Answer) -> ApiError | None:

@@ -35,6 +35,7 @@ class Service:
       local: only clients who call this machine "localhost" or by a loopback address are served.
       metrics, limits: of the server.
       requests, questions, writes: gates.
+      cancels: what cancels each question under way.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Service:
         self.requests = Gate(limits.requests, "requests")
         self.questions = Gate(limits.waiting, "questions")
         self.writes = Gate(limits.writes, "changes of documents")
-        self._cancels: set[Callable[[], None]] = set()
+        self.cancels: set[Callable[[], None]] = set()
         self._tasks: set[asyncio.Task] = set()
         self._given_up = asyncio.Event()
         # Changes take long, and reading a listing may: questions must not stand behind them.
@@ -134,14 +135,8 @@ class Service:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def add_cancel(self, cancel: Callable[[], None]) -> None:
-        self._cancels.add(cancel)
-
-    def remove_cancel(self, cancel: Callable[[], None]) -> None:
-        self._cancels.discard(cancel)
-
     def give_up(self) -> None:
         """Cancel what is being answered, and wait for no change of documents."""
         self._given_up.set()
-        for cancel in list(self._cancels):
+        for cancel in list(self.cancels):
             self.later(cancel)

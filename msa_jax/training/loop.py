@@ -135,7 +135,7 @@ def _train(model, dataset, settings, workdir, prefix, checkpoints, mesh) -> Trai
         clock, clock_step = time.monotonic(), first
         while step < settings.steps and not (stopped := stop.received(step)):
             batch = next(batches)
-            _check_limits(batch, settings)
+            check_limits(batch, settings)
             placed = spread_batch(batch, mesh, shardings) if mesh else batch
             state, latest = train_step(state, placed, phase_values(phase_at(settings.phases, step)))
             step += 1
@@ -177,7 +177,7 @@ def _tokens(batch) -> int:
     return int((batch.documents.segment_ids > 0).sum() + batch.questions.mask.sum())
 
 
-def _check_limits(batch, settings: TrainingConfig) -> None:
+def check_limits(batch, settings: TrainingConfig) -> None:
     asked = batch.questions
     routing = (asked.roles == ROUTING) & asked.mask
     for name, what, tokens in (

@@ -19,8 +19,8 @@ from tests.test_bank_encoder import B, _forward, model_of
 
 def main(path, port, number, count):
     jax.distributed.initialize(f"localhost:{port}", int(count), int(number))
-    read, real = [], transfer._read
-    transfer._read = lambda a, piece, s: read.append([piece.part.chunks, piece.chunks]) or real(a, piece, s)
+    read, real = [], transfer.read_piece
+    transfer.read_piece = lambda a, piece, s: read.append([piece.part.chunks, piece.chunks]) or real(a, piece, s)
     mesh = MeshConfig(memory=jax.device_count()).make()
     with MemoryStore(path, version=3) as store:
         loaded = load(store, mesh=mesh, room=3.0)

@@ -133,8 +133,8 @@ def test_int8_and_content_off_the_device_are_spread_too(versions, form, like):
 
 def test_what_is_new_is_read_once_and_for_one_device_whatever_holds_the_same(versions, monkeypatch):
     path, (first, second, *_) = versions
-    read, real = [], transfer._read
-    monkeypatch.setattr(transfer, "_read", lambda a, piece, s: read.append(piece) or real(a, piece, s))
+    read, real = [], transfer.read_piece
+    monkeypatch.setattr(transfer, "read_piece", lambda a, piece, s: read.append(piece) or real(a, piece, s))
     with MemoryStore(path, version=first) as store:
         loaded = load(store, mesh=MeshConfig(data=2, memory=4).make())
     reads_once(read, loaded.placement.filled())

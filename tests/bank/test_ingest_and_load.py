@@ -69,7 +69,7 @@ def test_rows_of_several_lengths_give_the_same_bank(tmp_path, monkeypatch):
     monkeypatch.setattr(document_encoder, "_SHORTEST", 8)
     with create(tmp_path) as store:
         encoder = encoder_of(row_len=64, rows_per_step=1)
-        assert encoder._row_lens == [16, 64]
+        assert encoder.row_lens == [16, 64]
         texts = [*TEXTS, "long " * 10, "and long again " * 3, "short"]
         store.add(documents(texts), encoder)
         loaded = load(store)

@@ -298,7 +298,7 @@ def serving(session: FakeSession | None = None, *, keys=None, limits=None, **opt
                 raise AssertionError(f"still running: {pending.question}")
         assert eventually(lambda: service.questions.taken == service.writes.taken == 0), "a gate is held"
         assert eventually(lambda: service.requests.taken == 0), "a request is held"
-        assert not service._cancels
+        assert not service.cancels
     finally:
         for pending in session.submitted:
             pending.cancel()

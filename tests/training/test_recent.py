@@ -11,7 +11,7 @@ from msa_jax import MSAConfig, MSATransformer
 from msa_jax.data.batch import Batch, Sample, pack_documents, pack_questions
 from msa_jax.errors import ConfigError
 from msa_jax.training.config import OptimizerConfig, Phase, TrainingConfig
-from msa_jax.training.loop import _check_limits
+from msa_jax.training.loop import check_limits
 from msa_jax.training.optimizer import make_optimizer
 from msa_jax.training.recent import no_recent, remember, with_recent
 from msa_jax.training.schedule import phase_values
@@ -126,6 +126,6 @@ def test_only_tokens_that_route_are_scored():
 def test_a_batch_beyond_its_limits_is_refused():
     training = TrainingConfig(phases=(Phase(steps=1),), max_routing=3)
     with pytest.raises(ConfigError, match=r"4 tokens that route and training.max_routing is 3"):
-        _check_limits(BATCHES[0], training)
+        check_limits(BATCHES[0], training)
     with pytest.raises(ConfigError, match="recent must not be negative"):
         Phase(steps=1, recent=-1)
