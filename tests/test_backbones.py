@@ -8,8 +8,6 @@ import pytest
 
 from msa_jax.parity.__main__ import main
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 RECORDED = (
     "qwen3", "qwen3_legacy_untied_sharded", "qwen3_yarn", "qwen2_bias", "llama3", "smollm2", "mistral_window",
     "gemma3_text",

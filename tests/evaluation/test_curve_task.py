@@ -34,7 +34,7 @@ def workdir(trained, monkeypatch):
     return trained[1]
 
 
-def test_sizes_are_asked_once_and_told_apart(trained, workdir, quick_compiles, monkeypatch):
+def test_sizes_are_asked_once_and_told_apart(trained, workdir, monkeypatch):
     small, large = rows = evaluate(None, workdir, [1024, 3072], task="curve", settings=OWN)
     assert [row["memory_tokens"] for row in rows] == [1024, 3072]
     assert small["tokens"] <= 1024 < large["tokens"] <= 3072 and small["documents"] < large["documents"]
@@ -54,7 +54,7 @@ def test_sizes_are_asked_once_and_told_apart(trained, workdir, quick_compiles, m
         evaluate(None, workdir, [1024], task="curve", settings=[*OWN, "seed=2"], out=workdir / "other.json")
 
 
-def test_a_model_is_asked_as_the_config_has_it(trained, workdir, quick_compiles, monkeypatch, tmp_path):
+def test_a_model_is_asked_as_the_config_has_it(trained, workdir, monkeypatch, tmp_path):
     run, asked = trained[0], []
 
     def ask(inputs, *rest):

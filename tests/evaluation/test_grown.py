@@ -146,7 +146,7 @@ def test_memories_share_the_haystack_behind_them(tmp_path, renderer, encoder):
         assert store.verify()["whole"]
 
 
-def test_it_is_asked(bank, renderer, quick_compiles):
+def test_it_is_asked(bank, renderer):
     config = EngineConfig(slots=2, context=96, lengths=(), prefill_rows=2, decode_steps=4)
 
     def ask(library, questions):

@@ -85,7 +85,7 @@ def inputs(tmp_path):
 
 
 @pytest.mark.slow
-def test_tasks_share_the_haystack_behind_their_memories(inputs, quick_compiles, monkeypatch):
+def test_tasks_share_the_haystack_behind_their_memories(inputs, monkeypatch):
     filled, append = [], MemoryStore.append
 
     def appending(self, documents, *encoded):
