@@ -6,11 +6,11 @@ DEMO := --config=configs/demo.py --workdir=runs/demo
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 set_up = @python=$$(scripts/find_python.sh) && "$$python" scripts/make_venv.py
 
-.PHONY: help setup tpu demo test test-slow test-all bench lint clean
+.PHONY: help setup tpu demo test test-slow test-all test-lowest bench lint clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
 
 setup: $(STAMP)  ## make .venv and install everything into it
 
@@ -31,21 +31,26 @@ demo: setup  ## train a small model, then measure it from 16K to 1M tokens of me
 
 PYTEST := $(PY) -m pytest -n 2 --dist worksteal -q
 
-test: lint  ## ruff, then every test that is not marked slow: at most 8 minutes on two cores
+test: lint  ## ruff and mypy, then every test that is not marked slow: at most 8 minutes on two cores
 	$(PYTEST)
 
 test-slow: setup  ## the tests marked slow alone: whole matrices, whole trainings
 	$(PYTEST) -m slow
 
-test-all: lint  ## ruff, then every test there is
+test-all: lint  ## ruff and mypy, then every test there is
 	$(PYTEST) -m "slow or not slow"
 
 bench: setup  ## time the routing
 	$(PY) -m benchmarks.routing
 
-lint: setup  ## ruff alone
+lint: setup  ## ruff, and mypy over the public names
 	$(PY) -m ruff check
+	$(PY) -m mypy
+
+test-lowest:  ## the tests with the lowest versions that setup.cfg allows; TESTS="tests/data" runs some of them
+	@python=$$(scripts/find_python.sh) && "$$python" scripts/lowest.py .venv-lowest
+	.venv-lowest/bin/python -m pytest -n 2 --dist worksteal -q $(TESTS)
 
 clean:  ## remove caches and build leftovers; .venv and runs stay
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

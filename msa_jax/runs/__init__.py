@@ -1,0 +1,1 @@
+"""Runs: their settings, what is made of them, and the folders that they leave."""
