@@ -2,7 +2,10 @@
 
 import collections
 import itertools
+import json
+import os
 import re
+import subprocess
 import sys
 
 import numpy as np
@@ -223,6 +226,31 @@ def test_an_episode_asks_all_tasks_alike_and_holds_all_their_documents(make):
             assert {f[2] for f in found} == set(question.id.split(":")[1:])
             others = [row for row in needles_of(episode.documents) if row[2] in question.id]
             assert len(others) == len(found), "no other document answers it"
+
+
+EPISODE = """
+import hashlib, json, sys
+import numpy as np
+from msa_jax.data import RulerSource, Tokenizer
+
+texts = json.load(open(sys.argv[1] + "/texts.json"))
+source = RulerSource(texts, Tokenizer.load(sys.argv[1]), document_tokens=117, eval_fraction=0.4)
+episode = source.episode(range(8), 24, np.random.default_rng(1))
+print(hashlib.sha256("".join(d.text for d in episode.documents).encode()).hexdigest())
+"""
+
+
+@pytest.mark.slow
+def test_episodes_are_the_same_in_every_process(haystack, spoken, root, tmp_path):
+    """Python hashes strings differently in each, and a run that goes on is in another one."""
+    spoken.save(tmp_path)
+    (tmp_path / "texts.json").write_text(json.dumps(haystack))
+    made = set()
+    for seed in ("1", "2"):
+        environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(root)}
+        command = [sys.executable, "-c", EPISODE, str(tmp_path)]
+        made.add(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+    assert len(made) == 1
 
 
 def test_distractors_of_an_episode_follow_their_shares(make):

@@ -24,6 +24,7 @@ from msa_jax.errors import DataError
 
 _MIN_QUESTION_WORDS = 5
 _MIN_REST_CHARS = 80
+_MAX_CHARS = 2000  # of a document, which is cut there
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,6 @@ class PythonDocsSource(CorpusSource):
     Args:
       packages: names of installed distributions to read besides the standard library; None reads all.
       max_chars: stops reading once the documents have this many characters together; None reads everything.
-      max_document_chars: documents are cut to this many characters.
     Raises:
       DataError: when a package is not installed, or the split gets no question.
     """
@@ -58,17 +58,12 @@ class PythonDocsSource(CorpusSource):
         packages: Sequence[str] | None = (),
         include_sources: bool = False,
         max_chars: int | None = None,
-        max_document_chars: int = 2000,
         eval_fraction: float = 0.1,
     ):
         check_split(split, eval_fraction)
-        if max_document_chars <= _MIN_REST_CHARS:
-            raise DataError(f"max_document_chars must be above {_MIN_REST_CHARS}, got {max_document_chars}")
-        self._include_sources, self._max_document_chars = include_sources, max_document_chars
+        self._include_sources = include_sources
         self._passages = [text for _, text in read_topics()]
-        documents = {
-            f"help:{name}": Document(f"help:{name}", name, text[:max_document_chars]) for name, text in read_topics()
-        }
+        documents = {f"help:{name}": Document(f"help:{name}", name, text[:_MAX_CHARS]) for name, text in read_topics()}
         questions: list[Question] = []
         room = float("inf") if max_chars is None else max_chars - sum(map(len, self._passages))
         for module, path in chain(standard_library_files(), package_files(packages)):
@@ -106,9 +101,9 @@ class PythonDocsSource(CorpusSource):
         if self._include_sources:
             rest = f"{rest}\n{item.code}".strip()
         head = f"{item.name}\n{item.signature}\n"
-        body = (head + rest)[: self._max_document_chars]
+        body = (head + rest)[:_MAX_CHARS]
         asks = len(rest) >= _MIN_REST_CHARS and len(question.split()) >= _MIN_QUESTION_WORDS
         if not asks or question in " ".join(body.split()):
-            whole = (head + item.docstring)[: self._max_document_chars]
+            whole = (head + item.docstring)[:_MAX_CHARS]
             return Document(item.name, item.name, whole), None
         return Document(item.name, item.name, body), Question(item.name, question, (item.name,), (item.name,))

@@ -131,7 +131,7 @@ class RulerSource:
         passages = rng.choice(len(self), num_documents, replace=False)
         order = rng.permutation(num_documents).tolist()
         documents: list[Document] = [None] * num_documents
-        for haystack in {h for h, _ in plan}:
+        for haystack in dict.fromkeys(h for h, _ in plan):  # in an order that is the same in every process
             some = [i for i, (h, _) in enumerate(plan) if h == haystack]
             bodies = self._made.bodies(rng, haystack, self._made.passages, passages[some], [plan[i][1] for i in some])
             for i, document in zip(some, self._made.documents([numbers[i] for i in some], bodies), strict=True):
