@@ -162,13 +162,8 @@ class MSATransformer(nnx.Module):
 
     def bank(self, states: ChunkStates, layout: DocumentLayout) -> MemoryBank:
         """Memory bank in the compute dtype from chunk states [L_r, C, K, D]."""
-        dtype = self.config.compute_dtype
-        return MemoryBank(
-            routing_keys=routing.routing_key(states.routing_key, score=self.config.routing_score).astype(dtype),
-            content_k=states.content_k.astype(dtype),
-            content_v=states.content_v.astype(dtype),
-            layout=layout,
-        )
+        key = functools.partial(routing.routing_key, score=self.config.routing_score)
+        return MemoryBank(**states.arrays(key, self.config.compute_dtype), layout=layout)
 
     # Questions
 

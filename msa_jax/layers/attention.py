@@ -7,6 +7,7 @@ C = R * W / P chunks, N documents, k documents selected.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -243,13 +244,8 @@ class MemorySparseAttention(SelfAttention):
 
     def memory(self, states: ChunkStates, layout: DocumentLayout) -> LayerMemory:
         """Memory that a question can read: routing keys normalised, all in the compute dtype."""
-        dtype = self.config.compute_dtype
-        return LayerMemory(
-            routing_keys=routing.routing_key(states.routing_key, score=self.config.routing_score).astype(dtype),
-            content_k=states.content_k.astype(dtype),
-            content_v=states.content_v.astype(dtype),
-            layout=layout,
-        )
+        key = functools.partial(routing.routing_key, score=self.config.routing_score)
+        return LayerMemory(**states.arrays(key, self.config.compute_dtype), layout=layout)
 
     def __call__(
         self,

@@ -5,6 +5,8 @@ Sizes: L_r router layers, C chunks, N documents, K key/value heads, D head dim, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,6 +86,15 @@ class ChunkStates:
     routing_key: jax.Array
     content_k: jax.Array
     content_v: jax.Array
+
+    def arrays(self, routing_key: Callable[[jax.Array], jax.Array], dtype) -> dict[str, jax.Array]:
+        """What a memory holds of them, in `dtype`: fields of a `LayerMemory`, or of a `MemoryBank` if stacked.
+
+        `routing_key`: makes the keys [..., C, M] that are searched of pooled ones.
+        """
+        keys = routing_key(self.routing_key)
+        arrays = dict(routing_keys=keys, content_k=self.content_k, content_v=self.content_v)
+        return {name: x.astype(dtype) for name, x in arrays.items()}
 
 
 @struct.dataclass
