@@ -20,7 +20,7 @@ from benchmarks.measure import environment, write_json
 from msa_jax import MSATransformer
 from msa_jax.bank import encode_bank
 from msa_jax.evaluation.memories import build_memory
-from msa_jax.inference import AskConfig, Budget, Engine, EngineConfig, FixedLibrary
+from msa_jax.inference import AskConfig, Budget, Engine, EngineConfig, FixedCorpus
 from msa_jax.runs.build import make_source
 from msa_jax.runs.open import load_model, open_run
 
@@ -91,7 +91,7 @@ def main() -> None:
         rows = []
         for at_once in options.at_once:
             shapes = EngineConfig(slots=at_once, context=320, lengths=LENGTHS, prefill_rows=min(8, at_once))
-            engine = Engine(model, renderer, FixedLibrary(bank, originals), shapes)
+            engine = Engine(model, renderer, FixedCorpus(bank, originals), shapes)
             some = questions[: max(at_once, 8)]
             for first in range(0, len(some), at_once):
                 list(engine.ask(some[first : first + at_once], config=config))

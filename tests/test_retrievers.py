@@ -27,7 +27,7 @@ from msa_jax.runs.build import train_run
 from msa_jax.runs.config import RunConfig
 from msa_jax.sharding import MeshConfig
 from tests.inference.scripted import Scripted, names
-from tests.inference.small import ASK, ENGINE, QUESTIONS, library_of, model_of, renderer
+from tests.inference.small import ASK, ENGINE, QUESTIONS, corpus_of, model_of, renderer
 
 B, T, N, C, K, D, GROUP, TOP = 2, 3, 11, 24, 2, 3, 2, 3
 GROUPS = -(-N // GROUP)
@@ -129,7 +129,7 @@ def test_a_memory_that_is_spread_is_routed_over_alike(setting):
 def answers(retriever):
     config = dataclasses.replace(ENGINE, slots=1, prefill_rows=1, decode_steps=1, reported_documents=2)
     layers = dict(num_layers=2, router_layers=(0, 1))
-    engine = Scripted(model_of(retriever=retriever, **layers), renderer(), library_of(**layers), config)
+    engine = Scripted(model_of(retriever=retriever, **layers), renderer(), corpus_of(**layers), config)
     engine.scripts = {QUESTIONS[0]: names(4) + names(30)}
     return engine.ask(QUESTIONS[:1], config=ASK)
 
@@ -152,9 +152,9 @@ def test_who_needs_the_score_of_every_document_is_told_of_a_retriever_without(tm
     model = model_of(retriever="two_level")
     tokens, roles = renderer().prompt(QUESTIONS[0])
     with pytest.raises(ConfigError, match=f"^explain {REFUSED}"):
-        explain_question(model, renderer().prefix, tokens, roles, library_of().bank)
+        explain_question(model, renderer().prefix, tokens, roles, corpus_of().bank)
     with pytest.raises(QuestionError, match=f"^explain {REFUSED}"):
-        explanation_of(model, renderer(), library_of(), library_of().view(None), QUESTIONS[0], documents=1)
+        explanation_of(model, renderer(), corpus_of(), corpus_of().view(None), QUESTIONS[0], documents=1)
     options = parser().parse_args(["--bank=b", "--workdir=w", "--explain", "--set=retriever=two_level", "what"])
     with pytest.raises(ConfigError, match=f"^--explain {REFUSED}"):
         open_session(options, ASK, ENGINE)
@@ -162,12 +162,12 @@ def test_who_needs_the_score_of_every_document_is_told_of_a_retriever_without(tm
     with pytest.raises(ConfigError, match=f"^training {REFUSED}"):
         train_run(run, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    ask = lambda tokens: model.prefill(tokens, read=Route(library_of().bank, want=("scores",)))  # noqa: E731
+    ask = lambda tokens: model.prefill(tokens, read=Route(corpus_of().bank, want=("scores",)))  # noqa: E731
     with pytest.raises(ConfigError, match=f"^return_scores {REFUSED}"):
         jax.eval_shape(ask, jnp.zeros((1, 3), jnp.int32))
 
 
 def test_scores_are_given_to_those_who_want_them():
     model, tokens = model_of(), jnp.zeros((1, 3), jnp.int32)
-    output = nnx.eval_shape(lambda: model.prefill(tokens, read=Route(library_of().bank)))
+    output = nnx.eval_shape(lambda: model.prefill(tokens, read=Route(corpus_of().bank)))
     assert output.document_scores is None and output.selection.documents.shape == (2, 1, 2)

@@ -25,8 +25,7 @@ from msa_jax.data import Document, Question, Renderer
 from msa_jax.errors import DataError
 from msa_jax.evaluation.task import Inputs
 from msa_jax.files import write_text
-from msa_jax.inference.library import Library
-from msa_jax.inference.stored import StoredLibrary
+from msa_jax.inference.corpus import Corpus, StoredCorpus
 from msa_jax.runs.open import reconfigured
 
 Asked = TypeVar("Asked")
@@ -143,7 +142,7 @@ class GrownBank:
 
     def ask(
         self, rows: np.ndarray, namespace: str, questions: Sequence[Question],
-        ask: Callable[[Library, Sequence[Question]], Asked],
+        ask: Callable[[Corpus, Sequence[Question]], Asked],
     ) -> tuple[dict[str, Any], Asked, list[set[int]]]:  # fmt: skip
         """Ask some rows, on the device with content in int8.
 
@@ -151,14 +150,14 @@ class GrownBank:
           What was asked: its tokens, documents and MiB; what `ask` gave; and for every question the numbers of its
           documents.
         """
-        library = StoredLibrary(self.path, rows=rows, content_dtype="int8")
-        with contextlib.closing(library), BankReader(self.path) as store:
+        corpus = StoredCorpus(self.path, rows=rows, content_dtype="int8")
+        with contextlib.closing(corpus), BankReader(self.path) as store:
             columns, row_of = store.table.columns, store.table.row_of
             wanted = [{int(columns[row_of(key_of(namespace, i)), NUMBER]) for i in q.supporting_ids} for q in questions]
             about = {"tokens": int(columns[rows, TOKENS].sum()), "documents": len(rows)}
-            about["bank_mib"] = library.bank.nbytes / 2**20
-            answers = ask(library, questions)
-        del library
+            about["bank_mib"] = corpus.bank.nbytes / 2**20
+            answers = ask(corpus, questions)
+        del corpus
         gc.collect()  # an engine is a ring of references, and there is no room for two banks of the largest size
         return about, answers, wanted
 

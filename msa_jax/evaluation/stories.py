@@ -1,4 +1,4 @@
-"""A library of stories: many in one bank, each question sees the earlier statements of its own."""
+"""A corpus of stories: many in one bank, each question sees the earlier statements of its own."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from msa_jax.bank import encode_bank
 from msa_jax.data import Renderer, pack_documents
 from msa_jax.data.sources.babi import Story
 from msa_jax.errors import QuestionError
-from msa_jax.inference.library import Original, View
-from msa_jax.inference.rows import Visibility
+from msa_jax.inference.corpus import Original, View
+from msa_jax.inference.slots import Visibility
 from msa_jax.model import MSATransformer
 
 
-class StoryLibrary:
+class StoryCorpus:
     """Stories as namespaces, in which a document comes at its line and a question sees what had come.
 
-    The namespace of a question at line 7 of a story is "{story id}@7". See `msa_jax.inference.library.Library`.
+    The namespace of a question at line 7 of a story is "{story id}@7". See `msa_jax.inference.corpus.Corpus`.
     """
 
     def __init__(self, model: MSATransformer, renderer: Renderer, stories: Sequence[Story], *, row_len: int):

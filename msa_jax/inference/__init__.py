@@ -7,13 +7,12 @@ require_extra("bank")  # before what needs it is imported
 from msa_jax.errors import QuestionError
 from msa_jax.inference.abstention import Threshold, choose_threshold
 from msa_jax.inference.answer import Answer, Citation, Event, Outcome, Round, StreamEvent
+from msa_jax.inference.corpus import FixedCorpus
 from msa_jax.inference.engine import Engine
 from msa_jax.inference.explanation import Explained, Explanation, LayerMatch
-from msa_jax.inference.library import FixedLibrary
-from msa_jax.inference.pending import Pending
-from msa_jax.inference.session import Session
+from msa_jax.inference.request import Request
+from msa_jax.inference.session import Session, Stats
 from msa_jax.inference.settings import AskConfig, Budget, EngineConfig, Sampling
-from msa_jax.inference.stats import Stats
 
 __all__ = [
     "Answer",
@@ -25,10 +24,10 @@ __all__ = [
     "Event",
     "Explained",
     "Explanation",
-    "FixedLibrary",
+    "FixedCorpus",
     "LayerMatch",
     "Outcome",
-    "Pending",
+    "Request",
     "QuestionError",
     "Round",
     "Sampling",

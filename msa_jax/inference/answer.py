@@ -59,6 +59,27 @@ class Event:
 
 
 @dataclasses.dataclass(frozen=True)
+class Routing:
+    """What a routing found, and what it took.
+
+    Attributes:
+      documents: [L_r, R] int64, numbers of the best documents of each router layer, -1 for none.
+      scores: [L_r, R] float32, their scores.
+      ranking: mean score over router layers by number, best first.
+      selected: of those, the numbers that a router layer selected.
+      tokens: how many were computed for it.
+      why: why tokens were computed anew; empty if none were.
+    """
+
+    documents: np.ndarray
+    scores: np.ndarray
+    ranking: dict[int, float]
+    selected: tuple[int, ...]
+    tokens: int
+    why: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Round:
     """One routing and what the model wrote on its ground.
 

@@ -1,4 +1,4 @@
-"""From conversations to the arrays of one compiled step, padded to a few sizes."""
+"""From questions in progress to the arrays of a compiled step, padded to a few sizes; and from those to numbers."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from msa_jax.inference.answer import Routing
 from msa_jax.inference.candidates import Candidates
-from msa_jax.inference.conversation import Conversation
-from msa_jax.inference.library import View
-from msa_jax.inference.programs import Current, Turn
+from msa_jax.inference.corpus import Corpus, View
+from msa_jax.inference.interleave import Interleave
+from msa_jax.inference.programs import DecodeBatch, PrefillBatch, Prefilled
 from msa_jax.inference.sampling import from_settings
 from msa_jax.inference.settings import Sampling
+from msa_jax.routing import NO_SCORE
 
 
-def turn_of(
-    talks: Sequence[Conversation],
+def prefill_batch(
+    states: Sequence[Interleave],
     *,
-    rows: Sequence[int],
+    slots: Sequence[int],
     views: Sequence[View],
     sampling: Sequence[Sampling],
     size: int,
@@ -26,59 +28,87 @@ def turn_of(
     nobody: int,
     fresh: bool,
     pad_id: int,
-) -> Turn:
+) -> PrefillBatch:
     """The tokens to come of some questions, those of the whole context if `fresh`.
 
     Args:
-      size: b, questions that the step has; places beyond those given get the row `nobody`.
+      size: b, questions that the step has; places beyond those given get the slot `nobody`.
       length: T.
       head: tokens of the template prefix.
     """
     tokens = np.full((size, length), pad_id, np.int32)
     route = np.zeros((size, length), bool)
     lengths, begin = np.ones(size, np.int32), np.full(size, head, np.int32)
-    for i, talk in enumerate(talks):
-        first = 0 if fresh else talk.computed
-        new = talk.tokens[first:]
+    for i, state in enumerate(states):
+        first = 0 if fresh else state.computed
+        new = state.tokens[first:]
         lengths[i], begin[i] = len(new), head + first
-        tokens[i, : len(new)], route[i, : len(new)] = new, talk.routing[first:]
+        tokens[i, : len(new)], route[i, : len(new)] = new, state.routing[first:]
     # Views are wider from the day on that the bank has more namespaces.
     allowed = np.zeros((size, max(len(view.allowed) for view in views)), bool)
-    for i, view in enumerate(views[: len(talks)]):
+    for i, view in enumerate(views[: len(states)]):
         allowed[i, : len(view.allowed)] = view.allowed
-    spare = size - len(talks)
-    return Turn(
-        rows=np.array([*rows, *[nobody] * spare], np.int32),
+    spare = size - len(states)
+    return PrefillBatch(
+        slots=np.array([*slots, *[nobody] * spare], np.int32),
         tokens=tokens,
         lengths=lengths,
         begin=begin,
         route=route,
-        alone=np.array([*(talk.first_round for talk in talks), *[False] * spare]),
+        alone=np.array([*(state.first_round for state in states), *[False] * spare]),
         allowed=allowed,
-        seen=np.array([*(view.seen for view in views[: len(talks)]), *[0] * spare], np.int32),
+        seen=np.array([*(view.seen for view in views[: len(states)]), *[0] * spare], np.int32),
         sampling=from_settings(
-            [*sampling, *[Sampling()] * spare], [*(talk.completion_tokens for talk in talks), *[0] * spare]
+            [*sampling, *[Sampling()] * spare], [*(state.completion_tokens for state in states), *[0] * spare]
         ),
     )
 
 
-def no_turn(view: View, *, size: int, length: int, head: int, nobody: int) -> Turn:
-    """A turn of no question, for compiling its shapes."""
+def no_prefill(view: View, *, size: int, length: int, head: int, nobody: int) -> PrefillBatch:
+    """A prefill of no question, for compiling its shapes."""
     shapes = dict(size=size, length=length, head=head, nobody=nobody)
-    return turn_of([], rows=[], views=[view], sampling=[], fresh=True, pad_id=0, **shapes)
+    return prefill_batch([], slots=[], views=[view], sampling=[], fresh=True, pad_id=0, **shapes)
 
 
-def current_of(
-    talks: Sequence[Conversation | None], *, sampling: Sequence[Sampling], head: int,
+def decode_batch(
+    states: Sequence[Interleave | None], *, sampling: Sequence[Sampling], head: int,
     candidates: Callable[..., Candidates],
-) -> Current:  # fmt: skip
-    """Where rows stand; None is a row that is not decoding. `candidates`: made of numbers and of what is written."""
-    numbers = [talk.candidates if talk else None for talk in talks]
-    written = [talk.written if talk and some is not None else [] for talk, some in zip(talks, numbers, strict=True)]
-    return Current(
-        token=np.array([talk.tokens[-1] if talk else 0 for talk in talks], np.int32),
-        length=np.array([head + talk.computed if talk else 0 for talk in talks], np.int32),
-        left=np.array([talk.left if talk else 0 for talk in talks], np.int32),
-        sampling=from_settings(sampling, [talk.completion_tokens if talk else 0 for talk in talks]),
+) -> DecodeBatch:  # fmt: skip
+    """Where slots stand; None is one that is not decoding. `candidates`: made of numbers and of what is written."""
+    numbers = [state.candidates if state else None for state in states]
+    written = [state.written if state and some is not None else [] for state, some in zip(states, numbers, strict=True)]
+    return DecodeBatch(
+        token=np.array([state.tokens[-1] if state else 0 for state in states], np.int32),
+        length=np.array([head + state.computed if state else 0 for state in states], np.int32),
+        left=np.array([state.left if state else 0 for state in states], np.int32),
+        sampling=from_settings(sampling, [state.completion_tokens if state else 0 for state in states]),
         candidates=candidates(numbers, written),
     )
+
+
+def routing_of(written: Prefilled, place: int, corpus: Corpus, *, top_k: int, tokens: int, why: str) -> Routing:
+    """What the routing of the question at `place` of a step found; a router layer selects `top_k` documents."""
+    documents = np.asarray(written.documents[:, place])
+    layers, reported = documents.shape
+    scores = np.asarray(written.scores[:, place])  # [L_r, L_r * R]
+    numbers = corpus.numbers(documents.reshape(-1))
+    numbers[(scores <= NO_SCORE / 2).all(axis=0)] = -1
+    mean = np.maximum(scores, -1.0).mean(axis=0)
+    order = np.argsort(-mean, kind="stable")
+    ranking = {int(numbers[i]): float(mean[i]) for i in order if numbers[i] >= 0}
+    own = np.stack([scores[i, i * reported : (i + 1) * reported] for i in range(layers)])
+    best = np.where(own > NO_SCORE / 2, numbers.reshape(layers, reported), -1)
+    chosen = set(best[:, :top_k].flat)
+    return Routing(
+        documents=best,
+        scores=own,
+        ranking=ranking,
+        selected=tuple(number for number in ranking if number in chosen),
+        tokens=tokens,
+        why=why,
+    )
+
+
+def no_routing(tokens: int) -> Routing:
+    """Of a question without a bank."""
+    return Routing(np.zeros((0, 0), np.int64), np.zeros((0, 0), np.float32), {}, (), tokens, "")

@@ -10,8 +10,8 @@ import numpy as np
 from msa_jax.data.records import Document
 from msa_jax.data.samples import Renderer
 from msa_jax.errors import ConfigError, QuestionError
+from msa_jax.inference.corpus import Corpus, View
 from msa_jax.inference.explain import explain_question
-from msa_jax.inference.library import Library, View
 from msa_jax.model import MSATransformer
 from msa_jax.routing import need_scores
 
@@ -59,9 +59,9 @@ class Explanation:
 
 
 def explanation_of(
-    model: MSATransformer, renderer: Renderer, library: Library, view: View, question: str, *, documents: int
+    model: MSATransformer, renderer: Renderer, corpus: Corpus, view: View, question: str, *, documents: int
 ) -> Explanation:
-    """Explain a question to a library.
+    """Explain a question to a corpus.
 
     Raises:
       QuestionError: it is empty, there is no bank, or the retriever scores only some documents.
@@ -72,20 +72,20 @@ def explanation_of(
         raise QuestionError(str(e)) from None
     if not question.strip():
         raise QuestionError("the question is empty.")
-    if library.bank is None:
+    if corpus.bank is None:
         raise QuestionError("there is no bank to find documents in.")
     tokens, roles = renderer.prompt(question)
     one = lambda x: np.asarray(x)[None]  # noqa: E731
-    visible = np.asarray(library.visibility.of(one(view.allowed), one(np.int32(view.seen))))[0]
+    visible = np.asarray(corpus.visibility.of(one(view.allowed), one(np.int32(view.seen))))[0]
     found = explain_question(
-        model, renderer.prefix, tokens, roles, library.bank, visible=visible, documents=documents
+        model, renderer.prefix, tokens, roles, corpus.bank, visible=visible, documents=documents
     )
-    return Explanation(question, tuple(filter(None, (_told(model, renderer, library, view, tokens, f) for f in found))))
+    return Explanation(question, tuple(filter(None, (_told(model, renderer, corpus, view, tokens, f) for f in found))))
 
 
-def _told(model, renderer, library, view, tokens, found) -> Explained | None:
-    number = int(library.numbers(np.array([found.index]))[0])
-    original = library.find(number, view)
+def _told(model, renderer, corpus, view, tokens, found) -> Explained | None:
+    number = int(corpus.numbers(np.array([found.index]))[0])
+    original = corpus.find(number, view)
     if original is None:
         return None
     document: Document = original.document

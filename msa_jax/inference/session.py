@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import pathlib
 import queue
 import threading
@@ -20,18 +21,37 @@ from msa_jax.data.samples import Renderer
 from msa_jax.data.tokenizer import Tokenizer
 from msa_jax.errors import BankError
 from msa_jax.inference.answer import Answer, StreamEvent
+from msa_jax.inference.corpus import FixedCorpus, StoredCorpus
 from msa_jax.inference.engine import Engine
 from msa_jax.inference.explanation import Explanation, explanation_of
-from msa_jax.inference.library import FixedLibrary
-from msa_jax.inference.pending import Listener, Pending
+from msa_jax.inference.request import Listener, Request
 from msa_jax.inference.settings import AskConfig, EngineConfig
-from msa_jax.inference.stats import Stats
-from msa_jax.inference.stored import StoredLibrary
 from msa_jax.inference.worker import Worker
 from msa_jax.memory import MemoryBank
 from msa_jax.model import MSATransformer
 from msa_jax.runs.open import open_model, reconfigured
 from msa_jax.sharding import Shardings, check_model, placed
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """A session in numbers.
+
+    Attributes:
+      waiting, running: questions now. slots: how many can run.
+      questions: that were answered or given up so far.
+      prompt_tokens, completion_tokens: of those.
+      documents: that can be read now; version: of the bank on disk, 0 of one in memory.
+    """
+
+    waiting: int
+    running: int
+    slots: int
+    questions: int
+    prompt_tokens: int
+    completion_tokens: int
+    documents: int
+    version: int
 
 
 class Session:
@@ -76,19 +96,19 @@ class Session:
             self._encoder = encoder or DocumentEncoder(model, tokenizer, row_len=4096)
             bank.spec.require_same(self._encoder.spec, str(bank.path))
             self._store = bank
-            self._library = StoredLibrary(bank.path, **(loading or {}))
+            self._corpus = StoredCorpus(bank.path, **(loading or {}))
         else:
-            self._library = FixedLibrary(bank, documents or {})
+            self._corpus = FixedCorpus(bank, documents or {})
         self.defaults = defaults
         with self._on_mesh():
             if self._mesh is not None:
                 check_model(model.config, self._mesh)
                 model = placed(model, self._mesh, (loading or {}).get("shardings", Shardings.inference()))
             self._model = model
-            self._engine = Engine(model, renderer, self._library, engine)
+            self._engine = Engine(model, renderer, self._corpus, engine)
         self._totals = (0, 0, 0)
         self._writing = threading.Lock()
-        follow = None if self._store is None else lambda idle: self._library.follow(idle=idle)
+        follow = None if self._store is None else lambda idle: self._corpus.follow(idle=idle)
         self._worker = Worker(self._engine, follow, self._on_mesh)
 
     @classmethod
@@ -137,7 +157,7 @@ class Session:
         namespaces: Sequence[str] | None = None,
         config: AskConfig | None = None,
         listener: Listener | None = None,
-    ) -> Pending:
+    ) -> Request:
         """Hand a question in and go on.
 
         Args:
@@ -150,11 +170,11 @@ class Session:
           RuntimeError: the session is closed.
         """
         self._worker.need_open()
-        pending = self._engine.submit(
+        request = self._engine.submit(
             question, namespaces=namespaces, config=config or self.defaults, listener=self._counting(listener)
         )
         self._worker.wake()
-        return pending
+        return request
 
     def ask(
         self, question: str, *, namespaces: Sequence[str] | None = None, config: AskConfig | None = None
@@ -166,13 +186,13 @@ class Session:
         self, questions: Iterable[str], *, namespaces: Sequence[str] | None = None, config: AskConfig | None = None
     ) -> list[Answer]:
         """Answers to questions, in their order, computed together; see `submit`."""
-        pending: list[Pending] = []
+        request: list[Request] = []
         try:
             for question in questions:
-                pending.append(self.submit(question, namespaces=namespaces, config=config))
-            return [one.result() for one in pending]
+                request.append(self.submit(question, namespaces=namespaces, config=config))
+            return [one.result() for one in request]
         except BaseException:
-            for one in pending:
+            for one in request:
                 one.cancel()
             raise
 
@@ -181,11 +201,11 @@ class Session:
     ) -> Iterator[StreamEvent]:
         """What happens to a question, as it happens; closing the iterator gives the question up. See `submit`."""
         events: queue.SimpleQueue[StreamEvent] = queue.SimpleQueue()
-        pending = self.submit(question, namespaces=namespaces, config=config, listener=events.put)
-        return self._events(pending, events)
+        request = self.submit(question, namespaces=namespaces, config=config, listener=events.put)
+        return self._events(request, events)
 
     @staticmethod
-    def _events(pending: Pending, events: queue.SimpleQueue) -> Iterator[StreamEvent]:
+    def _events(request: Request, events: queue.SimpleQueue) -> Iterator[StreamEvent]:
         try:
             while True:
                 event = events.get()
@@ -195,7 +215,7 @@ class Session:
                 if event.answer is not None:
                     return
         finally:
-            pending.cancel()
+            request.cancel()
 
     def explain(
         self, question: str, *, namespaces: Sequence[str] | None = None, documents: int = 5
@@ -207,9 +227,9 @@ class Session:
         """
         self._worker.need_open()
         with self._worker.reading, self._on_mesh():
-            view = self._library.view(namespaces)
+            view = self._corpus.view(namespaces)
             return explanation_of(
-                self._model, self._renderer, self._library, view, question, documents=documents
+                self._model, self._renderer, self._corpus, view, question, documents=documents
             )
 
     # Documents
@@ -257,15 +277,15 @@ class Session:
         with self._worker.reading:
             return iter([*self._stored().search(prefix, namespace)])
 
-    def _stored(self) -> StoredLibrary:
+    def _stored(self) -> StoredCorpus:
         if self._store is None:
             raise BankError("this session's bank is in memory: give it one on disk.")
-        return self._library
+        return self._corpus
 
     @property
     def namespaces(self) -> tuple[str, ...]:
         """Names of the namespaces that a question may name."""
-        return self._library.names
+        return self._corpus.names
 
     # The rest
 
@@ -297,15 +317,15 @@ class Session:
             questions=questions,
             prompt_tokens=prompt,
             completion_tokens=completion,
-            documents=len(self._library),
-            version=self._library.version if on_disk else 0,
+            documents=len(self._corpus),
+            version=self._corpus.version if on_disk else 0,
         )
 
     def close(self) -> None:
         """Give up all questions, and end the thread; the bank on disk is closed too."""
         if self._worker.close() and self._store is not None:
             with self._writing:  # what is being added is added whole
-                self._library.close()
+                self._corpus.close()
                 self._store.close()
 
     def __enter__(self) -> Self:

@@ -33,8 +33,8 @@ class Worker:
         """Start.
 
         Args:
-          follow: brings the engine's library up to date; told whether no question is in progress, it says whether it
-            could. None for a library that does not change.
+          follow: brings the engine's corpus up to date; told whether no question is in progress, it says whether it
+            could. None for a corpus that does not change.
           scope: what the thread computes within.
         """
         self.reading = threading.Lock()
@@ -65,7 +65,7 @@ class Worker:
         return future.result()
 
     def follow(self) -> None:
-        """Return when the library is up to date. Raises what bringing it there raises."""
+        """Return when the corpus is up to date. Raises what bringing it there raises."""
         done: concurrent.futures.Future = concurrent.futures.Future()
         self.do(lambda: self._following.append(done))
         done.result()
@@ -114,7 +114,7 @@ class Worker:
             self._following.pop().set_exception(closed)
 
     def _follow(self) -> None:
-        """Bring the library up to date, if somebody waits for that."""
+        """Bring the corpus up to date, if somebody waits for that."""
         if not self._following:
             self._engine.admits = True
             return

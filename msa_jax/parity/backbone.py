@@ -11,10 +11,10 @@ import numpy as np
 from flax import nnx
 
 from msa_jax.errors import DataError
-from msa_jax.inference.programs import Current, Turn, decode, take_turn
-from msa_jax.inference.rows import empty_rows
+from msa_jax.inference.programs import DecodeBatch, PrefillBatch, decode, prefill
 from msa_jax.inference.sampling import from_settings
 from msa_jax.inference.settings import Sampling
+from msa_jax.inference.slots import empty_slots
 from msa_jax.parity.recording import Recording, compiled
 from msa_jax.parity.report import BACKBONE_TOLERANCE, Report
 
@@ -51,19 +51,19 @@ def _written(model, tokens: np.ndarray, steps: int) -> np.ndarray:
     batch, length = tokens.shape
     graphdef, params = nnx.split(model)
     greedy = from_settings([Sampling()] * batch)
-    rows = empty_rows(model, None, None, rows=batch, length=length + steps)
+    slots = empty_slots(model, None, None, count=batch, size=length + steps)
     nothing = np.zeros(batch, np.int32)
-    turn = Turn(
-        rows=np.arange(batch, dtype=np.int32), tokens=tokens, lengths=np.full(batch, length, np.int32), begin=nothing,
+    prompt = PrefillBatch(
+        slots=np.arange(batch, dtype=np.int32), tokens=tokens, lengths=np.full(batch, length, np.int32), begin=nothing,
         route=np.zeros(tokens.shape, bool), alone=np.zeros(batch, bool), allowed=np.ones((batch, 1), bool),
         seen=nothing, sampling=greedy,
     )  # fmt: skip
-    rows, first = take_turn(graphdef, params, None, rows, None, None, turn, fresh=True, routes=False, reported=0)
-    current = Current(
+    slots, first = prefill(graphdef, params, None, slots, None, None, prompt, fresh=True, routes=False, reported=0)
+    now = DecodeBatch(
         token=first.token, length=jnp.full(batch, length, jnp.int32), left=jnp.full(batch, steps - 1, jnp.int32),
         sampling=greedy,
     )  # fmt: skip
     _, rest = decode(
-        graphdef, params, rows, None, current, columns=length + steps, steps=steps - 1, stop_tokens=()
+        graphdef, params, slots, None, now, columns=length + steps, steps=steps - 1, stop_tokens=()
     )
     return np.concatenate([np.asarray(first.token)[:, None], jax.device_get(rest)], axis=1)

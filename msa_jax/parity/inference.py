@@ -13,10 +13,10 @@ from flax import nnx
 
 from msa_jax.context import Context, Route
 from msa_jax.errors import DataError
-from msa_jax.inference.programs import Current, Turn, decode, take_turn
-from msa_jax.inference.rows import Visibility, empty_rows
+from msa_jax.inference.programs import DecodeBatch, PrefillBatch, decode, prefill
 from msa_jax.inference.sampling import from_settings
 from msa_jax.inference.settings import Sampling
+from msa_jax.inference.slots import Visibility, empty_slots
 from msa_jax.memory import ChunkStates, DocumentLayout, MemoryBank
 from msa_jax.parity.recording import TEMPLATE, Recording, compiled, document_chunks, pack, take
 from msa_jax.parity.report import Report
@@ -166,16 +166,16 @@ def _check_decoding(report, recording, model, template, bank) -> None:
     order = np.argsort(~exists, axis=1, kind="stable")[:, : lengths.max()]
     unpadded = lambda x: np.take_along_axis(x, order, axis=1)  # noqa: E731
     graphdef, params = nnx.split(model)
-    slots = head + int(lengths.max()) + steps + 1
+    columns = head + int(lengths.max()) + steps + 1
     everything = Visibility(jnp.zeros(bank.num_documents, jnp.int32), jnp.zeros(bank.num_documents, jnp.int32))
     greedy = from_settings([Sampling()] * batch)
 
-    def turn(rows, new, count, begin, *, fresh):
+    def step_of(kept, new, count, begin, *, fresh):
         nothing = np.zeros(batch, np.int32)
-        return take_turn(
-            graphdef, params, template, rows, bank, everything,
-            Turn(
-                rows=np.arange(batch, dtype=np.int32), tokens=new, lengths=count, begin=begin,
+        return prefill(
+            graphdef, params, template, kept, bank, everything,
+            PrefillBatch(
+                slots=np.arange(batch, dtype=np.int32), tokens=new, lengths=count, begin=begin,
                 route=unpadded(roles) == 0 if fresh else np.zeros(new.shape, bool), alone=np.full(batch, fresh),
                 allowed=np.ones((batch, 1), bool), seen=nothing, sampling=greedy,
             ),
@@ -183,26 +183,26 @@ def _check_decoding(report, recording, model, template, bank) -> None:
         )  # fmt: skip
 
     def ask():
-        rows = empty_rows(model, template, bank, rows=batch, length=slots)
-        return turn(rows, unpadded(ids).astype(np.int32), lengths, np.full(batch, head, np.int32), fresh=True)
+        kept = empty_slots(model, template, bank, count=batch, size=columns)
+        return step_of(kept, unpadded(ids).astype(np.int32), lengths, np.full(batch, head, np.int32), fresh=True)
 
     with jax.default_matmul_precision("highest"):
-        rows, _ = ask()
+        kept, _ = ask()
         recorded = recording.array("decode/logits")
         logits = []
         for step in range(steps):
-            rows, written = turn(
-                rows, tokens[:, step : step + 1], np.ones(batch, np.int32), head + lengths + step, fresh=False
+            kept, written = step_of(
+                kept, tokens[:, step : step + 1], np.ones(batch, np.int32), head + lengths + step, fresh=False
             )
             logits.append(written.logits)
         report.activation("decode/logits", np.stack(logits, axis=1), recorded)
         best = recorded.argmax(-1)
         if np.array_equal(tokens[:, 1:], best[:, :-1]):  # the steps are the greedy ones
-            current = Current(
+            now = DecodeBatch(
                 token=tokens[:, 0], length=head + lengths, left=np.full(batch, steps + 1, np.int32), sampling=greedy
             )
-            rows, _ = ask()
+            kept, _ = ask()
             _, chosen = decode(
-                graphdef, params, rows, bank, current, columns=slots, steps=steps, stop_tokens=()
+                graphdef, params, kept, bank, now, columns=columns, steps=steps, stop_tokens=()
             )
             report.equal("decode/tokens", chosen, best)

@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from msa_jax.errors import QuestionError
 from msa_jax.inference.answer import Answer, StreamEvent
-from msa_jax.inference.pending import Pending
+from msa_jax.inference.request import Request as Asked
 from msa_jax.inference.settings import AskConfig
 from msa_jax.serve.chat import ChatRequest
 from msa_jax.serve.completion import Completion
@@ -40,7 +40,7 @@ class Question:
         self._events: asyncio.Queue[StreamEvent | Exception] = asyncio.Queue()
         self._deadline = self._loop.time() + (config.timeout or float("inf")) + _LATE_SECONDS
         self._ended = asyncio.Event()
-        self._pending: Pending | None = None
+        self._pending: Asked | None = None
 
     @classmethod
     async def submit(

@@ -16,10 +16,10 @@ from msa_jax.bank.loading import load
 from msa_jax.bank.quantization import quantize
 from msa_jax.context import Reuse, Route
 from msa_jax.errors import BankError
-from msa_jax.inference.programs import Current, Turn, decode, take_turn
-from msa_jax.inference.rows import Visibility, empty_rows
+from msa_jax.inference.programs import DecodeBatch, PrefillBatch, decode, prefill
 from msa_jax.inference.sampling import from_settings
 from msa_jax.inference.settings import Sampling
+from msa_jax.inference.slots import Visibility, empty_slots
 from msa_jax.memory import DocumentLayout, tiers
 from msa_jax.memory.selection import Selection, bias_of
 from msa_jax.routing import NO_SCORE
@@ -160,25 +160,25 @@ def test_decoding_reads_content_from_anywhere_and_once():
     graphdef, params = model_of()
     model = nnx.merge(graphdef, params)
     everything = Visibility(namespaces=jnp.zeros(bank_of().num_documents, jnp.int32), born=jnp.zeros(1, jnp.int32))
-    turn = Turn(
-        rows=np.arange(B)[::-1].astype(np.int32), tokens=TOKENS, lengths=np.full(B, T, np.int32),
+    batch = PrefillBatch(
+        slots=np.arange(B)[::-1].astype(np.int32), tokens=TOKENS, lengths=np.full(B, T, np.int32),
         begin=np.zeros(B, np.int32), route=np.ones((B, T), bool), alone=np.ones(B, bool), allowed=np.ones((B, 1), bool),
         seen=np.zeros(B, np.int32), sampling=from_settings([Sampling()] * B),
     )  # fmt: skip
 
     def ask(bank):
-        rows = empty_rows(model, None, bank, rows=B, length=T + 6)
-        rows, first = take_turn(
-            graphdef, params, None, rows, bank, everything, turn, fresh=True, routes=True, reported=2
+        slots = empty_slots(model, None, bank, count=B, size=T + 6)
+        slots, first = prefill(
+            graphdef, params, None, slots, bank, everything, batch, fresh=True, routes=True, reported=2
         )
-        current = Current(
+        now = DecodeBatch(
             token=np.asarray(first.token)[::-1], length=np.full(B, T, np.int32), left=np.full(B, 4, np.int32),
             sampling=from_settings([Sampling()] * B),
         )  # fmt: skip
         written = [first]
         for _ in range(2):
-            rows, tokens = decode(graphdef, params, rows, bank, current, columns=T + 6, steps=2, stop_tokens=())
-            current = current.replace(token=np.asarray(tokens)[:, -1], length=current.length + 2)
+            slots, tokens = decode(graphdef, params, slots, bank, now, columns=T + 6, steps=2, stop_tokens=())
+            now = now.replace(token=np.asarray(tokens)[:, -1], length=now.length + 2)
             written.append(tokens)
         return written
 

@@ -9,7 +9,7 @@ from msa_jax.data import Document, Question
 from msa_jax.data.sources.babi import Story
 from msa_jax.errors import QuestionError
 from msa_jax.evaluation import stories
-from msa_jax.evaluation.stories import StoryLibrary
+from msa_jax.evaluation.stories import StoryCorpus
 from msa_jax.evaluation.tasks import babi
 from msa_jax.inference import AskConfig, Budget, EngineConfig
 from msa_jax.inference.answer import Event
@@ -30,23 +30,23 @@ STORIES = [make("a", [3, 6]), make("b", [4])]
 CONFIG = EngineConfig(slots=1, context=32, lengths=(), prefill_rows=1, decode_steps=2, reported_documents=9)
 
 
-def library_of_stories():
-    return StoryLibrary(model_of(), renderer(), STORIES, row_len=48)
+def corpus_of_stories():
+    return StoryCorpus(model_of(), renderer(), STORIES, row_len=48)
 
 
 def test_what_a_question_sees(monkeypatch):
     monkeypatch.setattr(stories, "encode_bank", lambda *_, **__: None)
-    library = library_of_stories()
-    view = library.view(["a@4"])
-    places = np.arange(len(library))
-    seen = np.asarray(library.visibility.of(view.allowed[None], np.array([view.seen])))[0]
-    assert library.numbers(places[seen]).tolist() == [1, 2] and seen.sum() == 2 and len(library) == 7
-    assert library.find(2, view).document.id == "a:2" and library.find(2, view).namespace == "a"
-    assert library.find(4, view) is None and library.find(3, view) is None
-    assert library.find(1, library.view(["b@4"])).document.id == "b:1"
+    corpus = corpus_of_stories()
+    view = corpus.view(["a@4"])
+    places = np.arange(len(corpus))
+    seen = np.asarray(corpus.visibility.of(view.allowed[None], np.array([view.seen])))[0]
+    assert corpus.numbers(places[seen]).tolist() == [1, 2] and seen.sum() == 2 and len(corpus) == 7
+    assert corpus.find(2, view).document.id == "a:2" and corpus.find(2, view).namespace == "a"
+    assert corpus.find(4, view) is None and corpus.find(3, view) is None
+    assert corpus.find(1, corpus.view(["b@4"])).document.id == "b:1"
     for wrong in (["c@4"], ["a"], None):
         with pytest.raises(QuestionError, match="name one as a@7"):
-            library.view(wrong)
+            corpus.view(wrong)
 
 
 def answer(named, best, text="north"):
@@ -85,7 +85,7 @@ def test_the_kinds_of_second_hops():
 
 
 def test_the_questions_of_all_stories_are_asked_together():
-    engine = Engine(model_of(), renderer(), library_of_stories(), CONFIG)
+    engine = Engine(model_of(), renderer(), corpus_of_stories(), CONFIG)
     found = babi.asked(engine, STORIES, AskConfig(mode="latent", budget=Budget(answer_tokens=2)))
     assert [(story.id, i) for story, i, _ in found] == [("a", 0), ("a", 1), ("b", 0)]
     for story, i, reply in found:

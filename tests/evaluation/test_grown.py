@@ -86,9 +86,9 @@ def test_every_beginning_is_the_bank_of_its_documents(bank, renderer):
         np.testing.assert_array_equal(rows, np.arange(count))
         assert asked == [0, 1, 2]
 
-        def look(library, questions, count=count):
+        def look(corpus, questions, count=count):
             assert questions == QUESTIONS
-            got, numbers = library.bank, library.numbers(np.arange(count)).tolist()
+            got, numbers = corpus.bank, corpus.numbers(np.arange(count)).tolist()
             texts = [renderer.render_document(d, n) for d, n in zip(documents()[:count], numbers, strict=True)]
             want = encode_bank(model_of(), pack_documents(texts, chunk_size=4, row_len=24))
             there = int(want.num_chunks)
@@ -103,9 +103,9 @@ def test_every_beginning_is_the_bank_of_its_documents(bank, renderer):
                 scale = np.moveaxis(scale, 1, 2)[..., None]
                 held = np.float32(getattr(got, f"content_{name}")[:, :there]) * scale
                 assert (np.abs(held - exact) <= 0.51 * scale).all() and np.abs(held).max() > LARGEST * scale.min() / 2
-            view = library.view(None)
+            view = corpus.view(None)
             for n, document in zip(numbers, documents(), strict=False):
-                assert library.find(n, view).document.text == document.text
+                assert corpus.find(n, view).document.text == document.text
             return numbers
 
         about, numbers, wanted = bank.ask(rows, "one", QUESTIONS, look)
@@ -118,9 +118,9 @@ def test_what_is_not_in_the_beginning_is_not_found(bank):
     rows, _ = beginning(bank, int(lengths(bank)[:6].sum()))
     with MemoryStore(bank.path) as store:
         last = int(store.table.columns[6, NUMBER])
-    bank.ask(rows, "one", [], lambda library, _: library.find(last, library.view(None)) and pytest.fail("it is found"))
+    bank.ask(rows, "one", [], lambda corpus, _: corpus.find(last, corpus.view(None)) and pytest.fail("it is found"))
     everything, _ = beginning(bank, 10_000)
-    assert bank.ask(everything, "one", [], lambda library, _: library.find(last, library.view(None)))[1]
+    assert bank.ask(everything, "one", [], lambda corpus, _: corpus.find(last, corpus.view(None)))[1]
 
 
 def test_small_sizes_take_several_parts_and_ask_every_question_once(bank):
@@ -149,9 +149,9 @@ def test_memories_share_the_haystack_behind_them(tmp_path, renderer, encoder):
 def test_it_is_asked(bank, renderer):
     config = EngineConfig(slots=2, context=96, lengths=(), prefill_rows=2, decode_steps=4)
 
-    def ask(library, questions):
-        engine = Engine(model_of(), renderer, library, config)
-        numbers = set(library.numbers(np.arange(7)).tolist())
+    def ask(corpus, questions):
+        engine = Engine(model_of(), renderer, corpus, config)
+        numbers = set(corpus.numbers(np.arange(7)).tolist())
         answers = engine.ask([q.question for q in questions], config=AskConfig(budget=Budget(answer_tokens=4)))
         return numbers, {n for a in answers for n in a.rounds[0].documents.ravel().tolist()}
 

@@ -30,27 +30,27 @@ class Scripted(Engine):
         super().__init__(*args, **kwargs)
         self.scripts, self.seen = {}, []
 
-    def _said(self, row, own):
-        talk = self._rows[row]._conversation
-        view, visible = self._rows[row]._view, self.library.visibility
+    def _said(self, slot, own):
+        state = self._requests[slot]._interleave
+        view, visible = self._requests[slot]._view, self.corpus.visibility
         visible = visible and np.asarray(visible.of(view.allowed[None], np.array([view.seen])))[0]
-        self.seen.append((list(talk.tokens), list(talk.routing), visible, int(own)))
-        script = self.scripts.get(talk.question, [])
-        return script[talk.completion_tokens] if talk.completion_tokens < len(script) else int(own)
+        self.seen.append((list(state.tokens), list(state.routing), visible, int(own)))
+        script = self.scripts.get(state.question, [])
+        return script[state.completion_tokens] if state.completion_tokens < len(script) else int(own)
 
-    def _take_turn(self, turn, *, fresh, routes):
-        written = super()._take_turn(turn, fresh=fresh, routes=routes)
+    def _prefill(self, batch, *, fresh, routes):
+        written = super()._prefill(batch, fresh=fresh, routes=routes)
         token = np.array(written.token)
-        for i, row in enumerate(turn.rows):
-            if row < self.config.slots and (written.same is None or written.same[:, i].all()):
-                token[i] = self._said(row, token[i])
+        for i, slot in enumerate(batch.slots):
+            if slot < self.config.slots and (written.same is None or written.same[:, i].all()):
+                token[i] = self._said(slot, token[i])
         return written.replace(token=token)
 
-    def _write_on(self, talks, sampling, *, longest):
-        written = np.array(super()._write_on(talks, sampling, longest=longest))
-        for row, talk in enumerate(talks):
-            if talk is not None:
-                written[row, 0] = self._said(row, written[row, 0])
+    def _decode_some(self, states, sampling, *, longest):
+        written = np.array(super()._decode_some(states, sampling, longest=longest))
+        for slot, state in enumerate(states):
+            if state is not None:
+                written[slot, 0] = self._said(slot, written[slot, 0])
         return written
 
 

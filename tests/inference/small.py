@@ -13,7 +13,7 @@ from msa_jax.bank.quantization import quantize
 from msa_jax.data import Document, Renderer, Template, Tokenizer, pack_documents
 from msa_jax.errors import QuestionError
 from msa_jax.inference import AskConfig, Budget, EngineConfig
-from msa_jax.inference.library import FixedLibrary, Original, View
+from msa_jax.inference.corpus import FixedCorpus, Original, View
 
 FEW = (4, 7)
 P, ROW, CONTEXT = 4, 48, 96
@@ -68,7 +68,7 @@ def bank_of(kind="float", **changes):
     return quantize(bank) if kind == "int8" else bank
 
 
-class Spaces(FixedLibrary):
+class Spaces(FixedCorpus):
     """Documents in two namespaces: "few", so few that every router layer selects all, and "rest"."""
 
     names = ("few", "rest")
@@ -93,7 +93,7 @@ class Spaces(FixedLibrary):
         return Original(document, self.names[self.space[place]]) if document and self.visible(view)[place] else None
 
 
-def library_of(kind="float", **changes):
+def corpus_of(kind="float", **changes):
     return Spaces(bank_of(kind, **changes))
 
 

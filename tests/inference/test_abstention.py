@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from msa_jax.bank import encode_bank
 from msa_jax.data import NeedleSource, Renderer, Tokenizer, frequent_words, training_texts
 from msa_jax.evaluation.memories import build_memory
-from msa_jax.inference import AskConfig, Budget, Engine, EngineConfig, FixedLibrary, Threshold, choose_threshold
+from msa_jax.inference import AskConfig, Budget, Engine, EngineConfig, FixedCorpus, Threshold, choose_threshold
 from msa_jax.runs.build import make_model
 from msa_jax.runs.config import RunConfig
 
@@ -114,8 +114,8 @@ def test_the_engine_refuses_what_the_threshold_refuses(small):
     memory = build_memory(
         source, renderer, memory_tokens=1200, num_questions=8, chunk_size=16, row_len=run.row_len(16), seed=1
     )
-    library = FixedLibrary(encode_bank(model, memory.packed, rows_per_step=8), memory.originals)
-    engine = Engine(model, renderer, library, EngineConfig(slots=4, context=192, lengths=(64,)))
+    corpus = FixedCorpus(encode_bank(model, memory.packed, rows_per_step=8), memory.originals)
+    engine = Engine(model, renderer, corpus, EngineConfig(slots=4, context=192, lengths=(64,)))
     ask = lambda below: [  # noqa: E731
         engine.submit(q.question, config=AskConfig(mode="latent", budget=Budget(answer_tokens=1), abstain_below=below))
         for q in memory.questions

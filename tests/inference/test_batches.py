@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from msa_jax.errors import ConfigError, QuestionError
 from msa_jax.inference import AskConfig, Budget, EngineConfig, Sampling
-from msa_jax.inference import pending as pending_module
-from msa_jax.inference.batching import turn_of
+from msa_jax.inference import request as request_module
+from msa_jax.inference.batching import prefill_batch
+from msa_jax.inference.corpus import View
 from msa_jax.inference.engine import Engine
-from msa_jax.inference.library import View
 from tests.inference.scripted import Scripted, names
-from tests.inference.small import ASK, BUDGET, CONTEXT, ENGINE, QUESTIONS, library_of, model_of, renderer
+from tests.inference.small import ASK, BUDGET, CONTEXT, ENGINE, QUESTIONS, corpus_of, model_of, renderer
 
 A, B, C, D, E = QUESTIONS
 LONG = Budget(answer_tokens=17, turn_tokens=9, document_tokens=3)
@@ -34,7 +34,7 @@ SCRIPTS = {A: names(4) + names(30, 9), B: names(7)}
 
 @functools.cache
 def engine(kind):
-    parts = model_of(), renderer(), library_of()
+    parts = model_of(), renderer(), corpus_of()
     if kind == "scripted":
         made = Scripted(*parts, dataclasses.replace(ENGINE, decode_steps=1))
         made.scripts = SCRIPTS
@@ -98,18 +98,18 @@ def test_cases_differ_and_reach_what_they_are_meant_to():
 
 
 def test_views_of_before_and_after_the_bank_got_more_namespaces():
-    talk = types.SimpleNamespace(
+    state = types.SimpleNamespace(
         tokens=[1, 2], routing=[True, False], computed=0, first_round=True, completion_tokens=0
     )
     views = [View(np.ones(2, bool), seen=3), View(np.array([True, False, True]), seen=4)]
-    turn = turn_of(
-        [talk, talk], rows=[1, 0], views=views, sampling=[Sampling()] * 2, size=3, length=4, head=1, nobody=7,
+    batch = prefill_batch(
+        [state, state], slots=[1, 0], views=views, sampling=[Sampling()] * 2, size=3, length=4, head=1, nobody=7,
         fresh=True, pad_id=9,
     )  # fmt: skip
-    np.testing.assert_array_equal(turn.allowed, [[True, True, False], [True, False, True], [False] * 3])
-    np.testing.assert_array_equal(turn.seen, [3, 4, 0])
-    np.testing.assert_array_equal(turn.rows, [1, 0, 7])
-    np.testing.assert_array_equal(turn.tokens, [[1, 2, 9, 9]] * 2 + [[9] * 4])
+    np.testing.assert_array_equal(batch.allowed, [[True, True, False], [True, False, True], [False] * 3])
+    np.testing.assert_array_equal(batch.seen, [3, 4, 0])
+    np.testing.assert_array_equal(batch.slots, [1, 0, 7])
+    np.testing.assert_array_equal(batch.tokens, [[1, 2, 9, 9]] * 2 + [[9] * 4])
 
 
 def test_a_seed_decides():
@@ -123,7 +123,7 @@ def test_a_seed_decides():
 
 def test_cancelled_and_late_questions_leave_the_others_alone(monkeypatch):
     clock = [100.0]
-    monkeypatch.setattr(pending_module, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(request_module, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
     one = engine("three")
     late = dataclasses.replace(CASES[4][1], timeout=5.0)
     cases = [CASES[0], CASES[3], (*CASES[4][:1], late, ("rest",)), CASES[2], CASES[5], (A, late, None), CASES[1]]
@@ -208,7 +208,7 @@ def test_stop_tokens_end_an_answer():
     one, (question, config, namespaces) = engine("three"), CASES[3]
     pending = submit(one, CASES[3])
     finish(one)
-    written = pending._conversation.tokens[-pending.result(0).completion_tokens :]
+    written = pending._interleave.tokens[-pending.result(0).completion_tokens :]
     token = next(t for t in written[2:] if t not in written[:2])
     answer = submit(one, (question, dataclasses.replace(config, stop_tokens=(token,)), namespaces))
     finish(one)
@@ -262,7 +262,7 @@ def test_a_longest_question_has_room():
 
 
 def test_a_closed_engine():
-    one = Engine(model_of(), renderer(), library_of(), ENGINE)
+    one = Engine(model_of(), renderer(), corpus_of(), ENGINE)
     pending = [submit(one, case) for case in (*CASES[:2], *CASES[3:5])]
     one.step()
     assert (one.running, one.waiting) == (3, 1)

@@ -12,7 +12,7 @@ from msa_jax.data import Template
 from msa_jax.inference import AskConfig, Engine
 from msa_jax.inference.candidates import candidates_of
 from tests.inference.scripted import Scripted, full_pass
-from tests.inference.small import BUDGET, ENGINE, QUESTIONS, library_of, model_of, renderer
+from tests.inference.small import BUDGET, ENGINE, QUESTIONS, corpus_of, model_of, renderer
 
 OPEN, CLOSE, V, C, D = 7, 8, 12, 4, 4
 restrict = jax.jit(lambda candidates, logits: candidates.restrict(logits))
@@ -83,7 +83,7 @@ def plain(**changes):
 @pytest.mark.parametrize("template", [Template.compact, plain], ids=["place", "plain"])
 def test_numbers_are_those_of_documents_routed_to(template):
     tell = renderer(template)
-    engine = Naming(model_of(), tell, library_of(), dataclasses.replace(ENGINE, decode_steps=1))
+    engine = Naming(model_of(), tell, corpus_of(), dataclasses.replace(ENGINE, decode_steps=1))
     number = tell.tokenizer.number_ids(30)
     opening, closing = number[0], number[-1]
     # Opened by the script, twice in a turn where all numbers are as long; the model writes the digits.
@@ -109,7 +109,7 @@ def test_numbers_are_those_of_documents_routed_to(template):
             spelt_out = [tell.tokenizer.number_ids(n) for n in routed.difference(read[: chosen // 3])]
             size = len(tokens) - began
             following = [n[size] for n in spelt_out if n[:size] == tokens[began:]]
-            logits, _ = full_pass(engine._model, tokens, routing, engine.library.bank, visible)
+            logits, _ = full_pass(engine._model, tokens, routing, engine.corpus.bank, visible)
             assert own == max(following, key=lambda t: logits[t])
             chosen += 1
         assert chosen == 6
@@ -118,18 +118,18 @@ def test_numbers_are_those_of_documents_routed_to(template):
 class Opens(Engine):
     """Its model begins every turn with a number."""
 
-    def _take_turn(self, turn, *, fresh, routes):
-        written = super()._take_turn(turn, fresh=fresh, routes=routes)
+    def _prefill(self, batch, *, fresh, routes):
+        written = super()._prefill(batch, fresh=fresh, routes=routes)
         return written.replace(token=np.full_like(written.token, renderer().tokenizer.number_ids(4)[0]))
 
 
 def test_a_number_is_held_through_the_steps_of_one_call():
     """A place-value number of two digits, its closing bracket included, is what three steps write."""
     assert ENGINE.decode_steps == len(renderer().tokenizer.number_ids(4)) - 1
-    engine = Opens(model_of(), renderer(), library_of(), ENGINE)
+    engine = Opens(model_of(), renderer(), corpus_of(), ENGINE)
     pending = engine.submit(QUESTIONS[0], config=AskConfig(mode="constrained", budget=BUDGET))
     engine.step()
-    routed = pending._conversation._routed.selected
-    written = pending._conversation.written
+    routed = pending._interleave._routed.selected
+    written = pending._interleave.written
     assert len(routed) >= 2 and written in [renderer().tokenizer.number_ids(n) for n in routed]
     engine.close()

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from msa_jax.inference import AskConfig, EngineConfig
-from msa_jax.inference.library import FixedLibrary
+from msa_jax.inference.corpus import FixedCorpus
 from tests.inference.scripted import Scripted, full_pass, names
-from tests.inference.small import ASK, BUDGET, CONTEXT, DOCUMENTS, ENGINE, QUESTIONS, library_of, model_of, renderer
+from tests.inference.small import ASK, BUDGET, CONTEXT, DOCUMENTS, ENGINE, QUESTIONS, corpus_of, model_of, renderer
 
 ONE = dataclasses.replace(ENGINE, decode_steps=1)
 
@@ -30,7 +30,7 @@ def run(engine, scripts=SCRIPTS, config=ASK, namespaces=None):
     # Every token that was computed is the one that a full pass gives; of some, no use was made.
     assert len(engine.seen) >= sum(a.completion_tokens for a in answers) > 20
     for tokens, routing, visible, own in engine.seen:
-        logits, _ = full_pass(engine._model, tokens, routing, engine.library.bank, visible)
+        logits, _ = full_pass(engine._model, tokens, routing, engine.corpus.bank, visible)
         best = np.sort(np.asarray(logits))[-2:]
         assert best[1] - best[0] > 1e-4, "a tie: choose other weights"
         assert int(np.argmax(logits)) == own, f"token {len(tokens)} of {tokens}"
@@ -39,7 +39,7 @@ def run(engine, scripts=SCRIPTS, config=ASK, namespaces=None):
 
 @pytest.mark.parametrize("namespaces", [None, ("few",)], ids=["some", "all that is visible"])
 def test_every_token_is_that_of_one_pass_over_all_before_it(namespaces):
-    answers = run(Scripted(model_of(), renderer(), library_of(), ONE), namespaces=namespaces)
+    answers = run(Scripted(model_of(), renderer(), corpus_of(), ONE), namespaces=namespaces)
     assert [[(e.kind, e.number) for e in a.events][:2] for a in answers] == READ
     rounds = [r for a in answers for r in a.rounds]
     assert {(r.computed, r.why) for a in answers for r in a.rounds[:1]} == {("all", "")}
@@ -59,7 +59,7 @@ def test_every_token_is_that_of_one_pass_over_all_before_it(namespaces):
 
 
 def test_modes_that_name_no_documents():
-    engine = Scripted(model_of(), renderer(), library_of(), ONE)
+    engine = Scripted(model_of(), renderer(), corpus_of(), ONE)
     answers = run(engine, {}, AskConfig(mode="router", router_documents=2, budget=BUDGET))
     assert {len(a.citations) for a in answers} == {2} and {len(a.rounds) for a in answers} == {1}
     for answer in answers:
@@ -71,7 +71,7 @@ def test_modes_that_name_no_documents():
 
 def test_without_a_bank():
     config = EngineConfig(slots=1, context=CONTEXT, lengths=(), decode_steps=1)
-    answers = run(Scripted(model_of(), renderer(), FixedLibrary(None, DOCUMENTS), config))
+    answers = run(Scripted(model_of(), renderer(), FixedCorpus(None, DOCUMENTS), config))
     assert [[(e.kind, e.number) for e in a.events][:2] for a in answers] == READ
     assert {a.score for a in answers} == {None}
 
@@ -79,6 +79,6 @@ def test_without_a_bank():
 def test_with_a_router_bias_all_is_computed_anew():
     biased = dict(router_bias=True, router_bias_init=2.0)
     config = dataclasses.replace(ONE, slots=1)
-    engine = Scripted(model_of(**biased), renderer(), library_of(**biased), config)
+    engine = Scripted(model_of(**biased), renderer(), corpus_of(**biased), config)
     answers = run(engine, namespaces=("few",))
     assert {r.why[:15] for a in answers for r in a.rounds[1:]} == {"the router bias"}

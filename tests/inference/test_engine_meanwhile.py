@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from msa_jax.bank import BankDocument, MemoryStore
-from msa_jax.inference.stored import StoredLibrary
+from msa_jax.inference.corpus import StoredCorpus
 from tests.inference.scripted import Scripted, full_pass, names
 from tests.inference.small import ASK, ENGINE, QUESTIONS, TEXTS, encoder, model_of, renderer
 
@@ -20,9 +20,9 @@ class Between:
         self.store = MemoryStore.create(path, encoder().spec)
         self.store.add([BankDocument("first", "it goes"), *(BankDocument(f"d{n}", TEXTS[n]) for n in TEXTS)], encoder())
         self.store.delete(["first"])
-        self.library = StoredLibrary(path)
+        self.corpus = StoredCorpus(path)
         config = dataclasses.replace(ENGINE, slots=2, prefill_rows=1, decode_steps=1)
-        self.engine = Scripted(model_of(), renderer(), self.library, config)
+        self.engine = Scripted(model_of(), renderer(), self.corpus, config)
         rows = self.store.table.alive
         self.ids = dict(zip(self.store.table.columns[rows, -1].tolist(), (f"d{n}" for n in TEXTS), strict=True))
         self.best = int(self.ask([]).rounds[0].documents[0, 0])
@@ -34,7 +34,7 @@ class Between:
         self.engine.scripts = {Q: script}
         self.engine.seen.clear()
         pending = self.engine.submit(Q, config=ASK)
-        while script and not pending._conversation.citations:
+        while script and not pending._interleave.citations:
             self.engine.step()
         change()
         while self.engine.step():
@@ -42,7 +42,7 @@ class Between:
         return pending.result(timeout=0)
 
     def close(self):
-        self.library.close()
+        self.corpus.close()
         self.store.close()
 
 
@@ -60,13 +60,13 @@ def told(answer):
 def test_what_was_deleted_is_neither_routed_to_nor_read(between):
     def change():
         assert between.store.delete([between.ids[between.best]]) == 1
-        assert between.library.follow(idle=False)
+        assert between.corpus.follow(idle=False)
         between.engine.seen.clear()
 
     answer = between.ask(names(between.one) + names(between.best), change)
     assert [(e.kind, e.number) for e in answer.events[:2]] == [("read", between.one), ("unknown", between.best)]
     assert answer.rounds[1].computed == "all" and between.best not in answer.rounds[1].documents
-    bank = between.library.bank
+    bank = between.corpus.bank
     visible = np.asarray(bank.layout.lengths) > 0
     for tokens, routing, _, own in between.engine.seen:
         logits, _ = full_pass(model_of(), tokens, routing, bank, visible)
@@ -81,7 +81,7 @@ def test_what_came_is_not_seen(between):
         # Texts that the question and what it read would select.
         texts = [Q, *(f"{text}." for text in TEXTS.values())]
         between.store.add([BankDocument(text, text) for text in texts], encoder())
-        assert between.library.follow(idle=False)
+        assert between.corpus.follow(idle=False)
 
     assert told(between.ask(script, change)) == told(want)
     later = between.ask(script)
@@ -94,9 +94,9 @@ def test_a_compacted_bank_is_read_as_it_was_until_nobody_runs(between):
 
     def change():
         between.store.compact()
-        assert not between.library.follow(idle=False)
+        assert not between.corpus.follow(idle=False)
 
     assert told(between.ask(script, change)) == told(want)
-    assert between.library.follow(idle=True)
+    assert between.corpus.follow(idle=True)
     between.engine.renew()
     assert told(between.ask(script)) == told(want)

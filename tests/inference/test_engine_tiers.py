@@ -12,9 +12,9 @@ import pytest
 from msa_jax.bank import MemoryStore
 from msa_jax.bank.table import BankDocument
 from msa_jax.inference import AskConfig
-from msa_jax.inference.stored import StoredLibrary
+from msa_jax.inference.corpus import StoredCorpus
 from tests.inference.scripted import Scripted, full_pass, names
-from tests.inference.small import BUDGET, ENGINE, QUESTIONS, TEXTS, encoder, library_of, model_of, renderer
+from tests.inference.small import BUDGET, ENGINE, QUESTIONS, TEXTS, corpus_of, encoder, model_of, renderer
 
 TWO = dataclasses.replace(ENGINE, slots=2, prefill_rows=1, decode_steps=1)
 CONFIGS = [AskConfig(budget=BUDGET), AskConfig(mode="router", router_documents=2, budget=BUDGET)]
@@ -29,9 +29,9 @@ def path(tmp_path_factory):
     return path
 
 
-def answers(library, numbers):
+def answers(corpus, numbers):
     """With texts that are read round by round, those of one namespace among them."""
-    engine = Scripted(model_of(), renderer(), library, TWO)
+    engine = Scripted(model_of(), renderer(), corpus, TWO)
     engine.scripts = {QUESTIONS[0]: names(numbers[0]) + names(numbers[4]), QUESTIONS[1]: names(*numbers[:2])}
     pending = [
         engine.submit(question, config=config, namespaces=namespaces)
@@ -56,10 +56,10 @@ def alike(got, want, atol=0.0):
 
 @functools.cache
 def on_one_device(path, **options):
-    library = StoredLibrary(path, **options)
-    numbers = library.numbers(np.arange(5)).tolist()
-    found = answers(library, numbers)
-    library.close()
+    corpus = StoredCorpus(path, **options)
+    numbers = corpus.numbers(np.arange(5)).tolist()
+    found = answers(corpus, numbers)
+    corpus.close()
     return found, numbers
 
 
@@ -75,21 +75,21 @@ def test_a_stored_bank_answers_and_reads(path):
 @pytest.mark.parametrize("content", ["host", "disk"])
 def test_content_off_the_device(path, content):
     want, numbers = on_one_device(path)
-    library = StoredLibrary(path, content=content)
-    assert library.bank.tier == content
-    alike(answers(library, numbers), want, atol=1e-6)
-    library.close()
+    corpus = StoredCorpus(path, content=content)
+    assert corpus.bank.tier == content
+    alike(answers(corpus, numbers), want, atol=1e-6)
+    corpus.close()
 
 
 def test_int8():
     """As a pass over the whole context computes it, from the same bank."""
-    library = library_of("int8")
-    engine = Scripted(model_of(), renderer(), library, dataclasses.replace(TWO, slots=1))
+    corpus = corpus_of("int8")
+    engine = Scripted(model_of(), renderer(), corpus, dataclasses.replace(TWO, slots=1))
     engine.scripts = {QUESTIONS[0]: names(4) + names(30)}
     (answer,) = engine.ask(QUESTIONS[:1], config=CONFIGS[0])
     assert [c.number for c in answer.citations] == [4, 30]
     for tokens, routing, visible, own in engine.seen:
-        logits, _ = full_pass(model_of(), tokens, routing, library.bank, visible)
+        logits, _ = full_pass(model_of(), tokens, routing, corpus.bank, visible)
         assert int(np.argmax(logits)) == own
 
 

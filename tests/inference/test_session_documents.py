@@ -37,15 +37,15 @@ def test_a_running_question_reads_no_document_that_came_or_went_meanwhile(opened
     held = Held(session, monkeypatch)
     pending = session.submit(Q, config=LATENT)
     assert held.held.wait(LIMIT)
-    talk = pending._conversation
-    assert talk._find(number) is not None
+    state = pending._interleave
+    assert state._find(number) is not None
     done = meanwhile(held, session, lambda: (session.add([stored("new", "where")]), session.delete(["d4", "d7"])))
     pending.result(LIMIT)
     assert done.wait(LIMIT)
-    assert talk._find(number) is None
+    assert state._find(number) is None
     late = session.ask(Q, config=READ)
     assert cited(late) == {("default", "new")}
-    assert talk._find(late.citations[0].number) is None
+    assert state._find(late.citations[0].number) is None
     assert {n for r in late.rounds for n in r.documents.flat} == {late.citations[0].number, -1}
 
 
@@ -68,7 +68,7 @@ def test_deleted_and_changed_documents(opened):
 
 def test_a_bank_that_is_outgrown_is_loaded_anew_when_nobody_runs(opened, monkeypatch):
     session = opened(BASE[:1], room=0.0)
-    places = session._library.bank.num_chunks
+    places = session._corpus.bank.num_chunks
     before = session.ask(Q, config=LATENT)
     held = Held(session, monkeypatch)
     running = session.submit(Q, config=LATENT)
@@ -78,7 +78,7 @@ def test_a_bank_that_is_outgrown_is_loaded_anew_when_nobody_runs(opened, monkeyp
     done = meanwhile(held, session, lambda: session.add(many))
     assert told(running.result(LIMIT)) == told(before)
     assert done.wait(LIMIT)
-    assert session._library.bank.num_chunks > places
+    assert session._corpus.bank.num_chunks > places
     for pending in waiting:
         assert len(pending.result(LIMIT).citations) == 3 or pending.result(LIMIT).outcome == "cut"
     assert {i for _, i in cited(session.ask("cloud", config=READ))} - {"d4"}
@@ -139,11 +139,11 @@ def test_a_longer_document_than_all_before_with_content_off_the_device(opened, m
     held = Held(session, monkeypatch)
     running = session.submit(Q, config=LATENT)
     assert held.held.wait(LIMIT)
-    longest = session._library.bank.layout.max_length
+    longest = session._corpus.bank.layout.max_length
     done = meanwhile(held, session, lambda: session.add([stored("long", "the river " * 16)]))
     assert told(running.result(LIMIT)) == told(want)
     assert done.wait(LIMIT)
-    assert session._library.bank.layout.max_length > longest
+    assert session._corpus.bank.layout.max_length > longest
     assert cited(session.ask(Q, config=READ)) == {("default", "long"), ("default", "d7")}
 
 

@@ -8,18 +8,18 @@ import pytest
 from msa_jax.data import Question
 from msa_jax.data.batch import ROUTING
 from msa_jax.inference import AskConfig, Budget
+from tests.inference.dictated import Dictated
 from tests.inference.small import DOCUMENTS, QUESTIONS, renderer
-from tests.inference.told import Told
 
 SAYS = renderer().tokenizer.template.not_found
 
 
-class Watched(Told):
+class Watched(Dictated):
     """Keeps the context, and which of its tokens route, before each token that the model writes."""
 
     def _said(self, count):
-        talk = self._rows[0]._conversation
-        self.contexts.append((list(talk.tokens), list(talk.routing)))
+        state = self._requests[0]._interleave
+        self.contexts.append((list(state.tokens), list(state.routing)))
         return super()._said(count)
 
 

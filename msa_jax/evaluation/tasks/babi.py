@@ -19,7 +19,7 @@ from msa_jax.data.sources.babi import BabiSource, Story, read_stories
 from msa_jax.errors import ConfigError
 from msa_jax.evaluation.report import Column
 from msa_jax.evaluation.scores import exact_match
-from msa_jax.evaluation.stories import StoryLibrary
+from msa_jax.evaluation.stories import StoryCorpus
 from msa_jax.evaluation.task import Inputs, Row, Task
 from msa_jax.inference.answer import Answer
 from msa_jax.inference.engine import Engine
@@ -63,8 +63,8 @@ def run(inputs: Inputs) -> None:
     tasks = {task: _stories(inputs, int(task)) for task in settings.tasks}
     # All in one bank, so that everything is compiled once.
     row_len = inputs.run.row_len(model.config.chunk_size)
-    library = StoryLibrary(model, inputs.renderer, sum(tasks.values(), []), row_len=row_len)
-    engine = Engine(model, inputs.renderer, library, ENGINE)
+    corpus = StoryCorpus(model, inputs.renderer, sum(tasks.values(), []), row_len=row_len)
+    engine = Engine(model, inputs.renderer, corpus, ENGINE)
     budget = Budget(rounds=inputs.run.evaluation.max_rounds, documents=4, turn_tokens=10, answer_tokens=8)
     for way in settings.ways:
         for task, stories in tasks.items():

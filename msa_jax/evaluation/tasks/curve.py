@@ -24,8 +24,8 @@ from msa_jax.evaluation.report import Column
 from msa_jax.evaluation.scores import answer_scores, means
 from msa_jax.evaluation.task import Inputs, Row, Task
 from msa_jax.inference.answer import Answer
+from msa_jax.inference.corpus import Corpus
 from msa_jax.inference.engine import Engine
-from msa_jax.inference.library import Library
 from msa_jax.inference.settings import AskConfig, Budget, EngineConfig
 
 ENGINE = EngineConfig(slots=16, prefill_rows=16, context=256, lengths=(48, 176), decode_steps=16)
@@ -138,11 +138,11 @@ def ask(inputs: Inputs, bank: GrownBank, questions: Sequence[Question], size: in
     }
 
 
-def _answers(inputs: Inputs, library: Library, questions: Sequence[Question]) -> list[Answer]:
-    engine = Engine(inputs.model, inputs.renderer, library, ENGINE)
+def _answers(inputs: Inputs, corpus: Corpus, questions: Sequence[Question]) -> list[Answer]:
+    engine = Engine(inputs.model, inputs.renderer, corpus, ENGINE)
     config = AskConfig(mode=inputs.run.evaluation.mode, budget=Budget(rounds=2, turn_tokens=24, answer_tokens=24))
     answers = engine.ask([question.question for question in questions], config=config)
-    return list(tqdm(answers, total=len(questions), desc=f"ask {len(library):,} documents", mininterval=5.0))
+    return list(tqdm(answers, total=len(questions), desc=f"ask {len(corpus):,} documents", mininterval=5.0))
 
 
 TASK = Task(run=run, columns=COLUMNS, settings=Settings, resumes=True, draw=plot_curve)

@@ -29,8 +29,8 @@ from msa_jax.evaluation.plots import plot_curve
 from msa_jax.evaluation.report import Column
 from msa_jax.evaluation.scores import RECALL_AT, answer_scores, means, recall
 from msa_jax.evaluation.task import Inputs, Row, Task
+from msa_jax.inference.corpus import FixedCorpus
 from msa_jax.inference.engine import Engine
-from msa_jax.inference.library import FixedLibrary
 from msa_jax.inference.settings import AskConfig, Budget, EngineConfig, Mode
 from msa_jax.memory import MemoryBank
 from msa_jax.model import MSATransformer
@@ -137,9 +137,9 @@ def _engine(
     longest = max((len(renderer.prompt(q)[0]) + len(renderer.restated(q)) for q in texts), default=0)
     context = longest + settings.max_rounds * (run.data.document_len + 2 * tokens) + 2 * tokens
     context = -(-context // _CONTEXT_MULTIPLE) * _CONTEXT_MULTIPLE
-    library = FixedLibrary(bank, {number: memory.originals[number] for number in memory.numbers})
+    corpus = FixedCorpus(bank, {number: memory.originals[number] for number in memory.numbers})
     config = EngineConfig(slots=slots or settings.batch_size, context=context, reported_documents=max(RECALL_AT))
-    return Engine(model, renderer, library, config)
+    return Engine(model, renderer, corpus, config)
 
 
 def _asking(run: RunConfig, mode: Mode, **options: Any) -> AskConfig:

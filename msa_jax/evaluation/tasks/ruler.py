@@ -29,8 +29,8 @@ from msa_jax.evaluation.report import Column
 from msa_jax.evaluation.scores import RECALL_AT, answer_scores, means
 from msa_jax.evaluation.task import Inputs, Row, Task
 from msa_jax.inference.answer import Answer
+from msa_jax.inference.corpus import Corpus
 from msa_jax.inference.engine import Engine
-from msa_jax.inference.library import Library
 from msa_jax.inference.settings import AskConfig, Budget, EngineConfig
 
 _LOG = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ def _ask(
 
 
 def _answers(
-    inputs: Inputs, modes: Sequence[str], library: Library, questions: Sequence[Question]
+    inputs: Inputs, modes: Sequence[str], corpus: Corpus, questions: Sequence[Question]
 ) -> dict[str, tuple[list[Answer], float]]:
     """What is answered in each mode, and how many seconds it took."""
     tokens = inputs.run.evaluation.max_new_tokens
@@ -149,7 +149,7 @@ def _answers(
         slots=inputs.run.evaluation.batch_size, context=context, lengths=tuple(range(32, context, 16)), prefill_rows=8,
         reported_documents=max(RECALL_AT),
     )  # fmt: skip
-    engine = Engine(inputs.model, inputs.renderer, library, config)
+    engine = Engine(inputs.model, inputs.renderer, corpus, config)
     budget = Budget(
         rounds=inputs.run.evaluation.max_rounds, documents=_DOCUMENTS, turn_tokens=tokens, answer_tokens=tokens
     )  # fmt: skip

@@ -13,14 +13,13 @@ from collections.abc import Callable, Sequence
 from msa_jax.data.batch import ROUTING
 from msa_jax.data.samples import Renderer
 from msa_jax.errors import QuestionError
-from msa_jax.inference.answer import Citation, Event, Outcome, Round
-from msa_jax.inference.library import Original
+from msa_jax.inference.answer import Citation, Event, Outcome, Round, Routing
+from msa_jax.inference.corpus import Original
 from msa_jax.inference.reply import Reply
-from msa_jax.inference.routed import Routed
 from msa_jax.inference.settings import AskConfig
 
 
-class Conversation:
+class Interleave:
     """The growing context of one question.
 
     Attributes:
@@ -81,7 +80,7 @@ class Conversation:
         self._turn: list[int] = []
         self._written = ""  # ... and in this round, as text
         self._events: list[Event] = []
-        self._routed: Routed | None = None
+        self._routed: Routing | None = None
         self._newest = slice(0, 0)  # the texts that route beside the question
         self._retrievals = 0
         closing = renderer.end_of_retrieve() + renderer.restated(question)
@@ -123,7 +122,7 @@ class Conversation:
         """Nothing but the question routes yet."""
         return not self._retrievals
 
-    def begin_round(self, routed: Routed) -> None:
+    def begin_round(self, routed: Routing) -> None:
         """A routing was done: what it found."""
         self._end_round()
         self._routed = routed
@@ -162,14 +161,14 @@ class Conversation:
         elif ended or not self.left:
             turn, self._turn, self.left = self._turn, [], 0
             self._written += self._renderer.tokenizer.decode(turn)
-            self._take_turn(turn)
+            self._end_turn(turn)
 
     def give_up(self, outcome: Outcome) -> None:
         """End it now, with what there is."""
         if self.outcome is None:
             self._over(outcome)
 
-    def _take_turn(self, turn: list[int]) -> None:
+    def _end_turn(self, turn: list[int]) -> None:
         """The model has named documents, or ended retrieval, or written neither."""
         before = len(self.tokens) - len(turn)
         if turn[-1] == self._end_of_retrieve:

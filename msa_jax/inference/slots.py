@@ -1,6 +1,6 @@
 """What the device keeps of the questions in progress, and what is read and told of it within a compiled step.
 
-Sizes: B rows, b questions of one call, S slots of a cache, L layers, L_r router layers, N documents, A namespaces,
+Sizes: B slots, b questions of one call, S columns of a cache, L layers, L_r router layers, N documents, A namespaces,
 k documents selected, C chunks.
 """
 
@@ -17,14 +17,15 @@ from msa_jax.memory import MemoryBank, tiers
 from msa_jax.memory.selection import Selection
 from msa_jax.model import MSATransformer
 from msa_jax.routing import NO_SCORE
+from msa_jax.sharding import MODEL
 
 
 @struct.dataclass
-class Rows:
+class Slots:
     """What the device keeps of the questions in progress.
 
     Attributes:
-      cache: [L, B, S, K, D], the template prefix first. What a row holds behind its length is of no meaning.
+      cache: [L, B, S, K, D], the template prefix first. What a slot holds behind its length is of no meaning.
       selection: [L_r, B, k] fields, what each router layer reads. None without a bank.
       asked: the same, as the question's own tokens alone select it, whatever was read since.
       near: content of what is selected, [L_r, B, k * longest, ...], if the bank's own is not on the device.
@@ -38,7 +39,7 @@ class Rows:
     head: int = struct.field(pytree_node=False)
 
     def context(self, past: KeyValues, length: jax.Array, offset: int) -> Context:
-        """Of some rows: `length` [b] tokens of each, of which the first behind the template prefix is at `offset`."""
+        """Of some slots: `length` [b] tokens of each, of which the first behind the template prefix is at `offset`."""
         return Context(past, length, offset + length - self.head)
 
 
@@ -56,14 +57,14 @@ class Visibility:
         return named & (self.born[None] <= seen[:, None])
 
 
-def empty_rows(
-    model: MSATransformer, template: Context | None, bank: MemoryBank | None, *, rows: int, length: int
-) -> Rows:
-    """Rows without questions: the template prefix and room; `length` is S."""
-    cache, head = model.cache(rows, length, template).past, 0 if template is None else template.size
+def empty_slots(
+    model: MSATransformer, template: Context | None, bank: MemoryBank | None, *, count: int, size: int
+) -> Slots:
+    """Slots without questions: the template prefix and room; `count` is B, `size` S."""
+    cache, head = model.cache(count, size, template).past, 0 if template is None else template.size
     if bank is None:
-        return Rows(cache=cache, selection=None, asked=None, near=None, head=head)
-    selected = (bank.num_layers, rows, min(model.config.top_k_documents, bank.num_documents))
+        return Slots(cache=cache, selection=None, asked=None, near=None, head=head)
+    selected = (bank.num_layers, count, min(model.config.top_k_documents, bank.num_documents))
 
     def nothing():
         zeros = [jnp.zeros(selected, jnp.int32) for _ in range(3)]
@@ -75,7 +76,7 @@ def empty_rows(
     if bank.tier != "device" and bank.layout.axes is None:
         one = jax.eval_shape(lambda bank, selection: fetched(bank, selection)[0], bank, nothing())
         near = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one)
-    return Rows(cache=cache, selection=nothing(), asked=nothing(), near=near, head=head)
+    return Slots(cache=cache, selection=nothing(), asked=nothing(), near=near, head=head)
 
 
 def still_there(selection: Selection, bank: MemoryBank) -> Selection:
@@ -86,23 +87,30 @@ def still_there(selection: Selection, bank: MemoryBank) -> Selection:
     )
 
 
-def settled(tree: Any, like: Any) -> Any:
-    """Arrays put, whole, where a compiled step that is given them and `like` will leave them.
+def places(slots: Slots, mesh: jax.sharding.Mesh) -> Slots:
+    """Where a compiled step leaves slots on a mesh: caches are spread by heads over "model", the rest is whole."""
+    whole = jax.tree.map(lambda _: jax.NamedSharding(mesh, jax.P()), slots)
+    heads = MODEL in mesh.axis_names and slots.cache.k.shape[3] % mesh.shape[MODEL] == 0
+    by_head = jax.NamedSharding(mesh, jax.P(None, None, None, MODEL if heads else None))
+    return whole.replace(cache=KeyValues(by_head, by_head))
+
+
+def settled(slots: Slots, like: Any) -> Slots:
+    """Slots put where a compiled step that is given them and `like` will leave them.
 
     Else the first step would be compiled twice: once for arrays that may lie anywhere, once for its own results.
     """
     fixed = [x.sharding for x in jax.tree.leaves(like) if isinstance(x, jax.Array) and x.committed]
     if not fixed:
-        return tree
+        return slots
     mesh = getattr(fixed[0], "mesh", None)
-    return jax.device_put(tree, fixed[0] if mesh is None else jax.NamedSharding(mesh, jax.P()))
+    return jax.device_put(slots, fixed[0] if mesh is None else places(slots, mesh))
 
 
-def at_rest(rows: Rows) -> Rows:
-    """Rows that leave a compiled step as they came: on a mesh, whole on every device."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return rows
-    return jax.lax.with_sharding_constraint(rows, jax.P())
+def at_rest(slots: Slots) -> Slots:
+    """Slots that leave a compiled step as they came."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return slots if mesh.empty else jax.lax.with_sharding_constraint(slots, places(slots, mesh))
 
 
 def fetched(bank: MemoryBank, selection: Selection) -> tuple[dict[str, jax.Array], Selection]:
@@ -120,7 +128,7 @@ def fetched(bank: MemoryBank, selection: Selection) -> tuple[dict[str, jax.Array
 
 
 def near_bank(bank: MemoryBank, near: dict[str, jax.Array], selection: Selection) -> tuple[MemoryBank, Selection]:
-    """The inverse of `fetched`, of some rows: what the model takes."""
+    """The inverse of `fetched`, of some slots: what the model takes."""
     layers, b, each = near["content_k"].shape[:3]
     arrays = {}
     for name, x in near.items():
@@ -140,6 +148,6 @@ def near_bank(bank: MemoryBank, near: dict[str, jax.Array], selection: Selection
 
 
 def reuse(bank: MemoryBank, selection: Selection, near: dict[str, jax.Array] | None) -> Reuse:
-    """What some rows go on to read of what they selected."""
+    """What some slots go on to read of what they selected."""
     selection = still_there(selection, bank)
     return Reuse(bank, selection) if near is None else Reuse(*near_bank(bank, near, selection))

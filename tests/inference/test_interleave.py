@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from msa_jax.inference import AskConfig, Budget
 from msa_jax.inference.settings import MODES
+from tests.inference.dictated import SCORES, Dictated
 from tests.inference.scripted import names
 from tests.inference.small import CONTEXT, DOCUMENTS, FEW, QUESTIONS, TEXTS, renderer
-from tests.inference.told import SCORES, Told
 
 Q = QUESTIONS[0]
 END = renderer().end_of_retrieve()
@@ -23,13 +23,13 @@ BUDGET = Budget(answer_tokens=6, turn_tokens=14)
 
 @functools.cache
 def engine(steps=3, context=160):
-    return Told(steps, context)
+    return Dictated(steps, context)
 
 
 def tell(*turns, mode="generate", namespaces=None, changes=(), **budget):
     config = AskConfig(mode=mode, budget=dataclasses.replace(BUDGET, **budget), router_documents=2)
-    answer, heard, talk = engine().tell(sum(turns, []), config, namespaces=namespaces, changes=changes)
-    return answer, talk
+    answer, heard, state = engine().tell(sum(turns, []), config, namespaces=namespaces, changes=changes)
+    return answer, state
 
 
 def spelt(tokens):
@@ -70,28 +70,28 @@ CHAINS = {
 @pytest.mark.parametrize("changes", [(), (True, False, True)], ids=["", "changed"])
 def test_a_chain(name, changes):
     turns, budget, numbers, events = CHAINS[name]
-    answer, talk = tell(*turns, changes=changes, **budget)
+    answer, state = tell(*turns, changes=changes, **budget)
     assert (answer.text, answer.outcome) == ("north", "answered")
     assert [c.number for c in answer.citations] == numbers
     assert kinds(answer) == events
     # The closing comes once, and the question before it is repeated.
-    assert talk.tokens.count(END[0]) == 1
-    assert spelt(talk.tokens).count(Q) == 2
-    assert talk.tokens[-len(ANSWER) :] == ANSWER
+    assert state.tokens.count(END[0]) == 1
+    assert spelt(state.tokens).count(Q) == 2
+    assert state.tokens[-len(ANSWER) :] == ANSWER
     restated = renderer().restated(Q)
-    assert talk.tokens[-len(ANSWER) - len(restated) : -len(ANSWER)] == restated
+    assert state.tokens[-len(ANSWER) - len(restated) : -len(ANSWER)] == restated
     for citation in answer.citations:
         document = DOCUMENTS[citation.number]
         assert (citation.id, citation.title) == (document.id, document.title)
         assert citation.namespace == ("few" if citation.number in FEW else "rest")
         cut = ("cut", citation.number) in sum(events, [])
         assert citation.cut == cut == (citation.text != document.text)
-        assert spelt(talk.tokens).count(citation.text) == 1
-    assert answer.prompt_tokens + answer.completion_tokens >= len(talk.tokens)
+        assert spelt(state.tokens).count(citation.text) == 1
+    assert answer.prompt_tokens + answer.completion_tokens >= len(state.tokens)
 
 
 def test_what_routes_in_each_round():
-    _, talk = tell(names(7), names(4, 9), END, ANSWER)
+    _, state = tell(names(7), names(4, 9), END, ANSWER)
     asked, first, second, _ = engine().turns
     question, body = renderer().prompt(Q)[0], lambda n: renderer().whole_body(DOCUMENTS[n])
     text = lambda n: renderer().appended_body(body(n), n)  # noqa: E731
@@ -99,7 +99,7 @@ def test_what_routes_in_each_round():
     # Of what is new the texts route, not the names before them.
     assert (first.routed, second.routed) == (text(7), text(4) + text(9))
     assert first.tokens == names(7)[-1:] + text(7)
-    routed = [token for token, routes in zip(talk.tokens, talk.routing, strict=True) if routes]
+    routed = [token for token, routes in zip(state.tokens, state.routing, strict=True) if routes]
     assert routed == asked.routed + second.routed
 
 
@@ -117,9 +117,9 @@ def test_when_all_is_computed_anew_the_question_routes_with_the_newest_text():
 
 @pytest.mark.parametrize("space, other", [("few", 9), ("rest", 4)])
 def test_a_document_of_another_namespace_is_unknown(space, other):
-    answer, talk = tell(names(other), ANSWER, namespaces=[space])
+    answer, state = tell(names(other), ANSWER, namespaces=[space])
     assert kinds(answer) == [[("unknown", other)]] and answer.citations == ()
-    assert TEXTS[other] not in spelt(talk.tokens)
+    assert TEXTS[other] not in spelt(state.tokens)
     seen = [n for n in TEXTS if (n in FEW) == (space == "few")]
     assert {n for r in answer.rounds for n in r.documents.flat} <= {-1, *seen}
     none, _ = tell(names(4), ANSWER, namespaces=[])
@@ -128,14 +128,14 @@ def test_a_document_of_another_namespace_is_unknown(space, other):
 
 def test_the_router_chooses():
     # Means over layers: 0.2, 0.6, 0.3, -0.3, 0.2.
-    answer, talk = tell(ANSWER, mode="router")
+    answer, state = tell(ANSWER, mode="router")
     assert [c.number for c in answer.citations] == [7, 9]
     assert [c.score for c in answer.citations] == pytest.approx(SCORES.mean(axis=0)[1:3])
     assert answer.score == answer.citations[0].score and answer.text == "north"
     assert kinds(answer) == [[("read", 7), ("read", 9)]]
     for number in (7, 9):
         text = names(number) + renderer().appended_body(renderer().whole_body(DOCUMENTS[number]), number)
-        assert spelt(text) in spelt(talk.tokens)
+        assert spelt(text) in spelt(state.tokens)
     (asked, texts) = engine().turns
     assert texts.routed is None and not texts.fresh
     assert [c.number for c in tell(ANSWER, mode="router", namespaces=["rest"])[0].citations] == [9, 30]
@@ -144,10 +144,10 @@ def test_the_router_chooses():
 
 
 def test_latent_reads_no_text():
-    answer, talk = tell(ANSWER, mode="latent")
+    answer, state = tell(ANSWER, mode="latent")
     (asked,) = engine().turns
     assert (answer.text, answer.citations, kinds(answer)) == ("north", (), [[]])
-    assert spelt(asked.routed).strip() == Q and asked.tokens == talk.tokens[: -len(ANSWER)]
+    assert spelt(asked.routed).strip() == Q and asked.tokens == state.tokens[: -len(ANSWER)]
 
 
 @pytest.mark.parametrize("below, outcome", [(0.59, "answered"), (0.6, "answered"), (0.61, "not_in_memory")])
@@ -164,12 +164,12 @@ def test_abstaining(mode, below, outcome):
 
 
 def test_no_room():
-    small, budget = Told(context=44), Budget(answer_tokens=3, turn_tokens=9)
-    answer, _, talk = small.tell(names(4) + names(7) + ANSWER, AskConfig(budget=budget))
+    small, budget = Dictated(context=44), Budget(answer_tokens=3, turn_tokens=9)
+    answer, _, state = small.tell(names(4) + names(7) + ANSWER, AskConfig(budget=budget))
     assert [[k for k, _ in one] for one in kinds(answer)] == [["cut", "no_room"], []]
     assert TEXTS[4].startswith(answer.citations[0].text) and 0 < answer.citations[0].tokens < 11
-    assert len(talk.tokens) <= 44
-    tiny, _, _ = Told(context=30).tell(names(4) + ANSWER, AskConfig(budget=budget))
+    assert len(state.tokens) <= 44
+    tiny, _, _ = Dictated(context=30).tell(names(4) + ANSWER, AskConfig(budget=budget))
     assert kinds(tiny) == [[("no_room", 4)]] and tiny.citations == ()
     router = AskConfig(mode="router", router_documents=3, budget=budget)
     answer, _, _ = small.tell(ANSWER, router)
@@ -195,7 +195,7 @@ budgets = st.builds(
 )
 def test_whatever_is_written(steps, script, budget, mode, namespaces, changes):
     config = AskConfig(mode=mode, budget=budget, router_documents=3)
-    answer, heard, talk = engine(steps, CONTEXT).tell(sum(script, []), config, changes=changes, namespaces=namespaces)
+    answer, heard, state = engine(steps, CONTEXT).tell(sum(script, []), config, changes=changes, namespaces=namespaces)
     assert answer.outcome in ("answered", "cut") and 0 < answer.completion_tokens
     numbers, events = [c.number for c in answer.citations], answer.events
     assert len(set(numbers)) == len(numbers) <= budget.documents
@@ -206,13 +206,13 @@ def test_whatever_is_written(steps, script, budget, mode, namespaces, changes):
     assert 1 <= len(answer.rounds) <= budget.rounds + 1
     turns = len([r for r in answer.rounds if r.written])
     assert answer.completion_tokens <= turns * budget.turn_tokens + budget.answer_tokens
-    last = talk.tokens[-1]
+    last = state.tokens[-1]
     assert (answer.outcome == "answered") == (last == ANSWER[-1])
-    assert answer.outcome == "answered" or last in (*REFERENCE_END, *END) or talk.left == 0
-    assert len(talk.tokens) <= CONTEXT
+    assert answer.outcome == "answered" or last in (*REFERENCE_END, *END) or state.left == 0
+    assert len(state.tokens) <= CONTEXT
     hidden = [n for n in TEXTS if namespaces is not None and ("few" if n in FEW else "rest") not in namespaces]
-    assert not any(TEXTS[n] in spelt(talk.tokens) for n in hidden if n != 12)  # 12 is part of other texts
-    assert spelt(talk.tokens).count(Q) == 2
+    assert not any(TEXTS[n] in spelt(state.tokens) for n in hidden if n != 12)  # 12 is part of other texts
+    assert spelt(state.tokens).count(Q) == 2
     # Of the last round the trace tells why retrieval ended there, but where the model ended it in good order.
     if mode in ("generate", "constrained") and answer.rounds[-1].events:
         assert answer.rounds[-1].events[-1].kind not in ("read", "cut")

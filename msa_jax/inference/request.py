@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from msa_jax.inference.answer import Answer, Citation, Outcome, StreamEvent
-from msa_jax.inference.conversation import Conversation
-from msa_jax.inference.library import Library, Original, View
+from msa_jax.inference.corpus import Corpus, Original, View
+from msa_jax.inference.interleave import Interleave
 from msa_jax.inference.settings import AskConfig
 
 _LOG = logging.getLogger(__name__)
@@ -17,7 +17,7 @@ _LOG = logging.getLogger(__name__)
 Listener = Callable[[StreamEvent], None]
 
 
-class Pending:
+class Request:
     """A question in an engine. Methods without underscore may be called from any thread."""
 
     def __init__(
@@ -32,7 +32,7 @@ class Pending:
         self._submitted = time.monotonic()
         self._begun: float | None = None
         self._first_token: float | None = None
-        self._conversation: Conversation | None = None
+        self._interleave: Interleave | None = None
 
     def cancel(self) -> None:
         """Give the question up: its outcome is "cancelled", unless it is over before that is noticed."""
@@ -64,8 +64,8 @@ class Pending:
         limit = self._config.timeout
         return "timed_out" if limit is not None and time.monotonic() - self._submitted > limit else None
 
-    def _find(self, library: Library, number: int) -> Original | None:
-        return library.find(number, self._view)
+    def _find(self, corpus: Corpus, number: int) -> Original | None:
+        return corpus.find(number, self._view)
 
     def _begin(self, view: View) -> None:
         self._view = view
@@ -90,16 +90,16 @@ class Pending:
         self._tell(StreamEvent(text=text))
 
     def _finish(self) -> None:
-        talk, seconds = self._conversation, time.monotonic() - self._submitted
+        state, seconds = self._interleave, time.monotonic() - self._submitted
         self._answer = Answer(
             question=self._question,
-            text=talk.reply.text,
-            outcome=talk.outcome,
-            citations=tuple(talk.citations),
-            rounds=tuple(talk.rounds),
-            score=talk.score,
-            prompt_tokens=talk.prompt_tokens,
-            completion_tokens=talk.completion_tokens,
+            text=state.reply.text,
+            outcome=state.outcome,
+            citations=tuple(state.citations),
+            rounds=tuple(state.rounds),
+            score=state.score,
+            prompt_tokens=state.prompt_tokens,
+            completion_tokens=state.completion_tokens,
             waited=seconds if self._begun is None else self._begun,
             first_token=self._first_token,
             seconds=seconds,
