@@ -76,7 +76,7 @@ class Engine:
         bank = self.corpus.bank
         self._device = None  # two of it may be more than there is room for
         slots = empty_slots(
-            self._model, self._template, bank, slots=self.config.slots, length=self._head + self.config.context
+            self._model, self._template, bank, count=self.config.slots, size=self._head + self.config.context
         )
         self._device = settled(slots, (self._params, bank and bank.layout))
 
