@@ -30,10 +30,12 @@ def parameters(config: MSAConfig) -> int:
 
 
 def question(config: MSAConfig, mesh: MeshConfig, sizes: Sizes) -> float:
-    """Scores of all chunks and documents in two layouts, activations of a layer, logits of one token."""
+    """Scores of all chunks and documents in two layouts, new keys and values, a layer's activations, logits."""
     ways, batch = mesh.memory * mesh.model, sizes.batch / mesh.data
     scores = 2 * 4 * batch * (sizes.chunks(config, ways) + sizes.documents(ways)) / ways
-    return (scores + _activations(config, mesh, batch * sizes.question_tokens) + _logits(config, mesh, batch)) / GIB
+    own = 2 * 2 * config.num_layers * batch * sizes.question_tokens * config.router_width / mesh.model
+    layer = _activations(config, mesh, batch * sizes.question_tokens)
+    return (scores + own + layer + _logits(config, mesh, batch)) / GIB
 
 
 def decode(config: MSAConfig, mesh: MeshConfig, sizes: Sizes) -> float:

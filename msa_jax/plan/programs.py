@@ -1,5 +1,7 @@
 """The four programs of a model as functions of shapes alone, spread over a mesh; nothing is allocated.
 
+They are the programs that run: the steps of the engine, of the encoder of banks and of training.
+
 Sizes: B questions, T tokens of each, S cache slots, R rows, W row length, C chunks, N documents, L_r router layers.
 """
 
@@ -12,16 +14,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from msa_jax.bank.encoder import _encode_rows
 from msa_jax.config import TEMPLATE_LEN, MSAConfig
-from msa_jax.context import Context, KeyValues, Reuse, Route
+from msa_jax.context import Context, KeyValues
 from msa_jax.data.batch import Batch, DocumentBatch, QuestionBatch
+from msa_jax.inference.batching import decode_batch, no_prefill
+from msa_jax.inference.candidates import candidates_of
+from msa_jax.inference.corpus import View
+from msa_jax.inference.programs import decode as decode_step
+from msa_jax.inference.programs import prefill
+from msa_jax.inference.settings import EngineConfig, Sampling
+from msa_jax.inference.slots import Visibility, empty_slots, places
 from msa_jax.memory import ContentSource, DocumentLayout, MemoryBank, StoredContent
-from msa_jax.memory.selection import Selection
 from msa_jax.model import MSATransformer
 from msa_jax.plan.settings import Bank, Sizes
 from msa_jax.sharding import DATA, MEMORY, MODEL, MeshConfig, Shardings
@@ -31,21 +40,25 @@ from msa_jax.training.schedule import PhaseValues
 from msa_jax.training.step import init_state, make_step
 
 _WHOLE = P()
+_ENGINE = EngineConfig()
+# Of the engine's inputs whose size hardly matters: namespaces of a bank, tokens of a document's number.
+_NAMESPACES, _DIGITS = 64, 8
 Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A jit-compiled function and its arguments, `jax.ShapeDtypeStruct`s with shardings on one mesh."""
+    """A jit-compiled function, its static options, and its arguments: shapes with shardings on one mesh."""
 
     name: str
     mesh: Mesh
     function: Any
     args: tuple
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def lower(self):
         with jax.set_mesh(self.mesh):
-            return self.function.lower(*self.args)
+            return self.function.lower(*self.args, **self.options)
 
 
 def _array(mesh: Mesh, shape, dtype, spec: P = _WHOLE, kind: str | None = None) -> jax.ShapeDtypeStruct:
@@ -97,58 +110,52 @@ def _serving(config: MSAConfig) -> MSAConfig:
     return config.replace(dtype="bfloat16", param_dtype="bfloat16", remat="none")
 
 
-def _cache(config, mesh, sizes, slots):
-    shape = (config.num_layers, sizes.batch, slots, config.num_kv_heads, config.head_dim)
-    one = _array(mesh, shape, jnp.bfloat16, P(None, DATA, None, MODEL))
-    return KeyValues(one, one)
+def _asking(config, mesh, bank, sizes):
+    """What both steps of asking are given: parameters, the template, the engine's slots, the bank."""
+    config, shardings = _serving(config), Shardings.inference()
+    graphdef, params = _parameters(config, mesh, shardings)
+    shape = (config.num_layers, 1, TEMPLATE_LEN, config.num_kv_heads, config.head_dim)
+    one, number = _array(mesh, shape, jnp.bfloat16, P(None, None, None, MODEL)), _array(mesh, (1,), jnp.int32)
+    template = Context(KeyValues(one, one), number, number)
+    memory = memory_bank(config, mesh, bank, sizes, shardings.bank)
+
+    def empty(params, template, memory):
+        model = nnx.merge(graphdef, params)
+        return empty_slots(model, template, memory, count=sizes.batch, size=sizes.cache_tokens)
+
+    bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, template, memory))
+    slots = jax.eval_shape(empty, *bare)
+    slots = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), slots, places(slots, mesh))
+    return graphdef, params, template, slots, memory
+
+
+def _batch(mesh, arrays):
+    """Shapes of what the host gives a step."""
+    return jax.tree.map(lambda x: _array(mesh, x.shape, x.dtype), arrays)
 
 
 def question(config: MSAConfig, mesh: Mesh, bank: Bank, sizes: Sizes) -> Program:
-    """A question's first pass: it routes in every router layer, reads what it selects, and gives a token."""
-    config, shardings = _serving(config), Shardings.inference()
-    graphdef, params = _parameters(config, mesh, shardings)
-    one = (config.num_layers, 1, TEMPLATE_LEN, config.num_kv_heads, config.head_dim)
-    prefix, number = _array(mesh, one, jnp.bfloat16, P(None, None, None, MODEL)), _array(mesh, (1,), jnp.int32)
-    template = Context(KeyValues(prefix, prefix), number, number)
-
-    def step(params, template, tokens, lengths, bank):
-        model = nnx.merge(graphdef, params)
-        output = model.prefill(tokens, lengths=lengths, template=template, read=Route(bank))
-        token = jnp.argmax(model.logits(output.hidden[:, -1]), axis=-1).astype(jnp.int32)
-        return token, output.own, output.selection
-
-    tokens = _array(mesh, (sizes.batch, sizes.question_tokens), jnp.int32, P(DATA))
-    args = (params, template, tokens, _array(mesh, (sizes.batch,), jnp.int32, P(DATA)))
-    cache = jax.tree.map(lambda x: x.sharding, _cache(config, mesh, sizes, 1))
-    out = (NamedSharding(mesh, P(DATA)), cache, NamedSharding(mesh, P(None, DATA)))
-    return Program(
-        "question", mesh, jax.jit(step, out_shardings=out, keep_unused=True),
-        (*args, memory_bank(config, mesh, bank, sizes, shardings.bank)),
-    )  # fmt: skip
+    """The engine's first pass of questions: they route in every router layer, read what they select, get a token."""
+    graphdef, params, template, slots, memory = _asking(config, mesh, bank, sizes)
+    documents = _array(mesh, (memory.num_documents,), jnp.int32)
+    batch = no_prefill(
+        View(np.zeros(_NAMESPACES, bool)), size=sizes.batch, length=sizes.question_tokens, head=TEMPLATE_LEN, nobody=0
+    )
+    args = (graphdef, params, template, slots, memory, Visibility(documents, documents), _batch(mesh, batch))
+    options = dict(fresh=True, routes=True, reported=_ENGINE.reported_documents)
+    return Program("question", mesh, prefill, args, options)
 
 
 def decode(config: MSAConfig, mesh: Mesh, bank: Bank, sizes: Sizes) -> Program:
-    """One token more of every question, with the documents that it selected and a cache that is written in place."""
-    config, shardings = _serving(config), Shardings.inference()
-    graphdef, params = _parameters(config, mesh, shardings)
-
-    def step(params, cache, token, length, position, selection, bank):
-        model = nnx.merge(graphdef, params)
-        hidden, context = model.decode(token, Context(cache, length, position), read=Reuse(bank, selection))
-        return jnp.argmax(model.logits(hidden), axis=-1).astype(jnp.int32), context.past
-
-    b, layers, k = sizes.batch, len(config.router_layers), config.top_k_documents
-    cache = _cache(config, mesh, sizes, sizes.cache_tokens)
-    array = functools.partial(_array, mesh)
-    ranges = array((layers, b, k), jnp.int32, P(None, DATA))
-    scores = array((layers, b, k), jnp.float32, P(None, DATA))
-    selection = Selection(documents=ranges, scores=scores, starts=ranges, lengths=ranges)
-    args = (
-        params, cache, *[array((b,), jnp.int32, P(DATA))] * 3, selection,
-        memory_bank(config, mesh, bank, sizes, shardings.bank),
+    """The engine's decoding: tokens of every question, with the documents that it selected, in a cache of all."""
+    graphdef, params, _, slots, memory = _asking(config, mesh, bank, sizes)
+    most = _ENGINE.reported_documents * len(config.router_layers)
+    batch = decode_batch(
+        [None] * sizes.batch, sampling=[Sampling()] * sizes.batch, head=TEMPLATE_LEN,
+        candidates=functools.partial(candidates_of, opening=0, shape=(most, _DIGITS)),
     )  # fmt: skip
-    out = (NamedSharding(mesh, P(DATA)), jax.tree.map(lambda x: x.sharding, cache))
-    return Program("decode", mesh, jax.jit(step, donate_argnums=1, out_shardings=out, keep_unused=True), args)
+    options = dict(columns=sizes.cache_tokens, steps=_ENGINE.decode_steps, stop_tokens=(0,))
+    return Program("decode", mesh, decode_step, (graphdef, params, slots, memory, _batch(mesh, batch)), options)
 
 
 def encode(config: MSAConfig, mesh: Mesh, sizes: Sizes, rows: int) -> Program:
