@@ -57,7 +57,7 @@ def test_nothing_is_compiled_once_it_is_warm(opened, compiled):
     assert not compiled
 
 
-@pytest.mark.parametrize("step", ["_take_turn", "_decode_some"])
+@pytest.mark.parametrize("step", ["_prefill", "_decode_some"])
 def test_an_error_reaches_those_who_asked_and_the_session_goes_on(opened, monkeypatch, step):
     session = opened()
     want = session.ask(Q)
