@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from tqdm import tqdm
-
 from msa_jax.bank import folder
 from msa_jax.bank.change import commit, make_database
 from msa_jax.bank.copying import blocks, copy_chunks, copy_rows, moved
@@ -41,10 +39,7 @@ def compact(store: BankWriter, *, progress: bool = False) -> dict[str, Any]:
     manifest = dataclasses.replace(before, version=version, operation="compact", **empty)
     try:
         database = make_database(folder.database_url(path, name), manifest)
-        with tqdm(
-            desc="compact", unit="chunk", unit_scale=True, total=len(chunks), mininterval=1.0, disable=not progress
-        ) as bar:
-            copy_chunks(store, chunks, database, 0, bar.update)
+        copy_chunks(store, chunks, database, 0, title="compact", progress=progress)
         manifest = dataclasses.replace(manifest, chunks=len(chunks))
         for part in blocks(rows):
             with commit(database, manifest, version, "compact") as change:

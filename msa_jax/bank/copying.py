@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+from tqdm import tqdm
 
 from msa_jax.bank.change import Change
-from msa_jax.bank.database import Database, reason_of
+from msa_jax.bank.database import Database, refusing
 from msa_jax.bank.reader import ARRAYS, BankReader
 from msa_jax.bank.table import LENGTH, NAMESPACE, PLACE, START, body_key, unpack
-from msa_jax.errors import BankError
 from msa_jax.memory.places import behind, chunks_of
 
 _BLOCK_BYTES = 1 << 26
@@ -34,30 +34,29 @@ def moved(columns: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def copy_chunks(
-    source: BankReader, chunks: np.ndarray, target: Database, first: int, progress: Callable[[int], object]
+    source: BankReader, chunks: np.ndarray, target: Database, first: int, *, title: str, progress: bool
 ) -> None:
     """Copy chunks to `first` and following of another database, which no version of it shows until a manifest does.
 
     Args:
       chunks: numbers in `source`.
-      progress: called with the number of chunks copied.
+      title: of the progress bar of chunks; progress: show it.
 
     Raises:
       BankError: `source` is damaged, or `target` cannot be written.
     """
     block = max(1, _BLOCK_BYTES // source.spec.bytes_per_chunk)
+    bar = tqdm(desc=title, unit="chunk", unit_scale=True, total=len(chunks), mininterval=1.0, disable=not progress)
     for begin in range(0, len(chunks), block):
         numbers = chunks[begin : begin + block]
         run = slice(numbers[0], numbers[-1] + 1) if numbers[-1] - numbers[0] + 1 == len(numbers) else numbers
-        try:
+        with refusing(f"{source.path}: chunks {numbers[0]} to {numbers[-1]} are damaged"):
             pending = {name: source.array(name)[:, run].read() for name in ARRAYS}
             values = {name: np.asarray(read.result()) for name, read in pending.items()}
-        except (ValueError, OSError) as e:
-            raise BankError(f"{source.path}: chunks {numbers[0]} to {numbers[-1]} are damaged: {reason_of(e)}") from e
         with target.commit() as transaction:
             for name, value in values.items():
                 target.put(name, value, first + begin, 1, transaction)
-        progress(len(numbers))
+        bar.update(len(numbers))
 
 
 def copy_rows(source: BankReader, rows: np.ndarray, places: np.ndarray, change: Change) -> None:

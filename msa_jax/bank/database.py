@@ -152,6 +152,17 @@ def remove_stale_locks(*folders: pathlib.Path, but: str = "") -> None:
                 file.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """What TensorStore or the file system raises within the block, as a BankError: `what`, then the reason."""
+    try:
+        yield
+    except BankError:
+        raise
+    except (ValueError, OSError) as e:
+        raise BankError(f"{what}: {reason_of(e)}") from e
+
+
 def reason_of(error: Exception) -> str:
     """The sentence of a TensorStore error, without its specification and source lines."""
     return str(error).split(" [", 1)[0]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from msa_jax.bank.database import reason_of
+from msa_jax.bank.database import refusing
 from msa_jax.bank.reader import BankReader
-from msa_jax.errors import BankError
 from msa_jax.memory import StoredContent, tiers
 
 
@@ -28,11 +27,9 @@ class DiskContent:
         Raises:
           BankError: the disk fails, or what it holds is damaged; the bank is named.
         """
-        try:
+        with refusing(self._where):
             pending = [array[layer, self._source[chunks]].read() for array in self._arrays]
             return tuple(read.result() for read in pending)
-        except (OSError, ValueError) as error:
-            raise BankError(f"{self._where}: {reason_of(error)}") from error
 
     def stored(self) -> StoredContent:
         """What a `MemoryBank` without content arrays has in their place."""

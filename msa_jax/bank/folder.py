@@ -16,7 +16,7 @@ import time
 
 import tensorstore as ts
 
-from msa_jax.bank.database import folder_of, reason_of, remove_stale_locks, url_of
+from msa_jax.bank.database import folder_of, refusing, remove_stale_locks, url_of
 from msa_jax.errors import BankError
 
 FIRST = "bank-0"
@@ -26,10 +26,8 @@ _WRITER_LOCK, _COUNTER_LOCK = "writer.lock", "numbers.lock"
 
 def current(path: str | pathlib.Path) -> str | None:
     """Name of the database in use; None where there is no bank."""
-    try:
+    with refusing(f"{path}: cannot be read"):
         result = ts.KvStore.open(url_of(path)).result().read("CURRENT").result()
-    except (ValueError, OSError) as e:
-        raise BankError(f"{path}: cannot be read: {reason_of(e)}") from e
     return None if result.state == "missing" else result.value.decode().strip()
 
 

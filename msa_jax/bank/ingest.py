@@ -106,9 +106,9 @@ def ingest(
     numbers: Numbers,
     *,
     replace: bool,
-    commit_tokens: int | None,
-    progress: bool,
-    total: int | None,
+    commit_tokens: int | None = None,
+    progress: bool = False,
+    total: int | None = None,
 ) -> Report:
     """What `MemoryStore.add` and, with `replace`, `MemoryStore.update` do; `numbers` is for new texts."""
     store.require_writable()

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import tensorstore as ts
 
 from msa_jax.bank import folder
-from msa_jax.bank.database import reason_of, url_of
+from msa_jax.bank.database import reason_of, refusing, url_of
 from msa_jax.errors import BankError
 
 _COUNTER, _RECORD = folder.COUNTER, "CLAIMED"
@@ -62,25 +62,15 @@ class Numbers:
             _exchange(self._bank, lambda found: max(first, next_text) if found == end else None)
 
     def claim(self, count: int) -> None:
-        first = end = 0
-
-        def raised(found):
-            nonlocal first, end
-            first = max(found, self._least)
-            end = first + count
-            return end
-
-        _exchange(self._bank, raised)
+        first = max(self._least, _exchange(self._bank, lambda found: max(found, self._least) + count))
+        end = first + count
         if self._blocks and self._blocks[-1][1] == first:
             self._blocks[-1][1] = end
         else:
             self._blocks.append([first, end])
         if self._part is not None:
-            value = json.dumps(self._blocks).encode()
-            try:
-                ts.KvStore.open(url_of(self._part)).result().write(_RECORD, value).result()
-            except (ValueError, OSError) as e:
-                raise BankError(f"{self._part}: cannot be written: {reason_of(e)}") from e
+            with refusing(f"{self._part}: cannot be written"):
+                ts.KvStore.open(url_of(self._part)).result().write(_RECORD, json.dumps(self._blocks).encode()).result()
 
 
 def next_of(bank: str | pathlib.Path) -> int:
@@ -89,33 +79,26 @@ def next_of(bank: str | pathlib.Path) -> int:
     Raises:
       BankError: it is damaged, or cannot be read.
     """
-    found = 1
-
-    def look(value):
-        nonlocal found
-        found = value
-
-    _exchange(bank, look)
-    return found
+    return _exchange(bank, lambda found: None)
 
 
-def _exchange(bank: str | pathlib.Path, change: Callable[[int], int | None]) -> None:
-    """Set the counter to what `change` makes of it, as one step; None leaves it."""
+def _exchange(bank: str | pathlib.Path, change: Callable[[int], int | None]) -> int:
+    """Set the counter to what `change` makes of it, as one step; None leaves it. Returns what it was."""
     lock = None
     try:
-        store = ts.KvStore.open(url_of(bank)).result()
-        while True:
-            read = store.read(_COUNTER).result()
-            value = change(1 if read.state == "missing" else _parse(bytes(read.value), f"{bank}/{_COUNTER}"))
-            if value is None:
-                return
-            if lock is None and (lock := folder.take_counter_lock(bank)) is not None:
-                continue  # it may have been raised before the lock was there
-            # An empty generation says that somebody else was first.
-            if store.write(_COUNTER, _written(value), if_equal=read.stamp.generation).result().generation:
-                return
-    except (ValueError, OSError) as e:
-        raise e if isinstance(e, BankError) else BankError(f"{bank}: cannot be written: {reason_of(e)}") from e
+        with refusing(f"{bank}: cannot be written"):
+            store = ts.KvStore.open(url_of(bank)).result()
+            while True:
+                read = store.read(_COUNTER).result()
+                found = 1 if read.state == "missing" else _parse(bytes(read.value), f"{bank}/{_COUNTER}")
+                value = change(found)
+                if value is None:
+                    return found
+                if lock is None and (lock := folder.take_counter_lock(bank)) is not None:
+                    continue  # it may have been raised before the lock was there
+                # An empty generation says that somebody else was first.
+                if store.write(_COUNTER, _written(value), if_equal=read.stamp.generation).result().generation:
+                    return found
     finally:
         folder.release(lock)
 

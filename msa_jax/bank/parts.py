@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import tensorstore as ts
-from tqdm import tqdm
 
 from msa_jax.bank import folder
 from msa_jax.bank.copying import copy_chunks, copy_rows, moved
@@ -108,10 +107,7 @@ def merge(store: MemoryStore, part: BankReader, *, progress: bool = False) -> in
     places = np.zeros((len(rows), len(PLACE)), np.int64)
     chunks, places[new] = moved(columns[new], first)
     places[~new] = store.table.columns[[row for row in held if row is not None]][:, PLACE]
-    with tqdm(
-        desc="merge", unit="chunk", unit_scale=True, total=len(chunks), mininterval=1.0, disable=not progress
-    ) as bar:
-        copy_chunks(part, chunks, store.database, first, bar.update)
+    copy_chunks(part, chunks, store.database, first, title="merge", progress=progress)
     if len(rows):
         with store.change("add") as change:
             change.chunks += len(chunks)

@@ -14,7 +14,7 @@ import numpy as np
 import tensorstore as ts
 
 from msa_jax.bank import folder
-from msa_jax.bank.database import Database, reason_of
+from msa_jax.bank.database import Database, refusing
 from msa_jax.bank.manifest import BankSpec, Manifest
 from msa_jax.bank.table import (
     ALIVE,
@@ -84,19 +84,18 @@ class BankReader:
             raise BankError(f"{self.path}: an earlier version is for reading: open it with writable=False.")
         name, lock = self._hold_current()
         try:
-            url = folder.database_url(self.path, name)
-            # A reader pins the generation that it found, so that it never sees two.
-            generation = None if self._writable else _generation_of(url, version, str(self.path))
-            database = Database(url, generation=generation)
-            manifest = _manifest_of(database, str(self.path))
-            columns = np.array(database.array("documents").read().result())[: manifest.rows]
-            if len(columns) < manifest.rows or columns.shape[1] != COLUMNS:
-                raise BankError(f"{self.path}: the table of documents is cut short: restore the bank from a copy.")
-            table = Table(manifest.namespaces, columns)
-        except BaseException as e:
+            with refusing(f"{self.path}: the bank is damaged or unreadable"):
+                url = folder.database_url(self.path, name)
+                # A reader pins the generation that it found, so that it never sees two.
+                generation = None if self._writable else _generation_of(url, version, str(self.path))
+                database = Database(url, generation=generation)
+                manifest = _manifest_of(database, str(self.path))
+                columns = np.array(database.array("documents").read().result())[: manifest.rows]
+                if len(columns) < manifest.rows or columns.shape[1] != COLUMNS:
+                    raise BankError(f"{self.path}: the table of documents is cut short: restore the bank from a copy.")
+                table = Table(manifest.namespaces, columns)
+        except BaseException:
             folder.release(lock)
-            if isinstance(e, ValueError | OSError) and not isinstance(e, BankError):
-                raise BankError(f"{self.path}: the bank is damaged or unreadable: {reason_of(e)}") from e
             raise
         folder.release(self._reader_lock)
         self.name, self._reader_lock = name, lock
@@ -141,7 +140,7 @@ class BankReader:
           BankError: a damaged text.
         """
         table = self.table
-        try:
+        with refusing(f"{self.path}: the text of a document is damaged"):
             bodies = [unpack(raw) for raw in self.database.read_many(list(map(body_key, rows)))]
             return [
                 BankDocument(
@@ -150,8 +149,6 @@ class BankReader:
                 )
                 for row, (identity, title, text, metadata) in zip(rows, bodies, strict=True)
             ]  # fmt: skip
-        except (ValueError, OSError) as e:
-            raise BankError(f"{self.path}: the text of a document is damaged: {reason_of(e)}") from e
 
     def search(self, prefix: str = "", namespace: str | None = None) -> Iterator[tuple[str, str]]:
         """(namespace, id) of live documents whose id begins with `prefix`, in the order they were added."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from msa_jax.bank import compaction, folder, ingest, verify
 from msa_jax.bank.change import make_database, now
-from msa_jax.bank.database import folder_of
+from msa_jax.bank.database import folder_of, refusing
 from msa_jax.bank.document_encoder import DocumentEncoder
 from msa_jax.bank.ingest import Report
 from msa_jax.bank.manifest import BankSpec, Manifest
@@ -33,7 +33,7 @@ class MemoryStore(BankWriter):
         Raises:
           BankError: there is a bank already, or the place cannot be written.
         """
-        try:
+        with refusing(f"{path}: a bank cannot be made here"):
             if (place := folder_of(path)) is not None:
                 place.mkdir(parents=True, exist_ok=True)
             if folder.current(path) is not None:
@@ -45,8 +45,6 @@ class MemoryStore(BankWriter):
                 folder.switch(path, folder.FIRST)
             finally:
                 folder.release(lock)
-        except (OSError, ValueError) as e:
-            raise e if isinstance(e, BankError) else BankError(f"{path}: a bank cannot be made here: {e}") from e
         return cls(path, writable=True)
 
     @classmethod
@@ -85,21 +83,12 @@ class MemoryStore(BankWriter):
         options = dict(commit_tokens=commit_tokens, progress=progress, total=total)
         return self._ingest(documents, encoder, replace=False, **options)
 
-    def update(
-        self,
-        documents: Iterable[BankDocument],
-        encoder: DocumentEncoder,
-        *,
-        commit_tokens: int | None = None,
-        progress: bool = False,
-        total: int | None = None,
-    ) -> Report:
-        """Give documents that exist new texts, titles or metadata. See `add`.
+    def update(self, documents: Iterable[BankDocument], encoder: DocumentEncoder, **options: Any) -> Report:
+        """Give documents that exist new texts, titles or metadata. `options` as of `add`.
 
         Raises:
           BankError: as `add`, and for an id that does not exist.
         """
-        options = dict(commit_tokens=commit_tokens, progress=progress, total=total)
         return self._ingest(documents, encoder, replace=True, **options)
 
     def _ingest(self, documents, encoder, **options):

@@ -20,9 +20,8 @@ import numpy as np
 import tensorstore as ts
 from tqdm import tqdm
 
-from msa_jax.bank.database import reason_of
+from msa_jax.bank.database import refusing
 from msa_jax.bank.reader import BankReader
-from msa_jax.errors import BankError
 
 # Bytes on disk of one piece, of one layer: enough for the disk's pace, little beside any bank.
 _PIECE_BYTES = 2 << 20
@@ -99,10 +98,8 @@ def write(
     total = sum(_bytes_of(piece, stored) for piece in pieces)
 
     def read(piece):
-        try:
+        with refusing(f"{store.path}: {piece.part.field} cannot be read"):
             return fields[piece.part.field].make(read_piece(stored[piece.part.field], piece, source))
-        except (ValueError, OSError) as e:
-            raise BankError(f"{store.path}: {piece.part.field} cannot be read: {reason_of(e)}") from e
 
     try:
         with tqdm(desc="load", total=total, unit="B", unit_scale=True, mininterval=1.0, disable=not progress) as bar:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from msa_jax.bank.database import reason_of
+from msa_jax.bank.database import refusing
 from msa_jax.bank.numbers import next_of
 from msa_jax.bank.reader import ARRAYS, BankReader
 from msa_jax.bank.table import ID_KEY, LENGTH, NUMBER, START, TEXT_KEY, TOKENS
@@ -36,12 +36,8 @@ def verify(store: BankReader, *, progress: bool = False) -> dict[str, Any]:
                 raise BankError(f"{store.path}: {name} has {array.shape[1]} chunks, the manifest {manifest.chunks}.")
             for first in range(0, manifest.chunks, _CHUNKS_AT_ONCE):
                 place = slice(first, min(manifest.chunks, first + _CHUNKS_AT_ONCE))
-                try:
+                with refusing(f"{store.path}: {name} is damaged at chunks {place.start} to {place.stop}"):
                     values = np.asarray(array[:, place].read().result())
-                except (ValueError, OSError) as e:
-                    raise BankError(
-                        f"{store.path}: {name} is damaged at chunks {place.start} to {place.stop}: {reason_of(e)}"
-                    ) from e
                 if not np.isfinite(values.astype(np.float32)).all():
                     raise BankError(f"{store.path}: {name} is not a number at chunks {place.start} to {place.stop}.")
                 total += values.nbytes

@@ -19,6 +19,7 @@ from msa_jax.data import Document, Renderer, pack_documents
 from msa_jax.data.batch import ROUTING
 from msa_jax.data.splits import draw_numbers
 from msa_jax.memory import DocumentLayout, MemoryBank
+from msa_jax.memory.places import chunks_of
 from msa_jax.model import MSATransformer
 from msa_jax.routing import need_scores
 
@@ -45,11 +46,8 @@ def encode_documents(
 def part_of(bank: MemoryBank, documents: Sequence[int]) -> MemoryBank:
     """The bank of some of its documents, in the order given."""
     starts, lengths = np.asarray(bank.layout.starts)[documents], np.asarray(bank.layout.lengths)[documents]
-    owners = np.repeat(np.arange(len(lengths)), lengths)
-    firsts = np.cumsum(lengths) - lengths
-    chunks = jnp.asarray(starts[owners] + np.arange(len(owners)) - firsts[owners])
-    layout = DocumentLayout.from_chunk_documents(owners.astype(np.int32), len(lengths))
-    take = functools.partial(jnp.take, indices=chunks, axis=1)
+    layout = DocumentLayout.from_chunk_documents(np.repeat(np.arange(len(lengths)), lengths), len(lengths))
+    take = functools.partial(jnp.take, indices=jnp.asarray(chunks_of(starts, lengths)), axis=1)
     return MemoryBank(take(bank.routing_keys), take(bank.content_k), take(bank.content_v), layout)
 
 
