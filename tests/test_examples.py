@@ -18,7 +18,7 @@ POSITIONS = np.broadcast_to(np.arange(8, dtype=np.int32), (3, 8))
 LAYOUT = DocumentLayout.from_chunk_documents([0, 0, 1, 1, 2, 2], 3)
 
 
-@pytest.mark.parametrize("name", ["embed_in_nnx", "embed_in_linen"])
+@pytest.mark.parametrize("name", ["embed_in_nnx", pytest.param("embed_in_linen", marks=pytest.mark.slow)])
 def test_examples_learn(root, name, capsys):
     """The last loss is far below what guessing among the values gives, log 20 and more."""
     spec = importlib.util.spec_from_file_location(name, root / "examples" / f"{name}.py")

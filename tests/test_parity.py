@@ -137,6 +137,7 @@ def test_names_exactly_what_differs_in_inference(copy_of, capsys):
     assert "2 of 4 differ" in printed
 
 
+@pytest.mark.slow
 def test_one_weight_matters(copy_of):
     folder = copy_of("infer_gqa")
     tensors = load_file(folder / "model.safetensors")

@@ -33,13 +33,13 @@ QUICK = ("routing 4B, training", "attention 4B, prefill, int8", "attention 4B, t
 compiled = functools.cache(programs.compiled)
 
 
-def on(chips, cases):
+def on(chips, cases, quick=QUICK):
     """Parameters of cases on chips, those without a compiler here skipped."""
 
     def marks(name, chip):
         missing = programs.available(chip)
         skip = [] if missing is None else [pytest.mark.skip(missing)]
-        return skip + [pytest.mark.slow] * (chip != "v5e" or name not in QUICK)
+        return skip + [pytest.mark.slow] * (chip != "v5e" or name not in quick)
 
     return pytest.mark.parametrize(
         ("name", "chip"), [pytest.param(name, chip, marks=marks(name, chip)) for chip in chips for name in cases]
@@ -88,7 +88,7 @@ def budget_of(case) -> int:
     return blocks.vmem_bytes(case.kv, case.d, operands.q.dtype.itemsize, operands.bank_k.dtype.itemsize)
 
 
-@on(["v5e"], programs.CASES)
+@on(["v5e"], programs.CASES, quick=QUICK[:2])
 def test_the_description_of_vmem_bounds_what_the_compiler_uses(name, chip, monkeypatch):
     case = programs.CASES[name]
     with jax.set_mesh(programs.mesh_of(chip)):
