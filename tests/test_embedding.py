@@ -1,5 +1,7 @@
 """Embedding costs nothing: what an import loads and defines, and a host program with flags of its own."""
 
+import importlib
+import re
 import subprocess
 import sys
 
@@ -81,3 +83,21 @@ def test_public_names_resolve_and_are_listed():
         assert getattr(msa_jax, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nosuch'"):
         msa_jax.nosuch  # noqa: B018
+
+
+def test_the_page_of_public_names_is_complete_and_true(root):
+    """Every public name stands in the table, and what stands there is."""
+    page = (root / "docs/api.md").read_text()
+    table = page[page.index("## Stable") : page.index("## May change")]
+    named = set()
+    for line in table.splitlines()[3:]:
+        names = re.findall(r"`([\w.]+)`", line.split("|")[1]) if line.startswith("|") else []
+        module = names.pop(0) if names and "`:" in line else None
+        for name in names:
+            home, _, attribute = name.rpartition(".") if module is None else (module, "", name)
+            assert hasattr(importlib.import_module(home), attribute), name
+            named.add(f"{home}.{attribute}")
+    assert {f"msa_jax.{name}" for name in msa_jax.__all__ if name != "__version__"} <= named
+    for package in re.findall(r"`(msa_jax\.\w+)`", page[page.index("## May change") : page.index("## Install")]):
+        module = importlib.import_module(package)
+        assert all(hasattr(module, name) for name in module.__all__)
