@@ -1,6 +1,7 @@
 """The curve: sizes of one memory, asked once each; what is not of the same model and memory is refused."""
 
 import copy
+import dataclasses
 import json
 import types
 
@@ -74,3 +75,20 @@ def test_what_cannot_be_asked_is_said_before_anything_is_encoded(workdir, monkey
         evaluate(None, workdir, [1024], task="curve", settings=["steps=train"], out=workdir / "none.json")
     with pytest.raises(DataError, match='of data.source "needles"; give one of "ruler"'):
         evaluate(None, workdir, [1024], task="ruler")
+
+
+def test_baselines_are_rows_of_the_needles_table(trained, quick_compiles, tmp_path):
+    run = trained[0]
+    few = dataclasses.replace(run.evaluation, num_questions=2, max_rounds=1, max_new_tokens=8)
+    run, options = dataclasses.replace(run, evaluation=few), {"out": tmp_path / "a.json"}
+    names = ["bm25", "bag_of_words", "dense"]
+    rows = evaluate(run, trained[1], [1024], baselines=names, **options)
+    assert [row["retriever"] for row in rows] == ["router", *names]
+    assert len({(row["memory_tokens"], row["documents"], row["questions"]) for row in rows}) == 1
+    for row in rows[1:3]:
+        assert row["recall@1"] <= row["recall@16"] == 1 and row["id_recall"] == row["recall@1"]  # the best one is read
+    for row in rows[1:]:
+        assert "exact_match" in row and not any(name.startswith("router") for name in row)
+    assert "| bm25 |" in report(rows, "needles", None)
+    with pytest.raises(ConfigError, match="dense reads all of the memory at once: ask at most 65,536 tokens"):
+        evaluate(run, trained[1], [1024, 100_000], baselines=["dense"], **options)
