@@ -195,7 +195,9 @@ class MSAConfig(AttentionConfig):
             0 < len(specs) <= self.num_layers and all(isinstance(spec, LayerSpec) for spec in specs),
             f"layer_specs must be 1 to {self.num_layers} LayerSpec, got {self.layer_specs!r}.",
         )
-        object.__setattr__(self, "layer_specs", specs[:1] if len(set(specs)) == 1 else specs)
+        whole = [specs[i % len(specs)] for i in range(self.num_layers)]
+        period = next(n for n in range(1, len(whole) + 1) if all(s == whole[i % n] for i, s in enumerate(whole)))
+        object.__setattr__(self, "layer_specs", tuple(whole[:period]))  # the shortest, so that equal models are equal
         layers = self.router_layers
         if layers is None:
             half = range(self.num_layers // 2, self.num_layers)

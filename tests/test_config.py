@@ -90,6 +90,7 @@ def test_layers_of_two_kinds_repeat():
     assert [config.spec_of(i) for i in range(5)] == [a, a, b, a, a]
     assert config.layer_groups == ((False, 0, 2), (True, 2, 1), (False, 3, 1), (True, 4, 1))
     assert MSAConfig(layer_specs=[b, b]).layer_specs == (b,)
+    assert MSAConfig(layer_specs=[a, b, a, b]) == MSAConfig(layer_specs=[a, b])
     with pytest.raises(ConfigError, match="layer_specs must be 1 to 4 LayerSpec, got"):
         MSAConfig(layer_specs=(a,) * 5)
     with pytest.raises(ConfigError, match=r"Layers have settings unknown to this version: \['nope'\]"):

@@ -1,5 +1,6 @@
 """Checkpoints in the published layout: what is saved is what is loaded, and what does not fit is named."""
 
+import dataclasses
 import functools
 import json
 import logging
@@ -147,13 +148,30 @@ def test_tied_or_not(tmp_path, caplog):
 LLAMA = LayerSpec(qk_norm=False, qkv_bias=True, o_bias=True, mlp_bias=True)
 
 
-def test_a_llama_is_saved_as_one(tmp_path):
-    model = make(CONFIG.replace(layer_specs=(LLAMA,)))
+_GEMMA = LayerSpec(norm="rms_plus_one", post_norms=True, activation="gelu_tanh", query_scale=0.5)
+GEMMA = (dataclasses.replace(_GEMMA, window=3, rope_theta=7.0), _GEMMA)
+
+
+@pytest.mark.parametrize(
+    ("kind", "specs", "there", "not_there"),
+    [
+        ("llama", (LLAMA,), "mlp.gate_proj.bias", "self_attn.q_norm.weight"),
+        ("qwen2", (LayerSpec(qk_norm=False, qkv_bias=True),), "self_attn.q_proj.bias", "self_attn.o_proj.bias"),
+        ("mistral", (LayerSpec(qk_norm=False, window=3),), "self_attn.q_proj.weight", "self_attn.q_proj.bias"),
+        ("gemma3_text", GEMMA, "pre_feedforward_layernorm.weight", "mlp.gate_proj.bias"),
+    ],
+)
+def test_a_model_is_saved_as_its_family(tmp_path, kind, specs, there, not_there):
+    scale = 12**0.5 if kind == "gemma3_text" else 1.0
+    model = make(CONFIG.replace(layer_specs=specs, embedding_scale=scale))
     save_model(model, tmp_path / "model")
-    assert json.loads((tmp_path / "model" / "config.json").read_text())["model_type"] == "llama"
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["model_type"] == kind
     names = set(load_file(tmp_path / "model" / "model.safetensors"))
-    assert "model.layers.0.self_attn.q_proj.bias" in names and "model.layers.0.self_attn.q_norm.weight" not in names
+    assert f"model.layers.0.{there}" in names and f"model.layers.0.{not_there}" not in names
     assert_equal_models(load_model(tmp_path / "model"), model)
+
+
+def test_layers_of_no_family_are_not_saved(tmp_path):
     odd = LayerSpec(qk_norm=False, mlp_bias=True, o_bias=True)
     with pytest.raises(ConfigError, match="none of the families that can be saved: .*llama"):
         save_model(make(CONFIG.replace(layer_specs=(odd,))), tmp_path / "odd")
