@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import types
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
@@ -11,8 +12,9 @@ from msa_jax.data.episodes import SampleForm
 from msa_jax.data.samples import LossWeights
 from msa_jax.data.sources import SourceSettings, field_types, owners, settings_type
 from msa_jax.data.templates import Template
-from msa_jax.errors import ConfigError, require
+from msa_jax.errors import require
 
+_LOG = logging.getLogger(__name__)
 _TEMPLATES = {"compact": Template.compact, "paper": Template.paper, "chinese": Template.chinese}
 
 
@@ -73,23 +75,22 @@ class DataConfig:
         """Settings of a batch and of its source, side by side.
 
         Raises:
-          ConfigError: a bad value, or one for a setting that the source does not have.
+          ConfigError: a bad value, or one that must act for a setting that the source does not have.
         """
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         source = values.get("source", cls.source)
         kinds = field_types(settings_type(source))
-        own = own_settings(values)
-        for name in values.keys() - own.keys():
-            _refuse_foreign(name, values[name], source)
+        for name in sorted(values.keys() & owners().keys() - kinds.keys()):
+            _pass_over(name, values.pop(name), source)
         settings = {}
-        for name in kinds.keys() & own.keys():
-            value = own.pop(name)
+        for name in kinds.keys() & values.keys():
+            value = values.pop(name)
             # Where sources have different defaults, None leaves a setting at the source's.
             if value is not None or types.NoneType in get_args(kinds[name]):
                 settings[name] = value
-        if "loss_weights" in own:
-            own["loss_weights"] = LossWeights(**own["loss_weights"])
-        return cls(**own, settings=settings_type(source)(**settings))
+        if "loss_weights" in values:
+            values["loss_weights"] = LossWeights(**values["loss_weights"])
+        return cls(**values, settings=settings_type(source)(**settings))
 
     def to_dict(self) -> dict[str, Any]:
         """What `from_dict` takes."""
@@ -97,22 +98,14 @@ class DataConfig:
         return values | values.pop("settings")
 
 
-def own_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values without settings that other sources have and the one in question does not."""
-    own = field_types(settings_type(values.get("source", DataConfig.source)))
-    others = owners().keys() - own.keys()
-    return {name: value for name, value in values.items() if name not in others}
-
-
-def _refuse_foreign(name: str, value: Any, source: str) -> None:
-    having = owners()[name]
-    defaults = [settings_type(other).__dataclass_fields__[name].default for other in having]
-    # None cannot be given by flag, so one that is None by default is passed over when a flag chooses another source.
-    if value is not None and None not in defaults and value not in defaults:
-        raise ConfigError(
-            f"data.{name} is a setting of {' and '.join(having)}, and does nothing with data.source {source!r}: "
-            f"leave it at {defaults[0]!r}, or take another source."
-        )
+def _pass_over(name: str, value: Any, source: str) -> None:
+    """A setting of other sources: refused if it must not be passed over, else logged unless it is a default."""
+    kinds = {other: settings_type(other) for other in owners()[name]}
+    if value is None or value in [kind.__dataclass_fields__[name].default for kind in kinds.values()]:
+        return
+    said = f"data.{name} is a setting of {' and '.join(kinds)}, and does nothing with data.source {source!r}"
+    require(not any(name in kind.must_act for kind in kinds.values()), f"{said}: leave it out, or take another source.")
+    _LOG.warning("%s", said)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from msa_jax.errors import ConfigError
 from msa_jax.model import MSATransformer
 from msa_jax.runs.build import model_skeleton, open_tokenizer
 from msa_jax.runs.config import RunConfig
-from msa_jax.runs.workdir import INIT_CONFIG, read_run
+from msa_jax.runs.workdir import INIT_CONFIG, written_settings
 
 # Tokens of the longest document that a published checkpoint's bank takes unless told otherwise.
 _ROW_LEN = 4096
@@ -26,7 +26,7 @@ _ROW_LEN = 4096
 def open_run(workdir: str | pathlib.Path) -> RunConfig:
     """The settings of a trained run; raises ConfigError when there is none."""
     try:
-        return read_run(pathlib.Path(workdir))
+        return RunConfig.from_dict(written_settings(pathlib.Path(workdir)))
     except (OSError, json.JSONDecodeError) as e:
         raise ConfigError(f"{workdir}: no trained run there ({e}).") from e
 

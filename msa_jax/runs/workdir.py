@@ -6,10 +6,9 @@ import json
 import pathlib
 from typing import Any
 
-from msa_jax.data.config import own_settings
 from msa_jax.errors import ConfigError
 from msa_jax.files import write_text
-from msa_jax.runs.config import RunConfig, as_named_today
+from msa_jax.runs.config import RunConfig
 
 # What describes the model that a run went on from.
 INIT_CONFIG = "init_config.json"
@@ -18,15 +17,6 @@ INIT_CONFIG = "init_config.json"
 def written_settings(workdir: pathlib.Path) -> dict[str, Any]:
     """A run's settings as they were written when it began: the same, whatever settings runs have come to have since."""
     return json.loads((workdir / "config.json").read_text())
-
-
-def read_run(workdir: pathlib.Path) -> RunConfig:
-    """A run's settings in today's form: what a run of yesterday could not say is the default.
-
-    Earlier versions wrote the settings of all sources. Those of other sources did nothing, and are left out.
-    """
-    values = as_named_today(written_settings(workdir))
-    return RunConfig.from_dict(values | {"data": own_settings(values.get("data", {}))})
 
 
 def check_workdir(run: RunConfig, workdir: pathlib.Path) -> None:
@@ -40,7 +30,8 @@ def check_workdir(run: RunConfig, workdir: pathlib.Path) -> None:
     path = workdir / "config.json"
     mine = json.loads(json.dumps(run.to_dict()))
     if path.is_file():
-        theirs = json.loads(json.dumps(read_run(workdir).to_dict()))
+        # Through the settings of today, so that what a run of yesterday could not say is the default.
+        theirs = json.loads(json.dumps(RunConfig.from_dict(written_settings(workdir)).to_dict()))
         differing = [
             f"{part}.{name}"
             for part in ("model", "data", "tokenizer", "training")

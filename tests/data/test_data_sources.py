@@ -81,12 +81,6 @@ def test_a_module_is_a_source(letters, tmp_path):
     assert len(episode.documents) == 4 and episode.documents[0].text.endswith("of eval")
 
 
-def test_another_source_can_be_chosen_by_flag(letters):
-    """A config's limits on what it reads do not stand in the way of a source that reads nothing of it."""
-    assert run_of(max_chars=500).data.settings.max_chars == 500
-    assert run_of(source="letters", max_chars=500).data.settings.towns == 9
-
-
 def test_what_a_source_says_is_checked(letters):
     with pytest.raises(ConfigError, match="data.towns must be above 1, got 1"):
         run_of(source="letters", towns=1)
@@ -96,18 +90,14 @@ def test_what_a_source_says_is_checked(letters):
         DataConfig(source="letters", settings=DataConfig().settings)
 
 
-@pytest.mark.parametrize(
-    "source, name, value, having",
-    [
-        ("letters", "num_words", 7, "needles"),
-        ("needles", "towns", 7, "letters"),
-        ("needles", "hard_negatives", "file", "jsonl and python_docs"),
-        ("ruler", "titles", True, "jsonl and python_docs"),
-    ],
-)
-def test_settings_of_other_sources_are_refused(letters, source, name, value, having):
-    with pytest.raises(ConfigError, match=f"data.{name} is a setting of {having}, and does nothing with .*{source}"):
-        run_of(**{"source": source, name: value})
+def test_settings_of_other_sources_are_passed_over_and_named(letters, caplog):
+    assert run_of(source="letters", max_chars=500, num_words=256).data.settings.towns == 9
+    (record,) = caplog.records
+    having = "needles and python_docs and ruler"
+    assert record.getMessage() == f"data.max_chars is a setting of {having}, and does nothing with data.source 'letters'"
+    for source, name, value in (("needles", "hard_negatives", "file"), ("letters", "uuid_pairs", True)):
+        with pytest.raises(ConfigError, match=f"data.{name} is a setting of .* does nothing with .*'{source}': leave"):
+            run_of(**{"source": source, name: value})
 
 
 def test_one_name_has_one_type(letters, tmp_path):

@@ -30,6 +30,7 @@ class CorpusSettings(SourceSettings):
     """
 
     lasting_documents: ClassVar[bool] = True
+    must_act: ClassVar[tuple[str, ...]] = ("hard_negatives",)
     titles: bool = False
     hard_negatives: str = ""
     num_negatives: int = 1

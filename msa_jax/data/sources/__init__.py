@@ -61,6 +61,8 @@ class SourceSettings:
 
     # Whether a document is the same in every batch, so that its words can be counted and mistakes for it be mined.
     lasting_documents: ClassVar[bool] = False
+    # Settings that are refused with another source, not passed over.
+    must_act: ClassVar[tuple[str, ...]] = ()
 
     @property
     def word_pattern(self) -> str | None:

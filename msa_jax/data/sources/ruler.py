@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -42,6 +42,7 @@ class Settings(HaystackSettings):
       uuid_pairs: the tokenizer cuts uuids into pairs of digits, 20 tokens with the hyphens.
     """
 
+    must_act: ClassVar[tuple[str, ...]] = ("uuid_pairs",)
     ruler_tasks: tuple[str, ...] = tuple(TASKS)
     uuid_pairs: bool = False
 
