@@ -93,8 +93,8 @@ def test_what_a_source_says_is_checked(letters):
 def test_settings_of_other_sources_are_passed_over_and_named(letters, caplog):
     assert run_of(source="letters", max_chars=500, num_words=256).data.settings.towns == 9
     (record,) = caplog.records
-    having = "needles and python_docs and ruler"
-    assert record.getMessage() == f"data.max_chars is a setting of {having}, and does nothing with data.source 'letters'"
+    who = "needles and python_docs and ruler"
+    assert record.getMessage() == f"data.max_chars is a setting of {who}, and does nothing with data.source 'letters'"
     for source, name, value in (("needles", "hard_negatives", "file"), ("letters", "uuid_pairs", True)):
         with pytest.raises(ConfigError, match=f"data.{name} is a setting of .* does nothing with .*'{source}': leave"):
             run_of(**{"source": source, name: value})
