@@ -16,10 +16,10 @@ from jax.sharding import PartitionSpec as P
 from msa_jax import routing
 from msa_jax.config import MSAConfig
 from msa_jax.context import Context, KeyValues, Read, Resume, Reuse, Route
-from msa_jax.layers.block import DecoderBlock, layers_of, scan_stack, stack
+from msa_jax.layers.block import DecoderBlock, stack
+from msa_jax.layers.decoder import ask_layers, concat, encode_layers
 from msa_jax.layers.norm import norm_of
-from msa_jax.memory import ChunkStates, DocumentLayout, LayerMemory, MemoryBank, Selection
-from msa_jax.memory.selection import reads_alike
+from msa_jax.memory import ChunkStates, DocumentLayout, MemoryBank, Selection
 from msa_jax.sharding import Shardings, constrain
 
 
@@ -53,11 +53,6 @@ class ModelOutput:
     same: jax.Array | None = None
     all_hidden: jax.Array | None = None
     queries: jax.Array | None = None
-
-
-def _concat(parts):
-    parts = [p for p in parts if p is not None]
-    return jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts) if parts else None
 
 
 def _block(config: MSAConfig, layer: int, is_router: bool, rngs: nnx.Rngs) -> DecoderBlock:
@@ -111,33 +106,6 @@ class MSATransformer(nnx.Module):
         table = self.output_embedding.astype(self.config.compute_dtype)
         return jnp.einsum("...e,ve->...v", hidden, table, preferred_element_type=jnp.float32)
 
-    def _encode(self, tokens, positions, segment_ids, return_hidden):
-        """Documents through the layers: chunk states, and every layer's input and the final hidden state if wanted."""
-        spread = lambda x: constrain(x, self.shardings.documents)  # noqa: E731
-        where = dict(positions=positions, segment_ids=segment_ids)
-        x = spread(self._embed(tokens))
-        hidden, states = [], []
-        last = self.config.router_layers[-1]
-        for (is_router, first, count), group in zip(self.config.layer_groups, self.groups, strict=True):
-
-            def body(layer, x, _):
-                y, extra = layer.encode(x, **where)
-                return spread(y), (extra, x if return_hidden else None)
-
-            # Only what is pooled matters of the last router layer, and nothing behind it.
-            ends = not return_hidden and first + count > last
-            whole = last - first if ends else count
-            if whole:
-                run = layers_of(group, slice(whole)) if ends else group
-                x, (extra, inputs) = scan_stack(run, body, x, None, remat=self.config.remat)
-                states.append(extra[0] if is_router else None)
-                hidden.append(inputs)
-            if ends:
-                pooled = layers_of(group, whole).chunk_states(x, **where)
-                states.append(jax.tree.map(lambda y: y[None], pooled))
-                break
-        return _concat(states), _concat([*hidden, self.final_norm(x)[None]]) if return_hidden else None
-
     def encode_documents(
         self,
         tokens: jax.Array,
@@ -157,7 +125,12 @@ class MSATransformer(nnx.Module):
         Returns:
           Chunk states of all router layers before normalisation; `bank` turns them into a memory bank.
         """
-        states, hidden = self._encode(tokens, positions, segment_ids, return_hidden)
+        spread = lambda x: constrain(x, self.shardings.documents)  # noqa: E731
+        states, x, inputs = encode_layers(
+            self.groups, self.config, spread(self._embed(tokens)),
+            positions=positions, segment_ids=segment_ids, spread=spread, return_hidden=return_hidden,
+        )  # fmt: skip
+        hidden = concat([inputs, self.final_norm(x)[None]]) if return_hidden else None
         return EncodedDocuments(states=states, hidden=hidden)
 
     def bank(self, states: ChunkStates, layout: DocumentLayout) -> MemoryBank:
@@ -289,88 +262,15 @@ class MSATransformer(nnx.Module):
                 f"MSATransformer: bank_gradients needs content on the device, this bank's is on the {bank.tier}."
             )
 
-    def _run(self, tokens, *, positions, mask, read, past=None, slot=None, return_hidden=False) -> ModelOutput:
-        """All layers. `past` [L, B or 1, S, K, D] stands before the tokens; with `slot` [B] it is a cache of which
-        the one token takes that place, and `own` of the output is the cache."""
-        c, bank = self.config, None if read is None else read.bank
-        how, by_layer, differentiated = {}, {}, False
-        if bank is not None:
-            self._check(bank, read)
-        match read:
-            case Route():
-                differentiated = read.bank_gradients
-                mean = False if read.mean_over_tokens is None else read.mean_over_tokens
-                how = dict(
-                    route=read.tokens, visible=read.visible, mean_over_tokens=mean, max_routing=read.max_routing
-                )
-            case Reuse():
-                by_layer = dict(selection=read.selection)
-            case Resume():
-                how = dict(route=read.tokens, visible=read.visible)
-                by_layer = dict(also=read.also, before=read.selection)
-        resumes, want = isinstance(read, Resume), getattr(read, "want", ())
-        if want:
-            how["return_scores"] = "scores" in want
+    def _run(self, tokens, *, read, return_hidden=False, **where) -> ModelOutput:
+        if read is not None:
+            self._check(read.bank, read)
         spread = lambda x: constrain(x, self.shardings.questions)  # noqa: E731
-        x = spread(self._embed(tokens))
-        outputs = []
-        first_router = 0
-        stands = jnp.ones(tokens.shape[0], bool) if resumes else None  # what tokens before these are
-        # A cache goes from layer to layer whole and is written in place; taken apart, all of it would be copied.
-        cached = slot is not None
-        cache = (past.k, past.v) if cached else None
-        for (is_router, first, count), group in zip(c.layer_groups, self.groups, strict=True):
-            reads_bank = is_router and bank is not None
-            part = slice(first, first + count)
-            routers = slice(first_router, first_router + count)
-            first_router += count if is_router else 0
-            xs = {"past": None if past is None or cached else (past.k[part], past.v[part])}
-            xs["layer"] = jnp.arange(part.start, part.stop, dtype=jnp.int32) if cached else None
-            if reads_bank:
-                take = lambda x, routers=routers: x[routers]  # noqa: E731
-                xs["memory"] = jax.tree.map(take, bank.arrays) if differentiated else None
-                xs["index"] = None if differentiated else jnp.arange(routers.start, routers.stop, dtype=jnp.int32)
-                xs |= jax.tree.map(take, by_layer)
-                xs["last"] = jnp.arange(part.start, part.stop) == c.num_layers - 1
-
-            def body(layer, carry, xs, reads_bank=reads_bank):
-                x, cache, stands = carry
-                past_k, past_v = xs["past"] or cache or (None, None)
-                kwargs = dict(positions=positions, mask=mask, past_k=past_k, past_v=past_v, slot=slot)
-                kwargs["layer"] = xs["layer"]
-                if reads_bank:
-                    own = xs["memory"] and LayerMemory(**xs["memory"], layout=bank.layout)
-                    kwargs |= how | dict(memory=own or bank.layer_at(xs["index"]))
-                    kwargs |= {name: xs[name] for name in by_layer if name != "before"}
-                y, result = layer(x, **kwargs)
-                caches = (result.k, result.v)
-                kept = {"own": None if cached else KeyValues(*(cache[:, -tokens.shape[1] :] for cache in caches))}
-                kept["document_scores"], kept["selection"] = result.document_scores, result.selection
-                if "queries" in want and result.query is not None:
-                    kept["queries"] = result.query.astype(jnp.float32)
-                if return_hidden:
-                    kept["all_hidden"] = x
-                if reads_bank and resumes:
-                    # What the last layer reads reaches no key or value of another token.
-                    same = xs["last"] | reads_alike(result.selection, xs["before"], biased=c.router_bias)
-                    stands, kept["same"] = stands & same, same
-                return (spread(y), caches if cached else None, stands), kept
-
-            def unless_over(layer, carry, xs, body=body):
-                def nothing(carry, xs):
-                    shapes = jax.eval_shape(functools.partial(body, layer), carry, xs)
-                    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-
-                return jax.lax.cond(jnp.any(carry[2]), functools.partial(body, layer), nothing, carry, xs)
-
-            (x, cache, stands), kept = scan_stack(
-                group, unless_over if resumes else body, (x, cache, stands), xs, remat=c.remat
-            )
-            outputs.append(kept)
+        x, found = ask_layers(
+            self.groups, self.config, spread(self._embed(tokens)),
+            read=read, spread=spread, return_hidden=return_hidden, **where,
+        )  # fmt: skip
         x = self.final_norm(x)
-        found = {name: _concat([o.get(name) for o in outputs]) for name in dict.fromkeys(k for o in outputs for k in o)}
         if return_hidden:
-            found["all_hidden"] = _concat([found["all_hidden"], x[None]])
-        if cached:
-            found["own"] = KeyValues(*cache)
+            found["all_hidden"] = concat([found["all_hidden"], x[None]])
         return ModelOutput(hidden=x, **found)
