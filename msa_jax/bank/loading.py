@@ -63,11 +63,6 @@ class LoadedBank:
         """Names of the namespaces."""
         return self.placement.names
 
-    @property
-    def source(self) -> np.ndarray:
-        """[C] int64: which chunk on disk each chunk is, -1 where there was never one."""
-        return self.placement.source
-
     def visible(self, questions: Sequence[Sequence[str] | None]) -> np.ndarray:
         """[B, N] bool: documents that each question may see, by the namespaces it names; None names all.
 

@@ -130,15 +130,12 @@ class Placement:
         keys, rows = _texts(store, self.only, self.among)
         placed = np.flatnonzero(self.lengths)
         mine = _key(self.source[self.starts[placed]], self.namespaces[placed])
-        # Both sides hold each key once. Keys of new texts are larger than those before only within a namespace's
-        # chunks, so the places are looked up, not assumed to be in order.
-        order = np.argsort(mine)
-        at = np.searchsorted(mine[order], keys)
-        found = at < len(mine)
-        found[found] = mine[order][at[found]] == keys[found]
-        stays = placed[order[at[found]]]
-        gone = np.setdiff1d(placed, stays, assume_unique=True)
-        fresh = rows[~found]
+        # Both sides hold each key once.
+        _, stays, found = np.intersect1d(mine, keys, assume_unique=True, return_indices=True)
+        gone, stays = np.delete(placed, stays), placed[stays]
+        new = np.ones(len(keys), bool)
+        new[found] = False
+        fresh = rows[new]
         lengths = store.table.columns[fresh, LENGTH]
         shares = shares_of(lengths, self.chunks, self.documents, self.part_chunks, self.part_documents)
         if shares is None:
@@ -151,7 +148,7 @@ class Placement:
         names = tuple(store.table.namespaces)
         return dataclasses.replace(
             self, version=store.version, names=names, chunk_documents=nobody[self.chunk_documents], **changed
-        )._with(keys[~found], fresh, lengths, shares)
+        )._with(keys[new], fresh, lengths, shares)
 
     def anew(self, store: BankReader) -> Placement:
         """All live documents of a store placed as they were asked for, with some room to grow into.

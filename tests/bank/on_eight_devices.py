@@ -93,7 +93,7 @@ def lies_in_parts(loaded, mesh):
     first, length = np.asarray(layout.starts)[live], np.asarray(layout.lengths)[live]
     np.testing.assert_array_equal(first // chunks, live // documents)
     np.testing.assert_array_equal((first + length - 1) // chunks, live // documents)
-    taken = loaded.source.reshape(parts, chunks) >= 0
+    taken = loaded.placement.source.reshape(parts, chunks) >= 0
     np.testing.assert_array_equal(taken, np.arange(chunks) < loaded.placement.chunks[:, None])
     bank = loaded.bank
     arrays = [(bank.routing_keys, 1), (bank.content_v, 1), (bank.key_scale, 1), (bank.content_k_scale, 2)]

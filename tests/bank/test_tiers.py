@@ -301,7 +301,7 @@ def store(tmp_path):
 
 
 def left_on_disk(loaded, store):
-    content = DiskContent(store, loaded.source).stored()
+    content = DiskContent(store, loaded.placement.source).stored()
     return loaded.bank.replace(content_k=None, content_v=None, stored=content)
 
 
