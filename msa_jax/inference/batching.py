@@ -86,8 +86,8 @@ def decode_batch(
     )
 
 
-def routing_of(written: Prefilled, place: int, corpus: Corpus, *, top_k: int, tokens: int, why: str) -> Routing:
-    """What the routing of the question at `place` of a step found; a router layer selects `top_k` documents."""
+def routing_of(written: Prefilled, place: int, corpus: Corpus, *, k: int, tokens: int, why: str) -> Routing:
+    """What the routing of the question at `place` of a step found; a router layer selects k documents."""
     documents = np.asarray(written.documents[:, place])
     layers, reported = documents.shape
     scores = np.asarray(written.scores[:, place])  # [L_r, L_r * R]
@@ -98,7 +98,7 @@ def routing_of(written: Prefilled, place: int, corpus: Corpus, *, top_k: int, to
     ranking = {int(numbers[i]): float(mean[i]) for i in order if numbers[i] >= 0}
     own = np.stack([scores[i, i * reported : (i + 1) * reported] for i in range(layers)])
     best = np.where(own > NO_SCORE / 2, numbers.reshape(layers, reported), -1)
-    chosen = set(best[:, :top_k].flat)
+    chosen = set(best[:, :k].flat)
     return Routing(
         documents=best,
         scores=own,

@@ -284,8 +284,8 @@ class Engine:
                 computed = int(batch.lengths[i])
                 found = batching.no_routing(computed)
                 if reads:
-                    top_k = self._model.config.top_k_documents
-                    found = batching.routing_of(written, i, self.corpus, top_k=top_k, tokens=computed, why=why)
+                    k = self._model.config.top_k_documents
+                    found = batching.routing_of(written, i, self.corpus, k=k, tokens=computed, why=why)
                 state.caught_up()
                 state.begin_round(found)
             else:
