@@ -10,7 +10,7 @@ from msa_jax.bank.reader import ARRAYS
 from msa_jax.bank.store import MemoryStore
 from msa_jax.bank.table import BankDocument
 from msa_jax.data.templates import Template
-from tests.test_bank_encoder import V, model_of
+from tests.bank.test_bank_encoder import V, model_of
 
 L, M, K, D = 2, 12, 2, 6
 

@@ -14,7 +14,7 @@ from msa_jax.bank import transfer
 from msa_jax.bank.loading import load
 from msa_jax.bank.store import MemoryStore
 from msa_jax.sharding import MeshConfig
-from tests.test_bank_encoder import B, _forward, model_of
+from tests.bank.test_bank_encoder import B, _forward, model_of
 
 
 def main(path, port, number, count):

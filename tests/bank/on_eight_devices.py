@@ -20,8 +20,8 @@ from msa_jax.data.batch import pack_documents
 from msa_jax.memory import DocumentLayout, MemoryBank
 from msa_jax.sharding import MeshConfig, Shardings
 from tests.bank.drawn import D, K, L, M, create, put
+from tests.bank.test_bank_encoder import TOKENS, B, close, forward, model_of
 from tests.bank.test_growth import says_the_same
-from tests.test_bank_encoder import TOKENS, B, close, forward, model_of
 
 # Uneven: one longer than a device's average, of which most have none of the others.
 STEPS = [

@@ -17,7 +17,7 @@ from msa_jax.bank.store import MemoryStore
 from msa_jax.errors import BankError
 from msa_jax.sharding import MeshConfig
 from tests.bank.drawn import L, chunks_of, create, put
-from tests.test_bank_encoder import B, close, forward
+from tests.bank.test_bank_encoder import B, close, forward
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from msa_jax.config import MSAConfig
 from msa_jax.data.batch import pack_documents
 from msa_jax.errors import BankError
 from tests.bank.drawn import Bytes, create, rendered
-from tests.test_bank_encoder import P, close, model_of
+from tests.bank.test_bank_encoder import P, close, model_of
 
 TEXTS = ["one", "a second text", "three, and a bit longer", "x", "five"]
 

@@ -21,8 +21,8 @@ from msa_jax.errors import BankError
 from msa_jax.memory.places import capacity_for
 from msa_jax.sharding import MeshConfig, Shardings
 from tests.bank import drawn
+from tests.bank.test_bank_encoder import close, forward
 from tests.bank.test_ingest_and_load import TEXTS, create, documents, encoder_of, same_bank
-from tests.test_bank_encoder import close, forward
 
 
 def test_namespaces_load_alone_and_questions_see_what_they_name(tmp_path):

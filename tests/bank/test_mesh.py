@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from msa_jax.bank.loading import load
 from msa_jax.memory.places import shares_of
 from tests.bank.drawn import create, put
-from tests.test_bank_encoder import B, close, forward
+from tests.bank.test_bank_encoder import B, close, forward
 
 
 def test_on_eight_devices(root):

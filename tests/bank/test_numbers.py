@@ -19,8 +19,8 @@ from msa_jax.data.templates import Template
 from msa_jax.data.tokenizer import Tokenizer
 from msa_jax.errors import BankError, DataError
 from tests.bank.drawn import Bytes, create, put
+from tests.bank.test_bank_encoder import P, model_of
 from tests.bank.test_ingest_and_load import encoder_of
-from tests.test_bank_encoder import P, model_of
 
 
 @pytest.mark.parametrize("spelling", ["plain", "place"])

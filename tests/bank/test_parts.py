@@ -10,8 +10,8 @@ from msa_jax.bank.store import MemoryStore
 from msa_jax.bank.table import NUMBER, PLACE, BankDocument
 from msa_jax.errors import BankError
 from tests.bank.drawn import create, rendered
+from tests.bank.test_bank_encoder import close
 from tests.bank.test_ingest_and_load import direct, documents, encoder_of
-from tests.test_bank_encoder import close
 
 TEXTS = [f"text {i % 11} of some length " * (i % 4 + 1) for i in range(23)]  # some are equal
 CORPUS = [*documents(TEXTS[:12]), *documents(TEXTS[12:], "other")]

@@ -16,7 +16,7 @@ from msa_jax import AttentionConfig, MemorySparseAttention, routing
 from msa_jax.errors import ConfigError
 from msa_jax.memory import ChunkStates, DocumentLayout
 from msa_jax.routing import NO_SCORE, exact
-from tests.test_routing import B, C, N, T, normal, owners
+from tests.routing.test_routing import B, C, N, T, normal, owners
 
 seeds = st.integers(0, 2**31)
 

@@ -14,14 +14,14 @@ from msa_jax.runs.build import make_mesh
 from msa_jax.runs.config import RunConfig
 from msa_jax.sharding import MeshConfig
 
-HERE = pathlib.Path(__file__).parent
+HERE = pathlib.Path(__file__).resolve().parent
 
 
 def compared(*meshes):
-    """What tests/mesh_worker.py prints: the largest differences from one device, of each mesh of 8 devices."""
+    """What mesh_worker.py prints: the largest differences from one device, of each mesh of 8 devices."""
     xla = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # its time is compilation
     env = os.environ | {
-        "PYTHONPATH": str(HERE.parent),
+        "PYTHONPATH": str(HERE.parents[1]),
         "XLA_FLAGS": f"{xla} --xla_llvm_disable_expensive_passes=true",
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
     }
