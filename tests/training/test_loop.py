@@ -179,6 +179,7 @@ def test_evaluating_an_untrained_workdir_is_an_error(settings, tmp_path):
 
 
 def test_bad_data_ends_in_a_sentence_before_training(root, settings, haystack, tmp_path):
+    del settings["data"]["num_words"]
     settings["data"] |= {"source": "jsonl", "folder": str(tmp_path)}
     for line, fault in (
         ('{"id": "x", "title": "t", "text": ""}', "no text"),
