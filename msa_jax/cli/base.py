@@ -14,6 +14,11 @@ def one_line(message: object) -> str:
     return " ".join(str(message).split())
 
 
+def let_pipe_close() -> None:
+    """After a `BrokenPipeError`: what is left to print goes nowhere, or the interpreter fails at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def run(name: str, work: Callable[[], int | None], *, interrupted: str = "interrupted.") -> int:
     """Do a command's work and return its exit status.
 
@@ -29,8 +34,7 @@ def run(name: str, work: Callable[[], int | None], *, interrupted: str = "interr
         sys.stdout.flush()
         return status or 0
     except BrokenPipeError:
-        # What is left goes nowhere, or the interpreter fails at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        let_pipe_close()
         return 0
     except (MSAError, OSError) as error:
         print(f"{name}: {one_line(error)}", file=sys.stderr)

@@ -18,7 +18,7 @@ from ml_collections import config_flags
 
 from msa_jax import distributed
 from msa_jax.cli import processes
-from msa_jax.cli.base import one_line
+from msa_jax.cli.base import let_pipe_close, one_line
 from msa_jax.cli.configs import with_paths
 from msa_jax.config import RENAMED
 from msa_jax.errors import DataError, MSAError
@@ -100,6 +100,9 @@ def run_command(
         processes.start(values)
         _show_log()
         run(values)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        let_pipe_close()
     except DataError as error:
         distributed.end(f"{pathlib.Path(sys.argv[0]).name}: {error}")  # several faults, a line each
     except (Exception, KeyboardInterrupt) as error:
