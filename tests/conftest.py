@@ -47,11 +47,6 @@ def programs_are_not_kept(monkeypatch):
     monkeypatch.setattr("msa_jax.cli.compilation.keep_programs", lambda folder: None)
 
 
-@pytest.fixture(scope="session")
-def quick_compiles():
-    """Every test compiles so."""
-
-
 @pytest.fixture(scope="module")
 def optimised():
     """Compile as outside of tests: for what is measured of executables."""
