@@ -77,7 +77,7 @@ def test_what_cannot_be_asked_is_said_before_anything_is_encoded(workdir, monkey
         evaluate(None, workdir, [1024], task="ruler")
 
 
-def test_baselines_are_rows_of_the_needles_table(trained, quick_compiles, tmp_path):
+def test_baselines_are_rows_of_the_needles_table(trained, tmp_path):
     run = trained[0]
     few = dataclasses.replace(run.evaluation, num_questions=2, max_rounds=1, max_new_tokens=8)
     run, options = dataclasses.replace(run, evaluation=few), {"out": tmp_path / "a.json"}
