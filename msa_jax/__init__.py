@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from msa_jax.bank.store import MemoryStore as MemoryStore
     from msa_jax.config import AttentionConfig as AttentionConfig
     from msa_jax.config import MSAConfig as MSAConfig
+    from msa_jax.context import Context as Context
+    from msa_jax.context import Resume as Resume
+    from msa_jax.context import Reuse as Reuse
+    from msa_jax.context import Route as Route
     from msa_jax.errors import ConfigError as ConfigError
     from msa_jax.errors import MSAError as MSAError
     from msa_jax.inference.session import Session as Session
@@ -24,12 +28,16 @@ __version__ = "0.1.0"  # setup.cfg takes it from here
 _MODULES = {
     "AttentionConfig": "msa_jax.config",
     "ConfigError": "msa_jax.errors",
+    "Context": "msa_jax.context",
     "MSAConfig": "msa_jax.config",
     "MSAError": "msa_jax.errors",
     "MSATransformer": "msa_jax.model",
     "MemoryBank": "msa_jax.memory.bank",
     "MemorySparseAttention": "msa_jax.layers.attention",
     "MemoryStore": "msa_jax.bank.store",
+    "Resume": "msa_jax.context",
+    "Reuse": "msa_jax.context",
+    "Route": "msa_jax.context",
     "Session": "msa_jax.inference.session",
 }
 

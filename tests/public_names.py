@@ -9,12 +9,14 @@ import msa_jax
 from msa_jax import (
     AttentionConfig,
     ConfigError,
+    Context,
     MemoryBank,
     MemorySparseAttention,
     MemoryStore,
     MSAConfig,
     MSAError,
     MSATransformer,
+    Route,
     Session,
 )
 from msa_jax.bank import BankDocument, BankSpec, DocumentEncoder
@@ -54,3 +56,7 @@ def ask(bank: str, workdir: str, question: str) -> str:
 
 def size(bank: MemoryBank) -> int:
     return len(jax.tree.leaves(bank))
+
+
+def read(model: MSATransformer, tokens: jax.Array, bank: MemoryBank, template: Context | None) -> jax.Array:
+    return model.logits(model.prefill(tokens, template=template, read=Route(bank)).hidden)

@@ -52,6 +52,7 @@ def evaluated(cache, config, workdir, processes):
     return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
 
 
+@pytest.mark.slow
 def test_two_processes_are_as_one_and_one_goes_on_alone(config, tmp_path):
     """Losses are those of one process and device; a death of one ends both; one process goes on with what two have
     saved, and evaluates as two do."""
