@@ -8,7 +8,7 @@ import types
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from msa_jax.data.episodes import SampleForm
+from msa_jax.data.batch_config import BatchConfig
 from msa_jax.data.samples import LossWeights
 from msa_jax.data.sources import SourceSettings, field_types, owners, settings_type
 from msa_jax.data.templates import Template
@@ -19,56 +19,24 @@ _TEMPLATES = {"compact": Template.compact, "paper": Template.paper, "chinese": T
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(BatchConfig):
     """Where documents and questions come from, and the shape of a batch.
 
     Attributes:
       source: a module of `msa_jax/data/sources`.
       settings: what that source alone needs to know; None for its defaults. In files and flags its fields stand beside
         these here: `data.num_words` is the `num_words` of "needles".
-      document_len: tokens of a rendered document at most; longer texts are cut.
-      row_len: W of packed rows; None for the documents' length, rounded up to whole chunks.
-      num_documents: N of a training batch.
-      num_questions: B of a training batch.
-      question_len: T, tokens of a question with its whole reply.
-      eval_fraction: share of questions and passages held out.
-      loss_weights: of the tokens of a reply.
-      samples: what one sample of a question is, see `render_episode`. "chain": its whole reply, with the one routing of
-        the question. "at_once": one that names all documents before it reads them. "steps": one step of the chain at a
-        time, as Memory Interleave asks it. "question": no reply, the router alone learns. "latent": one that reads no
-        text and answers from pooled memory.
-      unanswerable: share of samples whose supporting documents are hidden from them, and which learn to say so.
-      label_fraction: share of samples whose relevant documents the auxiliary loss, and logged recall, know of.
     """
 
     source: str = "needles"
     settings: SourceSettings | None = None
-    document_len: int = 64
-    row_len: int | None = None
-    num_documents: int = 64
-    num_questions: int = 48
-    question_len: int = 128
-    eval_fraction: float = 0.1
-    loss_weights: LossWeights = LossWeights()
-    samples: SampleForm = "chain"
-    unanswerable: float = 0.0
-    label_fraction: float = 1.0
 
     def __post_init__(self):
+        super().__post_init__()
         kind = settings_type(self.source)
         if self.settings is None:
             object.__setattr__(self, "settings", kind())
         require(isinstance(self.settings, kind), f"data.settings are not those of {self.source!r}: {self.settings}.")
-        forms = get_args(SampleForm)
-        require(self.samples in forms, f"data.samples must be one of {forms}, got {self.samples!r}.")
-        require(0 <= self.unanswerable < 1, f"data.unanswerable must be a share in [0, 1), got {self.unanswerable}.")
-        require(
-            self.samples != "question" or not self.unanswerable,
-            'data.samples "question" has no replies that could refuse: set data.unanswerable to 0.',
-        )
-        require(0 <= self.label_fraction <= 1, f"data.label_fraction must be in 0..1, got {self.label_fraction}.")
-        for name in ("document_len", "num_documents", "num_questions", "question_len"):
-            require(getattr(self, name) >= 1, f"data.{name} must be at least 1, got {getattr(self, name)}.")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DataConfig:

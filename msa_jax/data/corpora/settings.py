@@ -16,7 +16,7 @@ from msa_jax.data.tokenizer import Tokenizer
 from msa_jax.errors import require
 
 if TYPE_CHECKING:
-    from msa_jax.data.config import DataConfig
+    from msa_jax.data.batch_config import BatchConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,10 +42,10 @@ class CorpusSettings(SourceSettings):
         """All documents, uncut, and the questions of a split."""
         raise NotImplementedError
 
-    def texts(self, data: DataConfig) -> Iterable[str]:
+    def texts(self, data: BatchConfig) -> Iterable[str]:
         return self.read("train", data.eval_fraction).texts()
 
-    def build(self, data: DataConfig, tokenizer: Tokenizer, split: Split) -> CorpusSource:
+    def build(self, data: BatchConfig, tokenizer: Tokenizer, split: Split) -> CorpusSource:
         renderer = Renderer(tokenizer, data.document_len)
         corpus = self.read(split, data.eval_fraction)
         corpus = cut_documents(corpus, tokenizer, renderer.body_len, titles=self.titles)

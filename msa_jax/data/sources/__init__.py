@@ -22,7 +22,7 @@ from msa_jax.data.tokenizer import Tokenizer
 from msa_jax.errors import ConfigError
 
 if TYPE_CHECKING:
-    from msa_jax.data.config import DataConfig
+    from msa_jax.data.batch_config import BatchConfig
 
 
 class Source(Protocol):
@@ -53,7 +53,7 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SourceSettings:
-    """What a source needs to know beyond `DataConfig`, validated on construction.
+    """What a source needs to know beyond `BatchConfig`, validated on construction.
 
     The docstring says under `Attributes:` what each field is. One that several sources have is one setting of a run,
     so it has one type.
@@ -69,11 +69,11 @@ class SourceSettings:
         """Within what pieces of text tokens lie, where the tokenizer's own way will not do; see `Tokenizer.train`."""
         return None
 
-    def texts(self, data: DataConfig) -> Iterable[str]:
+    def texts(self, data: BatchConfig) -> Iterable[str]:
         """What a tokenizer is trained on, always in the same order."""
         raise NotImplementedError
 
-    def build(self, data: DataConfig, tokenizer: Tokenizer, split: Split) -> Source:
+    def build(self, data: BatchConfig, tokenizer: Tokenizer, split: Split) -> Source:
         """The source of a split; no document of it takes more than `data.document_len` tokens.
 
         Raises:

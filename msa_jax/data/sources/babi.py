@@ -16,7 +16,7 @@ from msa_jax.data.tokenizer import Tokenizer
 from msa_jax.errors import DataError, require
 
 if TYPE_CHECKING:
-    from msa_jax.data.config import DataConfig
+    from msa_jax.data.batch_config import BatchConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +35,10 @@ class Settings(SourceSettings):
         given = self.folder and self.babi_tasks
         require(given, 'data.source "babi" needs data.folder, with its qa1_*_train.txt, and data.babi_tasks.')
 
-    def texts(self, data: DataConfig) -> Iterator[str]:
+    def texts(self, data: BatchConfig) -> Iterator[str]:
         return BabiSource(self.folder, self.babi_tasks, "train", data.eval_fraction).texts()
 
-    def build(self, data: DataConfig, tokenizer: Tokenizer, split: Split) -> BabiSource:
+    def build(self, data: BatchConfig, tokenizer: Tokenizer, split: Split) -> BabiSource:
         return BabiSource(self.folder, self.babi_tasks, split, data.eval_fraction)
 
 

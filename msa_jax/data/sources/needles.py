@@ -18,7 +18,7 @@ from msa_jax.data.tokenizer import Tokenizer
 from msa_jax.errors import DataError
 
 if TYPE_CHECKING:
-    from msa_jax.data.config import DataConfig
+    from msa_jax.data.batch_config import BatchConfig
 
 NEEDLE = "One of the special magic numbers for {key} is: {value}."
 QUESTION = "What is the special magic number for {key} mentioned in the provided text?"
@@ -37,10 +37,10 @@ class Settings(HaystackSettings):
     num_words: int = 256
     key_format: str = "{a}-{n}"
 
-    def texts(self, data: DataConfig) -> Iterator[str]:
+    def texts(self, data: BatchConfig) -> Iterator[str]:
         return training_texts(self.haystack(), num_words=self.num_words, key_format=self.key_format)
 
-    def build(self, data: DataConfig, tokenizer: Tokenizer, split: Split) -> NeedleSource:
+    def build(self, data: BatchConfig, tokenizer: Tokenizer, split: Split) -> NeedleSource:
         texts = self.haystack()
         return NeedleSource(
             texts, frequent_words(texts, tokenizer, self.num_words, self.key_format), tokenizer,

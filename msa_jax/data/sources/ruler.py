@@ -28,7 +28,7 @@ from msa_jax.data.tokenizer import Tokenizer
 from msa_jax.errors import DataError
 
 if TYPE_CHECKING:
-    from msa_jax.data.config import DataConfig
+    from msa_jax.data.batch_config import BatchConfig
 
 Blocks = Iterator[tuple[list[Document], list[int]]]
 
@@ -54,10 +54,10 @@ class Settings(HaystackSettings):
     def word_pattern(self) -> str | None:
         return word_pattern() if self.uuid_pairs else None
 
-    def texts(self, data: DataConfig) -> Iterator[str]:
+    def texts(self, data: BatchConfig) -> Iterator[str]:
         return ruler_texts(self.haystack())
 
-    def build(self, data: DataConfig, tokenizer: Tokenizer, split: Split) -> RulerSource:
+    def build(self, data: BatchConfig, tokenizer: Tokenizer, split: Split) -> RulerSource:
         return RulerSource(
             self.haystack(), tokenizer,
             document_tokens=data.document_len, tasks=self.ruler_tasks, split=split, eval_fraction=data.eval_fraction,
