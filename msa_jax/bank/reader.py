@@ -217,5 +217,5 @@ def _generation_of(url: str, version: int | None, where: str) -> int:
         middle = (low + high + 1) // 2
         low, high = (low, middle - 1) if version_at(middle) > version else (middle, high)
     if version < 1 or version_at(low) != version:
-        raise BankError(f"{where}: no version {version}: `versions` lists those there are.")
+        raise BankError(f"{where}: no version {version}: `stats` lists those there are.")
     return low

@@ -22,8 +22,9 @@ def let_pipe_close() -> None:
 def run(name: str, work: Callable[[], int | None], *, interrupted: str = "interrupted.") -> int:
     """Do a command's work and return its exit status.
 
-    0, or what `work` returns; 1 after one sentence on stderr for an `MSAError` or `OSError`; 130 after Ctrl-C. Who
-    closes the pipe that the command writes to has enough: that is no error.
+    0, or what `work` returns; 1 after one sentence on stderr for an `MSAError`, an `OSError`, or a kernel that this
+    machine cannot run (`NotImplementedError`); 130 after Ctrl-C. Who closes the pipe that the command writes to has
+    enough: that is no error.
 
     Args:
       name: what the sentence begins with.
@@ -36,7 +37,7 @@ def run(name: str, work: Callable[[], int | None], *, interrupted: str = "interr
     except BrokenPipeError:
         let_pipe_close()
         return 0
-    except (MSAError, OSError) as error:
+    except (MSAError, OSError, NotImplementedError) as error:
         print(f"{name}: {one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

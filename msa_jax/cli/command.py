@@ -70,8 +70,11 @@ def _parsed(
         rest = values(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, IndexError, FileNotFoundError) as error:
         # A config's fields are flags, and one that it lacks is no flags.Error.
-        detail = str(error).strip("\"'")
+        detail = str(error)
+        detail = detail[1:-1] if detail[:1] in ("'", '"') and detail[-1:] == detail[:1] else detail
         detail = f"the config has no field {detail!r}" if detail.isidentifier() else detail
+        if "flag 'config." in detail and values.config is None:
+            detail += "; fields are set of a config: give --config too"
         usage = "(--help lists flags; --config.NAME=VALUE sets a field of the config file)"
         raise SystemExit(_line(f"{detail} {usage}")) from None
     if rest[1:]:
@@ -108,7 +111,7 @@ def run_command(
     except (Exception, KeyboardInterrupt) as error:
         # A timeout of several processes is that of one waiting for another.
         waited = distributed.several() and isinstance(error, TimeoutError)
-        if isinstance(error, (MSAError, OSError)) and not waited:
+        if isinstance(error, (MSAError, OSError, NotImplementedError)) and not waited:
             distributed.end(_line(error))
         if not distributed.several():
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pathlib
 from collections.abc import Sequence
 
@@ -13,6 +14,9 @@ from msa_jax.evaluation.task import Inputs, Results, Row
 from msa_jax.inference.settings import AskConfig
 from msa_jax.runs.config import RunConfig
 from msa_jax.runs.open import load_model, open_run
+from msa_jax.runs.workdir import differing_settings
+
+_LOG = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -57,6 +61,9 @@ def evaluate(
     path = pathlib.Path(out) if out else None
     model = renderer = None
     if workdir is not None:
+        begun = run is not None and (workdir / "config.json").is_file()
+        if others := differing_settings(run, workdir, ("data", "tokenizer")) if begun else []:
+            _LOG.warning("%s was trained with other %s: it is asked with those given", workdir, ", ".join(others))
         run = run or open_run(workdir)
         AskConfig(mode=run.evaluation.mode)  # before anything is loaded
         distributed.agree(run.to_dict() | given | {"workdir": str(workdir), "memory_tokens": list(sizes)})

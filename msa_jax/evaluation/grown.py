@@ -56,7 +56,9 @@ class GrownBank:
         self._encoder, self._renderer = encoder, renderer
         known, wanted = pathlib.Path(folder) / "of.json", json.dumps(dict(of), sort_keys=True)
         if known.exists() and known.read_text() != wanted:
-            raise DataError(f"{folder} holds a memory of {known.read_text()}, wanted is {wanted}; use another folder")
+            there, here = json.loads(known.read_text()), json.loads(wanted)
+            differing = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
+            raise DataError(f"{folder} holds a memory with other {', '.join(differing)}; use another folder")
         if not known.exists():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             MemoryStore.create(self.path, encoder.spec).close()

@@ -40,8 +40,10 @@ class Results:
           about: what rows depend on, kept beside them.
 
         Raises:
-          DataError: the file has rows about something else.
+          DataError: the file has rows about something else, or its folder is not there.
         """
+        if path is not None and not path.parent.is_dir():
+            raise DataError(f"--json {path}: there is no folder {path.parent}; make it, or name another file")
         self._path, self._about, self._resumes = path, json.loads(json.dumps(dict(about))), resumes
         self.rows: list[Row] = []
         if resumes and path is not None and path.exists():

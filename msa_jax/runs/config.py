@@ -12,7 +12,7 @@ from msa_jax.config import MSAConfig, of_today
 from msa_jax.data.config import DataConfig, TokenizerConfig
 from msa_jax.data.samples import LossWeights
 from msa_jax.data.sources import field_types, names, owners, settings_type
-from msa_jax.errors import ConfigError
+from msa_jax.errors import ConfigError, require
 from msa_jax.importing import require_extra
 from msa_jax.sharding import MeshConfig
 from msa_jax.training.config import OptimizerConfig, Phase, TrainingConfig
@@ -44,6 +44,10 @@ class EvalConfig:
     max_new_tokens: int = 24
     rows_per_step: int = 128
     seed: int = 1
+
+    def __post_init__(self):
+        for name in ("num_questions", "batch_size", "max_rounds", "max_new_tokens", "rows_per_step"):
+            require(getattr(self, name) >= 1, f"evaluation.{name} must be at least 1, got {getattr(self, name)}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 
 import jax
@@ -27,8 +26,10 @@ def open_run(workdir: str | pathlib.Path) -> RunConfig:
     """The settings of a trained run; raises ConfigError when there is none."""
     try:
         return RunConfig.from_dict(written_settings(pathlib.Path(workdir)))
-    except (OSError, json.JSONDecodeError) as e:
-        raise ConfigError(f"{workdir}: no trained run there ({e}).") from e
+    except OSError as e:
+        raise ConfigError(f"{workdir}: no trained run there ({e.strerror}: config.json).") from e
+    except ValueError as e:
+        raise e if isinstance(e, ConfigError) else ConfigError(f"{workdir}/config.json: not valid JSON ({e}).") from e
 
 
 def load_model(run: RunConfig, workdir: pathlib.Path, step: int | None = None) -> tuple[MSATransformer, Renderer]:

@@ -206,7 +206,7 @@ def test_bad_places_and_versions_are_named(tmp_path):
     MemoryStore.create(tmp_path / "bank", SPEC).close()
     with pytest.raises(BankError, match="there is a bank already"):
         MemoryStore.create(tmp_path / "bank", SPEC)
-    with pytest.raises(BankError, match="no version 7: `versions` lists"):
+    with pytest.raises(BankError, match="no version 7: `stats` lists"):
         MemoryStore(tmp_path / "bank", version=7)
     (tmp_path / "file").write_text("x")
     with pytest.raises(BankError, match="cannot be"):

@@ -51,7 +51,7 @@ def test_sizes_are_asked_once_and_told_apart(trained, workdir, monkeypatch):
     assert evaluate(None, workdir, [1024, 3072], task="curve", settings=OWN) == rows
     with pytest.raises(DataError, match="scores of another model, memory or settings; give another --json"):
         evaluate(None, workdir, [1024], task="curve", settings=[*OWN, "seed=2"])
-    with pytest.raises(DataError, match="holds a memory of"):
+    with pytest.raises(DataError, match="holds a memory with other"):
         evaluate(None, workdir, [1024], task="curve", settings=[*OWN, "seed=2"], out=workdir / "other.json")
 
 

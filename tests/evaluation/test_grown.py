@@ -161,7 +161,7 @@ def test_it_is_asked(bank, renderer):
 
 
 def test_what_does_not_fit_is_refused(bank, renderer, encoder, tmp_path):
-    with pytest.raises(DataError, match='holds a memory of {"seed": 2}, wanted is {"seed": 3}; use another folder'):
+    with pytest.raises(DataError, match="holds a memory with other seed; use another folder"):
         GrownBank(bank.path.parent, encoder, renderer, {"seed": 3})
     other = DocumentEncoder(model_of(mlp_size=24), renderer.tokenizer, row_len=24, rows_per_step=2)
     with pytest.raises(BankError, match="another model"):

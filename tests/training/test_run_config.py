@@ -113,8 +113,20 @@ def test_a_run_folder_of_an_earlier_version_is_the_same_run(settings, tmp_path):
     check_workdir(RunConfig.from_dict(settings), tmp_path)
     assert open_run(tmp_path) == RunConfig.from_dict(settings) and path.read_text() == json.dumps(written)
     other = RunConfig.from_dict(settings | {"data": settings["data"] | {"num_words": 12}})
+    # One that was refused before its first step leaves nothing that binds.
+    (tmp_path / "tokenizer").mkdir()
+    check_workdir(other, tmp_path)
+    assert open_run(tmp_path) == other and not (tmp_path / "tokenizer").exists()
+    (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(ConfigError, match="other settings of data.num_words;"):
-        check_workdir(other, tmp_path)
+        check_workdir(RunConfig.from_dict(settings), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["num_questions", "batch_size", "max_rounds", "max_new_tokens", "rows_per_step"])
+def test_what_evaluation_cannot_do_is_refused_at_once(settings, name):
+    settings["evaluation"] = settings.get("evaluation", {}) | {name: 0}
+    with pytest.raises(ConfigError, match=f"evaluation.{name} must be at least 1, got 0"):
+        RunConfig.from_dict(settings)
 
 
 def test_settings_are_read_under_earlier_names(settings):

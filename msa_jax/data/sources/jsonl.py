@@ -91,6 +91,8 @@ class JsonlSource(CorpusSource):
         questions = merged_questions(folders, documents)
         pairs = make_pairs(documents) if pair_fraction or questions is None else []
         asked = pairs if questions is None else questions
+        if questions is not None and not questions:
+            raise DataError(f"{', '.join(map(str, folders))}: questions.jsonl has no question; add some, or remove it")
         own = [q for q in asked if in_split(q.question, split, eval_fraction)]
         if not own:
             raise DataError(

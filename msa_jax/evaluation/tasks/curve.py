@@ -68,11 +68,11 @@ def run(inputs: Inputs) -> None:
         raise ConfigError(f"--set=steps: there is no step {sorted(unknown)[0]!r}, there are encode and ask.")
     made_of = {name: getattr(settings, name) for name in ("questions", "first", "seed")}
     made_of |= {"largest": _largest(inputs), "folders": [folder.name for folder in inputs.folders]}
-    bank = grown_bank(inputs, made_of)
     sizes = [size for size in sorted(inputs.sizes) if not inputs.results.find(memory_tokens=size)]
     if not sizes:
         return
-    questions, blocks = _memory(inputs)
+    questions, blocks = _memory(inputs)  # before a bank is made of it, which would stay
+    bank = grown_bank(inputs, made_of)
     if "encode" in settings.steps:
         bank.fill(_NAMESPACE, blocks, tokens=max(sizes))
     for size in sizes if "ask" in settings.steps else ():
