@@ -114,7 +114,14 @@ def result_rows():
         yield name, babi("interleave", task), babi("one_routing", task)
 
 
+def demo_rows():
+    for size in (2**14, 2**16, 2**18, 2**20):
+        columns = ("exact_match", "f1", "id_exact_match")
+        yield f"{size:,}", *[mean("demo.csv", column, memory_tokens=str(size)) for column in columns]
+
+
 TABLES = [("README.md", *row) for row in readme_rows()] + [("docs/results.md", *row) for row in result_rows()]
+TABLES += [("docs/results/demo.md", *row) for row in demo_rows()]
 
 
 @pytest.mark.parametrize("page, first, scores", [(page, first, scores) for page, first, *scores in TABLES])
