@@ -71,9 +71,10 @@ def _parsed(
     except (flags.Error, AttributeError, KeyError, TypeError, IndexError, FileNotFoundError) as error:
         # A config's fields are flags, and one that it lacks is no flags.Error.
         detail = str(error)
-        detail = detail[1:-1] if detail[:1] in ("'", '"') and detail[-1:] == detail[:1] else detail
+        while len(detail) > 1 and detail[0] in "'\"" and detail[-1] == detail[0]:
+            detail = detail[1:-1]
         detail = f"the config has no field {detail!r}" if detail.isidentifier() else detail
-        if "flag 'config." in detail and values.config is None:
+        if "flag 'config." in detail and not any(one.lstrip("-").partition("=")[0] == "config" for one in argv):
             detail += "; fields are set of a config: give --config too"
         usage = "(--help lists flags; --config.NAME=VALUE sets a field of the config file)"
         raise SystemExit(_line(f"{detail} {usage}")) from None

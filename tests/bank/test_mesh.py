@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +18,7 @@ from tests.bank.drawn import create, put
 from tests.bank.test_bank_encoder import B, close, forward
 
 
+@pytest.mark.slow
 def test_on_eight_devices(root):
     # Most of the time is compilation, for many meshes.
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"

@@ -151,7 +151,7 @@ def test_empty_and_absent_files(tmp_path, write_rows):
         JsonlSource(tmp_path)
     write_rows(tmp_path / "documents.jsonl", [GOOD_DOCUMENT])
     write_rows(tmp_path / "questions.jsonl", [])
-    with pytest.raises(DataError, match="of 0 questions none is in the train split"):
+    with pytest.raises(DataError, match="questions.jsonl has no question"):
         JsonlSource(tmp_path)
 
 

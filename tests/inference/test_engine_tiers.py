@@ -93,6 +93,7 @@ def test_int8():
         assert int(np.argmax(logits)) == own
 
 
+@pytest.mark.slow
 def test_on_eight_devices(root):
     devices = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/inference/on_eight_devices.py"]

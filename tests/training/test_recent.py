@@ -90,6 +90,7 @@ def test_only_the_last_batches_are_seen(written, use, seen):
     np.testing.assert_array_equal(shown, np.broadcast_to(want, shown.shape))
 
 
+@pytest.mark.slow
 def test_without_recent_batches_the_loss_and_its_gradient_are_those_of_the_batch():
     model, now = model_of(), BATCHES[0]
     graphdef, params = nnx.split(model)
