@@ -31,7 +31,7 @@ demo: setup  ## train a small model, then measure it from 16K to 1M tokens of me
 
 PYTEST := $(PY) -m pytest -n 2 --dist worksteal -q
 
-test: lint  ## ruff and mypy, then every test that is not marked slow: at most 8 minutes on two cores
+test: lint  ## ruff and mypy, then every test that is not marked slow: about 8 minutes on two cores
 	$(PYTEST)
 
 test-slow: setup  ## the tests marked slow alone: whole matrices, whole trainings
